@@ -1,0 +1,18 @@
+"""The model: configuration, channel, cache, decoding and the model class. Knows nothing of training."""
+
+from .cache_relay import RelayCache
+from .configuration_relay import RelayConfig
+from .modeling_relay import RelayForMaskedDiffusion
+from .outputs_relay import RelayGenerateOutput, RelayOutput
+from .reveal_relay import ConfidenceBudget, ConfidenceThreshold, make_policy
+
+__all__ = [
+    "ConfidenceBudget",
+    "ConfidenceThreshold",
+    "RelayCache",
+    "RelayConfig",
+    "RelayForMaskedDiffusion",
+    "RelayGenerateOutput",
+    "RelayOutput",
+    "make_policy",
+]

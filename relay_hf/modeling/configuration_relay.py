@@ -1,0 +1,161 @@
+"""RelayConfig: every switch that changes what a relay model computes."""
+
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from .conversion_relay import foreign_config_to_relay
+
+
+@strict
+class RelayConfig(PreTrainedConfig):
+    r"""Configuration of a masked diffusion language model with a relay channel (arXiv 2605.22967).
+
+    The transformer itself is described by `text_config`, any decoder configuration of transformers.
+
+    Args:
+        text_config: configuration (or its dictionary, with `model_type`) of the backbone. Default: Qwen2.
+        block_size: number of positions that are denoised together; blocks see themselves and all blocks before them.
+            `None`: the whole sequence is one block (LLaDA, Sudoku), every position sees every other.
+        mask_token_id: id of [MASK]. Needed to build a model.
+        token_shift: the raw head at position i scores the token at i + 1 (Fast-dLLM v2, Dream). The model hides this:
+            its logits and states are position-aligned either way.
+        tie_word_embeddings: share the embedding and the head; `None` follows `text_config`.
+        relay_channel: what is carried from one denoising step to the next. `"none"`: nothing. `"layer_norm"`: a hidden
+            state, added to the embeddings through a LayerNorm (Relay).
+        relay_layer: decoder layer whose output is carried; negative counts from the end, -1 = last.
+        relay_readout: `"post_norm"` carries the output of the final norm (needs the last layer), `"pre_norm"` the raw
+            residual stream.
+        relay_scope: positions that receive the state: `"masked"` ones or `"all"`.
+        relay_init: initial weight of the channel's LayerNorm; `"zeros"` makes a fresh channel an exact no-op.
+        relay_initial_state: state of the first denoising step, in training and in decoding alike. `"zeros"`: the
+            channel applied to zeros. `"none"`: nothing is added.
+        relay_norm_eps: epsilon of the channel's LayerNorm.
+
+    Raises:
+        ValueError: a field has a value that no model can be built from.
+    """
+
+    model_type = "relay"
+    sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2")}
+    keys_to_ignore_at_inference = ["past_key_values", "relay_state"]
+
+    text_config: dict | PreTrainedConfig | None = None
+    block_size: int | None = 32
+    mask_token_id: int | None = None
+    token_shift: bool = False
+    tie_word_embeddings: bool | None = None
+    relay_channel: Literal["none", "layer_norm"] = "layer_norm"
+    relay_layer: int = -1
+    relay_readout: Literal["post_norm", "pre_norm"] = "post_norm"
+    relay_scope: Literal["masked", "all"] = "masked"
+    relay_init: Literal["zeros", "ones"] = "zeros"
+    relay_initial_state: Literal["zeros", "none"] = "zeros"
+    relay_norm_eps: float = 1e-5
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        misspelled = sorted(name for name in kwargs if name.startswith("relay_"))
+        if misspelled:
+            raise ValueError(f"Unknown relay option(s) {misspelled}: check the spelling against RelayConfig's arguments.")
+        super().__post_init__(**kwargs)
+        if self.tie_word_embeddings is None:
+            self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        if self.relay_readout == "pre_norm":
+            # Otherwise transformers reports the final norm's output in place of the last layer's.
+            self.text_config.tie_last_hidden_states = False
+        # The strict dataclass runs `validate_*` too, but wraps what they raise: run here, users see a plain ValueError.
+        self.validate_mask_token()
+        self.validate_block()
+        self.validate_relay_layer()
+        self.validate_attention()
+
+    def validate_mask_token(self) -> None:
+        vocab_size = self.text_config.vocab_size
+        if self.mask_token_id is not None and not 0 <= self.mask_token_id < vocab_size:
+            raise ValueError(
+                f"`mask_token_id={self.mask_token_id}` is outside the vocabulary of {vocab_size} tokens: choose an id "
+                f"in [0, {vocab_size - 1}], or enlarge the vocabulary."
+            )
+
+    def validate_block(self) -> None:
+        if self.block_size is not None and self.block_size < 1:
+            raise ValueError(
+                f"`block_size={self.block_size}` must be at least 1; use `None` to denoise the whole sequence at once."
+            )
+
+    def validate_relay_layer(self) -> None:
+        layers = self.text_config.num_hidden_layers
+        if not -layers <= self.relay_layer < layers:
+            raise ValueError(
+                f"`relay_layer={self.relay_layer}` does not exist in a backbone of {layers} layers: choose one in "
+                f"[{-layers}, {layers - 1}]."
+            )
+        if self.relay_readout == "post_norm" and self.relay_layer not in (-1, layers - 1):
+            raise ValueError(
+                f"`relay_readout='post_norm'` reads behind the last layer, but `relay_layer={self.relay_layer}`: set "
+                "`relay_layer=-1` or `relay_readout='pre_norm'`."
+            )
+
+    def validate_attention(self) -> None:
+        other = sorted(set(getattr(self.text_config, "layer_types", None) or []) - {"full_attention"})
+        if other:
+            raise ValueError(
+                f"The backbone has layers of type {other}, which block diffusion does not support yet: use a backbone "
+                "whose layers are all `full_attention`."
+            )
+
+    @classmethod
+    def fast_dllm_v2(cls, text_config: PreTrainedConfig | dict | None = None, **overrides: Any) -> "RelayConfig":
+        """The published language-model instance: blocks of 32, token shift, zero-initialised channel on [MASK]s.
+
+        Args:
+            text_config: the backbone, by default Qwen2.
+            overrides: any other argument of `RelayConfig`, for instance `mask_token_id` (default: 151665).
+        """
+        preset: dict[str, Any] = {
+            "block_size": 32,
+            "mask_token_id": 151665,
+            "token_shift": True,
+            "relay_scope": "masked",
+            "relay_init": "zeros",
+            "relay_readout": "post_norm",
+            "relay_norm_eps": 1e-6,
+        }
+        return cls(text_config=text_config, **{**preset, **overrides})
+
+    @classmethod
+    def sudoku(cls, text_config: PreTrainedConfig | dict | None = None, **overrides: Any) -> "RelayConfig":
+        """The published Sudoku instance: whole sequence, no shift, unit-initialised channel on every position.
+
+        Args:
+            text_config: the backbone, by default Qwen2.
+            overrides: any other argument of `RelayConfig`; `mask_token_id` is that of your tokenizer.
+        """
+        preset: dict[str, Any] = {
+            "block_size": None,
+            "token_shift": False,
+            "relay_scope": "all",
+            "relay_init": "ones",
+            "relay_readout": "pre_norm",
+            "relay_norm_eps": 1e-5,
+        }
+        return cls(text_config=text_config, **{**preset, **overrides})
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Reads `config.json`; that of Fast-dLLM v2, of published relay checkpoints or of a plain decoder is translated.
+
+        Relay options among the keyword arguments (`block_size=8`, `mask_token_id=...`) replace what the file says.
+        """
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if config_dict and config_dict.get("model_type") != cls.model_type:
+            config_dict = foreign_config_to_relay(config_dict)
+        # Fields move from the keyword arguments into the dictionary, so that they are validated together.
+        for name in RELAY_FIELDS & kwargs.keys():
+            config_dict[name] = kwargs.pop(name)
+        return config_dict, kwargs
+
+
+RELAY_FIELDS = frozenset(RelayConfig.__annotations__) - {"text_config"}

@@ -1,0 +1,191 @@
+"""`generate()` for masked diffusion, on transformers' own GenerationMixin.
+
+The mixin checks the options and hands over to the block decoder. It overrides underscored methods of GenerationMixin,
+which is how transformers itself specialises decoding; `tests/modeling/test_generation_contract.py` fails if they move.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import (
+    EosTokenCriteria,
+    GenerationMode,
+    MaxLengthCriteria,
+    MinPLogitsWarper,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from .cache_relay import RelayCache
+from .decoding_relay import BlockDecoder, TokenChooser
+from .outputs_relay import RelayGenerateOutput
+from .reveal_relay import make_policy
+
+# The only ones whose effect does not depend on the order in which tokens appear.
+ORDER_FREE_PROCESSORS = (
+    MinPLogitsWarper,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+
+class RelayGenerationMixin(GenerationMixin):
+    """Block diffusion decoding with the relay state in the cache.
+
+    Options of `generate` beside the usual ones, with defaults in `model.generation_config`:
+
+    - `unmasking_policy`: `"confidence_threshold"` or `"confidence_budget"`;
+    - `unmasking_threshold`: what the policy compares with;
+    - `sub_block_size`: positions of a block that are revealed first, left to right; `None` = the whole block;
+    - `use_relay`: carry the state between denoising steps.
+
+    A model with `block_size=None` fills in the masks of the given canvas, and of `max_new_tokens` more if asked for.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._add_generation_defaults()
+
+    def _add_generation_defaults(self) -> None:
+        """Gives `generation_config` the fields of block diffusion, so that `generate` knows them and typos raise."""
+        block_size = self.config.block_size
+        defaults = {
+            "unmasking_policy": "confidence_threshold" if block_size else "confidence_budget",
+            "unmasking_threshold": 0.85 if block_size else 0.15,
+            "sub_block_size": 8 if block_size and block_size % 8 == 0 else None,
+            "use_relay": True,
+        }
+        for name, value in defaults.items():
+            if not hasattr(self.generation_config, name):
+                setattr(self.generation_config, name, value)
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        # A file written by another library, or an object assigned by the user, may lack our fields.
+        self._add_generation_defaults()
+        return super()._prepare_generation_config(generation_config, **kwargs)
+
+    def _validate_generation_mode(
+        self, generation_mode: GenerationMode, generation_config: GenerationConfig, generation_mode_kwargs: dict[str, Any]
+    ) -> None:
+        if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            raise ValueError(
+                f"`generate` was asked for {generation_mode.value}, but block diffusion reveals tokens out of order: use "
+                "greedy decoding or `do_sample=True`, with `num_beams=1` and without an assistant model."
+            )
+        if generation_mode_kwargs.get("synced_gpus"):
+            raise ValueError("`synced_gpus=True` is not supported: gather the weights on one process to generate.")
+        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+        # Everything about our own options is said here, before any forward.
+        make_policy(generation_config.unmasking_policy, generation_config.unmasking_threshold)
+        block_size, sub_block_size = self.config.block_size, generation_config.sub_block_size
+        if sub_block_size is not None and (sub_block_size < 1 or (block_size and block_size % sub_block_size)):
+            raise ValueError(
+                f"`sub_block_size={sub_block_size}` does not divide the model's `block_size={block_size}`: choose a "
+                "divisor, or `None` for the whole block."
+            )
+        if generation_config.use_cache is False:
+            raise ValueError("`use_cache=False` is not supported: the relay state lives in the cache; leave it on.")
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"`cache_implementation={generation_config.cache_implementation!r}` cannot hold the relay state: leave it "
+                "out, and generate uses a `RelayCache`."
+            )
+        cache = model_kwargs.get("past_key_values")
+        if cache is None:
+            model_kwargs["past_key_values"] = RelayCache(config=self.config.text_config)
+        elif not isinstance(cache, RelayCache):
+            raise ValueError(
+                f"`past_key_values` is a {type(cache).__name__}, which cannot hold the relay state: pass a `RelayCache`, or "
+                "nothing."
+            )
+        elif cache.get_seq_length() > 0:
+            raise ValueError("`past_key_values` already holds a prefix: `reset()` it, or pass nothing.")
+
+    def _prepare_generated_length(
+        self, generation_config: GenerationConfig, has_default_max_length: bool, **kwargs: Any
+    ) -> GenerationConfig:
+        if self.config.block_size is None and has_default_max_length and generation_config.max_new_tokens is None:
+            # A canvas is filled in, nothing is appended.
+            generation_config.max_length = kwargs["input_ids_length"]
+            return generation_config
+        return super()._prepare_generated_length(
+            generation_config=generation_config, has_default_max_length=has_default_max_length, **kwargs
+        )
+
+    def _validate_generated_length(
+        self, generation_config: GenerationConfig, input_ids_length: int, has_default_max_length: bool
+    ) -> None:
+        if self.config.block_size is None and generation_config.max_length == input_ids_length:
+            return
+        super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: BaseStreamer | None = None,
+        past_key_values: RelayCache | None = None,
+        attention_mask: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> RelayGenerateOutput | Tensor:
+        """Decodes a batch; called by `generate`, whose documentation describes the arguments.
+
+        Raises:
+            ValueError: an option that block diffusion cannot honour.
+        """
+        # Set by `generate` for token-by-token decoding; positions and logits are the block decoder's own business.
+        for name in ("position_ids", "logits_to_keep", "use_cache", "tokenizer"):
+            model_kwargs.pop(name, None)
+        if unused := sorted(name for name, value in model_kwargs.items() if value is not None):
+            raise ValueError(f"`generate` does not take {unused}: leave them out.")
+        if streamer is not None and len(input_ids) > 1:
+            raise ValueError(f"A streamer shows one row, but the batch has {len(input_ids)}: generate rows one by one.")
+        for processor in logits_processor:
+            if type(processor).__module__.startswith("transformers.") and not isinstance(processor, ORDER_FREE_PROCESSORS):
+                raise ValueError(
+                    f"{type(processor).__name__} expects tokens from left to right, which block diffusion does not give: "
+                    "remove the option that adds it."
+                )
+
+        device = self.get_input_embeddings().weight.device
+        decoder = BlockDecoder(
+            self,
+            past_key_values,
+            policy=make_policy(generation_config.unmasking_policy, generation_config.unmasking_threshold),
+            chooser=TokenChooser(logits_processor, generation_config.do_sample, self.config.mask_token_id),
+            sub_block_size=generation_config.sub_block_size,
+            use_relay=generation_config.use_relay,
+            stop_token_ids=generation_config._eos_token_tensor,
+            pad_token_id=generation_config._pad_token_tensor,
+            # Length and stop tokens are the decoder's own.
+            stopping_criteria=[c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria | EosTokenCriteria)],
+            streamer=streamer,
+        )
+        with torch.no_grad():
+            output = decoder.run(
+                input_ids.to(device),
+                torch.ones_like(input_ids, device=device) if attention_mask is None else attention_mask.to(device),
+                new_tokens=generation_config.max_length - input_ids.shape[1],
+            )
+        return output if generation_config.return_dict_in_generate else output.sequences

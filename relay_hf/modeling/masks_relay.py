@@ -1,0 +1,85 @@
+"""Positions, attention patterns and the token shift; pure functions of tensors.
+
+Legend: B rows, P cached positions, L new positions, D hidden size, K = P + L. Rows may be padded on either side; blocks
+are counted in each row's own positions, so padding never moves a block border.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+
+from .cache_relay import RelayCache
+
+
+def positions_of(attention_mask: Tensor) -> Tensor:
+    """Position of every token in its own row, 0 at padding before the text; (B, K) of 0/1 or bool -> (B, K) long."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def new_positions(attention_mask: Tensor | None, cached: int, length: int, device: torch.device) -> Tensor:
+    """Positions of the `length` tokens behind `cached` ones: (B, L), or (1, L) if there is no padding."""
+    if attention_mask is None:
+        return torch.arange(cached, cached + length, device=device)[None]
+    return positions_of(attention_mask)[:, -length:]
+
+
+def block_attention_mask(
+    config: Any,
+    embeds: Tensor,
+    attention_mask: Tensor | None,
+    past_key_values: RelayCache | None,
+    position_ids: Tensor,
+    block_size: int | None,
+) -> Any:
+    """The attention pattern of block diffusion: a position sees its own block and every block before it.
+
+    Args:
+        config: the backbone's configuration (it names the attention implementation).
+        embeds: (B, L, D).
+        attention_mask: (B, K) with 0 at padding; or a prepared 4-D mask, which is returned as it is; or None.
+        past_key_values: cache with P committed positions, a whole number of blocks.
+        position_ids: (B or 1, L).
+        block_size: None = one block, everything sees everything.
+
+    Returns:
+        What the attention implementation takes; None means "no mask", that is full attention.
+    """
+    if attention_mask is not None and attention_mask.ndim == 4:
+        return attention_mask
+    cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+    length = embeds.shape[1]
+    # Without padding, positions are columns: one block of new tokens sees the whole prefix and itself.
+    is_one_block = block_size is None or (attention_mask is None and cached // block_size == (cached + length - 1) // block_size)
+    if is_one_block:
+        return create_bidirectional_mask(config, embeds, attention_mask, past_key_values=past_key_values)
+    if attention_mask is None:
+        blocks = torch.arange(cached + length, device=embeds.device)[None].expand(embeds.shape[0], -1) // block_size
+        attention_mask = torch.ones_like(blocks)
+    else:
+        blocks = positions_of(attention_mask) // block_size
+    # Causal OR same block. An explicit 2-D mask also keeps the library from guessing packed documents from positions.
+    return create_causal_mask(
+        config,
+        embeds,
+        attention_mask,
+        past_key_values=past_key_values,
+        position_ids=position_ids,
+        block_sequence_ids=blocks,
+    )
+
+
+def align_to_positions(raw: Tensor, position_ids: Tensor, before: Tensor | None = None) -> Tensor:
+    """Turns the outputs of a token-shift model into position-aligned ones: entry i is what position i - 1 produced.
+
+    Args:
+        raw: (B, L, D) outputs in the order of the network.
+        position_ids: (B or 1, L). Position 0 has nothing before it and keeps its own output, as in Fast-dLLM v2.
+        before: (B, 1, D) output of the position just before the first one, if that one is cached.
+
+    Returns:
+        (B, L, D).
+    """
+    previous = torch.cat([raw[:, :1] if before is None else before.to(raw.dtype), raw[:, :-1]], dim=1)
+    return torch.where((position_ids == 0)[..., None], raw, previous)

@@ -1,0 +1,194 @@
+"""RelayForMaskedDiffusion: a transformers backbone, a relay channel and a head.
+
+No noise, no loop and no attention code live here: noise and loops belong to the trainer and to generation, attention to
+the backbone. Legend: B rows, L positions, D hidden size, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModel, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils.generic import can_return_tuple
+
+from .cache_relay import RelayCache
+from .channel_relay import LayerNormChannel, make_channel
+from .configuration_relay import RelayConfig
+from .conversion_relay import FOREIGN_PARAMETER_NAMES
+from .generation_relay import RelayGenerationMixin
+from .masks_relay import align_to_positions, block_attention_mask, new_positions
+from .outputs_relay import RelayOutput
+
+
+class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
+    """Masked diffusion language model that carries a learned state between denoising steps (arXiv 2605.22967).
+
+    `model` is the backbone of transformers as it is, so parameter names are those of the base checkpoint; `relay` is the
+    channel and `lm_head` the head. All three Auto classes for language models return this class.
+
+    Raises:
+        ValueError: the configuration has no `mask_token_id`.
+    """
+
+    config: RelayConfig
+    config_class = RelayConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _keep_in_fp32_modules_strict = ["relay"]
+    # A backbone without a channel, or with a fresh one, is a normal checkpoint to start from.
+    _keys_to_ignore_on_load_missing = [r"^relay\."]
+
+    def __init__(self, config: RelayConfig) -> None:
+        super().__init__(config)
+        if config.mask_token_id is None:
+            raise ValueError(
+                "`mask_token_id` is not set: pass the id of your tokenizer's [MASK], e.g. "
+                "`from_pretrained(path, mask_token_id=tokenizer.mask_token_id)`."
+            )
+        self.model = AutoModel.from_config(config.text_config)
+        self.relay = make_channel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        # Index among the backbone's hidden states (0 = embeddings), or None for the output of its final norm.
+        layers = config.text_config.num_hidden_layers
+        self._state_index = None if config.relay_readout == "post_norm" else config.relay_layer % layers + 1
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, LayerNormChannel):
+            module.reset_parameters()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "RelayForMaskedDiffusion":
+        """Loads our checkpoints, those of the published research fork, Fast-dLLM v2 and plain causal decoders.
+
+        Relay options (`mask_token_id`, `block_size`, `relay_channel`, ...) may be given as keyword arguments.
+        """
+        kwargs["key_mapping"] = {**FOREIGN_PARAMETER_NAMES, **(kwargs.get("key_mapping") or {})}
+        return super().from_pretrained(*args, **kwargs)
+
+    def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
+        """As in transformers, but always under our parameter names, wherever the checkpoint came from."""
+        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        relay_state: Tensor | None = None,
+        relay_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> RelayOutput:
+        """One pass of the network under block-causal attention. Never adds noise.
+
+        Args:
+            input_ids: (B, L) tokens, some of them [MASK].
+            attention_mask: (B, P + L) with 0 at padding, P being the cached length; or a prepared 4-D mask.
+            position_ids: (B or 1, L); by default counted from the attention mask and the cache.
+            past_key_values: a `RelayCache` of whole committed blocks. New positions are stored in it unless it is
+                drafting.
+            relay_state: (B, L, D) position-aligned state of the previous step. `None` injects nothing at all; zeros is
+                the channel applied to zeros.
+            relay_mask: (B, L) bool, positions that receive the state instead of those of `config.relay_scope`.
+            labels: (B, L) tokens, -100 = ignore.
+            use_cache: store keys and values even if no cache was given.
+            logits_to_keep: which positions go through the head: the last n (0 = all), indices, or a (B, L) bool mask.
+
+        Raises:
+            ValueError: a shape does not fit, the cache cannot align the first position, or all labels are -100.
+        """
+        if use_cache and past_key_values is None:
+            past_key_values = RelayCache(config=self.config.text_config)
+        cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if cached and self.config.token_shift and getattr(past_key_values, "last_hidden", None) is None:
+            raise ValueError(
+                "The cache holds a prefix but not the hidden state at its end, which a token-shift model needs to align "
+                "the next block: use a `RelayCache`, and prefill again after `crop`."
+            )
+        if labels is not None and bool((labels == -100).all()):
+            raise ValueError("All labels are -100, so there is nothing to learn: label at least one position.")
+        if position_ids is None:
+            mask_2d = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+            position_ids = new_positions(mask_2d, cached, input_ids.shape[1], input_ids.device)
+
+        embeds = self.get_input_embeddings()(input_ids)
+        if relay_state is not None:
+            receives = relay_mask if relay_mask is not None else self.receives_state(input_ids)
+            embeds = self.relay.inject(embeds, receives, relay_state)
+
+        backbone_output = self.model(
+            inputs_embeds=embeds,
+            attention_mask=block_attention_mask(
+                self.model.config, embeds, attention_mask, past_key_values, position_ids, self.config.block_size
+            ),
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=past_key_values is not None,
+            # "No mask" must mean full attention, not the backbone's causal default.
+            is_causal=False,
+            **self._read_out_request(kwargs),
+        )
+        hidden, read_out = self._align(backbone_output, position_ids, past_key_values)
+        logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
+        loss = None
+        if labels is not None:
+            targets = slice_logits_to_keep(labels[..., None], logits_to_keep)
+            loss = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
+        return RelayOutput(
+            loss=loss,
+            logits=logits,
+            relay_state=self.relay.update(read_out),
+            past_key_values=past_key_values,
+            hidden_states=backbone_output.hidden_states if kwargs.get("output_hidden_states") else None,
+            attentions=backbone_output.attentions,
+        )
+
+    def receives_state(self, input_ids: Tensor) -> Tensor:
+        """(B, L) bool, positions that the state enters under `config.relay_scope`."""
+        if self.config.relay_scope == "all":
+            return torch.ones_like(input_ids, dtype=torch.bool)
+        return input_ids == self.config.mask_token_id
+
+    def initial_relay_state(self, rows: int, length: int) -> Tensor | None:
+        """State of the first denoising step of `rows` x `length` positions, or None if nothing is to be injected."""
+        return self.relay.initial_state(rows, length)
+
+    def _read_out_request(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Asks the backbone for the one layer that the channel reads, beside what the caller asked for."""
+        if self._state_index is None or kwargs.get("output_hidden_states"):
+            return kwargs
+        return {**kwargs, "output_hidden_states": [self._state_index]}
+
+    def _align(self, output: Any, position_ids: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor]:
+        """Position-aligned input of the head and of the channel, both (B, L, D); a commit leaves its tail in the cache."""
+        hidden = output.last_hidden_state
+        read_out = hidden if self._state_index is None else output.hidden_states[self._state_index]
+        aligned, aligned_read_out = hidden, read_out
+        if self.config.token_shift:
+            before, before_read_out = (
+                (cache.last_hidden, cache.last_read_out) if isinstance(cache, RelayCache) else (None, None)
+            )
+            aligned = align_to_positions(hidden, position_ids, before)
+            # The published instance carries the very tensor that feeds the head.
+            aligned_read_out = (
+                aligned if read_out is hidden else align_to_positions(read_out, position_ids, before_read_out)
+            )
+        if isinstance(cache, RelayCache) and not cache.is_drafting:
+            cache.commit_tail(hidden, read_out)
+        return aligned, aligned_read_out

@@ -1,0 +1,48 @@
+"""What a forward pass and what `generate` return."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class RelayOutput(ModelOutput):
+    """Output of one forward pass; every tensor with a position axis is position-aligned.
+
+    Args:
+        loss: mean cross-entropy over the positions whose label is not -100, if `labels` were given.
+        logits: (B, L, V), or (N, V) if `logits_to_keep` was a mask of N positions. Entry i scores the token AT i.
+        relay_state: (B, L, D), what the channel carries to the next denoising step; `None` without a channel.
+        past_key_values: the cache, if one was used.
+        hidden_states, attentions: of the backbone, not shifted, if asked for.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    relay_state: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class RelayGenerateOutput(ModelOutput):
+    """Output of `generate(..., return_dict_in_generate=True)`.
+
+    Args:
+        sequences: (B, L) prompt and new tokens; padded behind the stop token.
+        denoise_forwards: (B,) forwards in which the row still had a masked position to fill.
+        commit_forwards: (B,) forwards that wrote a finished block of the row to the cache.
+        prefill_forwards: (B,) forwards that wrote the row's prompt to the cache.
+        tokens_per_forward: (B,) tokens the row gained (stop token included) per forward of any kind.
+        past_key_values: the cache as the last forward left it, rows that finished earlier removed.
+    """
+
+    sequences: torch.LongTensor | None = None
+    denoise_forwards: torch.LongTensor | None = None
+    commit_forwards: torch.LongTensor | None = None
+    prefill_forwards: torch.LongTensor | None = None
+    tokens_per_forward: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None

@@ -1,0 +1,107 @@
+"""Unmasking policies: which masked positions to reveal, given how sure the model is. Used by decoding and training alike.
+
+Legend: G groups (a row, a block or a sub-block, whatever is denoised as a unit), L positions of a group.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class UnmaskingPolicy(Protocol):
+    """Chooses positions to reveal; each group with a masked position gets at least one."""
+
+    threshold: float
+
+    def __call__(self, confidence: Tensor, masked: Tensor) -> Tensor:
+        """(G, L) probability of each position's best token, (G, L) bool -> (G, L) bool, a subset of `masked`."""
+        ...
+
+
+@dataclass(frozen=True)
+class ConfidenceThreshold:
+    """Reveals every position whose probability is above the threshold, and the most probable one in any case.
+
+    Source: Fast-dLLM v2 (arXiv 2509.26328), the rule of the published language-model relay.
+
+    Args:
+        threshold: in [0, 1]. Higher is slower and safer; 1 reveals one position at a time.
+    """
+
+    threshold: float = 0.85
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.threshold <= 1.0:
+            raise ValueError(
+                f"`unmasking_threshold={self.threshold}` is not a probability: `confidence_threshold` needs one in [0, 1]."
+            )
+
+    def __call__(self, confidence: Tensor, masked: Tensor) -> Tensor:
+        return (masked & (confidence > self.threshold)) | _most_confident(confidence, masked)
+
+
+@dataclass(frozen=True)
+class ConfidenceBudget:
+    """Reveals the surest positions as long as their uncertainties 1 - p sum to less than the threshold; at least one.
+
+    Source: the published Sudoku relay (arXiv 2605.22967).
+
+    Args:
+        threshold: total uncertainty spent per step, >= 0. Lower is slower and safer; 0 reveals one position at a time.
+    """
+
+    threshold: float = 0.15
+
+    def __post_init__(self) -> None:
+        if not self.threshold >= 0.0:
+            raise ValueError(
+                f"`unmasking_threshold={self.threshold}` is negative: `confidence_budget` needs a total uncertainty >= 0."
+            )
+
+    def __call__(self, confidence: Tensor, masked: Tensor) -> Tensor:
+        # Known positions sort last and cost infinitely much.
+        uncertainty = (1.0 - confidence.float()).masked_fill(~masked, torch.inf)
+        ascending, order = uncertainty.sort(dim=-1, stable=True)
+        within_budget = ascending.cumsum(-1) < self.threshold
+        return torch.zeros_like(masked).scatter(-1, order, within_budget) | _most_confident(confidence, masked)
+
+
+POLICIES: dict[str, type[ConfidenceThreshold] | type[ConfidenceBudget]] = {
+    "confidence_threshold": ConfidenceThreshold,
+    "confidence_budget": ConfidenceBudget,
+}
+
+
+def make_policy(name: str, threshold: float) -> UnmaskingPolicy:
+    """Builds the policy called `name`.
+
+    Raises:
+        ValueError: unknown name, or a threshold outside the policy's range.
+    """
+    if name not in POLICIES:
+        raise ValueError(f"`unmasking_policy={name!r}` is unknown: choose one of {sorted(POLICIES)}.")
+    return POLICIES[name](threshold)
+
+
+def best_token(scores: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
+    """The most probable token that is not [MASK], and how probable it is among all tokens.
+
+    Args:
+        scores: (N, V) logits; the column of [MASK] is overwritten.
+        mask_token_id: never chosen, but counted in the normalisation.
+
+    Returns:
+        (N,) fp32 probability and (N,) token id.
+    """
+    total = scores.float().logsumexp(-1)
+    scores[:, mask_token_id] = -torch.inf
+    best, token = scores.max(-1)
+    return (best.float() - total).exp(), token
+
+
+def _most_confident(confidence: Tensor, masked: Tensor) -> Tensor:
+    """(G, L) bool with the most probable masked position of each group that has one."""
+    best = confidence.masked_fill(~masked, -1.0).argmax(-1, keepdim=True)
+    return torch.zeros_like(masked).scatter(-1, best, True) & masked

@@ -1,0 +1,230 @@
+"""RelayTrainer: TRL's SFTTrainer with the loss of a relay model. Wiring only; the work is in its siblings."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset
+from peft import PeftConfig
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import SFTTrainer
+
+from ..modeling import RelayConfig, RelayForMaskedDiffusion, make_policy
+from ..modeling.reveal_relay import UnmaskingPolicy
+from .buffer import RolloutBuffer, fresh_rows
+from .ema import WeightAverage
+from .metrics import ChannelNorms, is_channel_parameter, rollout_metrics
+from .noise import mask_uniformly
+from .relay_config import RelayTrainerConfig
+from .rollout import denoise_once, masked_cross_entropy, run_rollout
+
+# PEFT looks up default targets by model type; ours are those of the usual backbones.
+TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(RelayConfig.model_type, ["q_proj", "v_proj"])
+
+
+class RelayTrainer(SFTTrainer):
+    r"""Trains masked diffusion models with a relay channel (arXiv 2605.22967).
+
+    Data sets are those of `SFTTrainer`: prompt-completion, conversational, plain text or pre-tokenised; what has a label
+    is masked and learned, everything else stays visible.
+
+    Args:
+        model: a `RelayForMaskedDiffusion`, or a path or Hub id of one.
+        args: training arguments; `objective` and its neighbours choose what is learned.
+        peft_config: train adapters instead of the whole model; the channel is always trained in full.
+        kwargs: everything else that `SFTTrainer` takes (`train_dataset`, `processing_class`, `callbacks`, ...).
+
+    Raises:
+        ValueError: the objective needs a channel that the model lacks, no position of the data set has a label, or an
+            argument of `SFTTrainer` was given that has no meaning here.
+
+    Example:
+
+    ```python
+    trainer = RelayTrainer(
+        model="path/to/relay-model",
+        args=RelayTrainerConfig("runs/relay", objective="relay", relay_learning_rate=1e-3),
+        train_dataset=dataset,
+    )
+    trainer.train()
+    ```
+    """
+
+    _tag_names = ["relay", "masked-diffusion", "trl"]
+    _name = "Relay"
+    _paper = {"title": "Learned Relay Representations for Forward-Thinking Discrete Diffusion Models", "id": "2605.22967"}
+    # `compute_loss` returns the mean over a micro-batch, and the Trainer averages those over the accumulation steps.
+    loss_is_scaled_for_ga = False
+
+    args: RelayTrainerConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: RelayTrainerConfig | None = None,
+        *,
+        peft_config: PeftConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"`{name}` is not supported: a rollout has no single set of logits; leave it out.")
+        args = args if args is not None else RelayTrainerConfig("relay-model")
+        if isinstance(model, str):
+            # TRL resolves a path by `architectures`, which only knows classes inside transformers.
+            model = RelayForMaskedDiffusion.from_pretrained(model, **{"dtype": "float32", **(args.model_init_kwargs or {})})
+            args.model_init_kwargs = None
+        config: RelayConfig = model.config
+        if args.carries_state and config.relay_channel == "none":
+            raise ValueError(
+                f"`objective={args.objective!r}` trains a relay channel, but the model has `relay_channel='none'`: load it "
+                "with `relay_channel='layer_norm'`, or choose `objective='rollout'` or `'masked'`."
+            )
+        if peft_config is not None and config.relay_channel != "none":
+            # A channel has a few thousand parameters: adapters would only get in its way.
+            peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), "relay"})
+        super().__init__(model, args, peft_config=peft_config, **kwargs)
+        # TRL wraps `forward` for its own next-token loss, which is never computed here. A copied model would share it.
+        vars(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)).pop("forward", None)
+        _check_labels(self.train_dataset)
+
+        self.relay_config = config
+        self.buffer = RolloutBuffer(config, args.carries_state)
+        self.weight_average = WeightAverage(self.model, args.ema_decay) if args.ema_decay is not None else None
+        self.add_callback(ChannelNorms(self._metrics["train"]))
+        if self.weight_average is not None:
+            self.add_callback(_FollowWeights(self.weight_average))
+
+    # -- loss -------------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor:
+        """The objective's loss on one micro-batch; in training, rollouts go on from the buffer.
+
+        Evaluation starts every row from all masks and draws no random thresholds, so that two evaluations of the same
+        weights give the same number.
+        """
+        if self.args.objective == "masked":
+            return self._masked_loss(model, inputs)
+        is_training = model.training
+        if is_training:
+            refilled = self.buffer.refill(inputs)
+            rows = self.buffer.rows
+        else:
+            rows = fresh_rows(self.relay_config, inputs, self.args.carries_state)
+            refilled = len(rows.clean_ids)
+        result = run_rollout(model, self.relay_config, rows, self._policies(jitter=is_training), self.args.objective)
+        if is_training:
+            self.buffer.store(result.rows)
+        self._record(is_training, rollout_metrics(result, refilled))
+        return result.loss
+
+    def _masked_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        rows = fresh_rows(self.relay_config, inputs, carries_state=False)
+        generator = None
+        if not model.training:
+            # The same masks for the same rows, whenever and in whatever order they are evaluated.
+            generator = torch.Generator().manual_seed(self.args.seed + int(rows.clean_ids.sum()))
+        rows = mask_uniformly(rows, self.relay_config, generator)
+        masked = rows.masked(self.relay_config.mask_token_id)
+        self._record(model.training, {"masked_fraction": float(masked.sum()) / max(int(rows.maskable.sum()), 1)})
+        return masked_cross_entropy(denoise_once(model, self.relay_config, rows), rows.clean_ids[masked])
+
+    def _policies(self, jitter: bool) -> list[UnmaskingPolicy]:
+        """The reveal rule of every step; with jitter, each has its own threshold, moved back into the valid range."""
+        name, threshold = self.args.unmasking_policy, self.args.unmasking_threshold
+        noise = torch.randn(self.args.rollout_steps) * (self.args.threshold_jitter if jitter else 0.0)
+        highest = 1.0 if name == "confidence_threshold" else float("inf")
+        return [make_policy(name, min(max(threshold + float(n), 0.0), highest)) for n in noise]
+
+    def _record(self, is_training: bool, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._metrics["train" if is_training else "eval"][name].append(value)
+
+    # -- optimizer and averages ---------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, with the channel in groups of its own if it has its own learning rate."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and self.args.relay_learning_rate is not None:
+            named = (self.model if model is None else model).named_parameters()
+            channel = {id(parameter) for name, parameter in named if is_channel_parameter(name)}
+            for group in list(optimizer.param_groups):
+                moved = [p for p in group["params"] if id(p) in channel]
+                if moved:
+                    group["params"] = [p for p in group["params"] if id(p) not in channel]
+                    optimizer.add_param_group({**group, "params": moved, "lr": self.args.relay_learning_rate})
+        return optimizer
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in SFTTrainer, with the averaged weights if there are any."""
+        if self.weight_average is None:
+            return super().evaluate(*args, **kwargs)
+        with self.weight_average.applied():
+            return super().evaluate(*args, **kwargs)
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    # The Trainer has no public hook for state that belongs to a checkpoint; `tests/trainers/test_resume.py` fails if
+    # these two move.
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        for path, holder in self._checkpointed(output_dir):
+            if tensors := holder.state_dict():
+                save_file(tensors, path)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        for path, holder in self._checkpointed(checkpoint):
+            if path.exists():
+                holder.load_state_dict(load_file(path, device=str(self.args.device)))
+
+    def _checkpointed(self, folder: str) -> list[tuple[Path, Any]]:
+        """Where each part of the trainer's own state is kept; the buffer is a matter of each process."""
+        parts: list[tuple[Path, Any]] = [
+            (Path(folder) / f"rollout_buffer_{self.args.process_index}.safetensors", self.buffer)
+        ]
+        if self.weight_average is not None and self.is_world_process_zero():
+            parts.append((Path(folder) / "weight_average.safetensors", self.weight_average))
+        return parts
+
+
+class _FollowWeights(TrainerCallback):
+    """Updates the average after each optimizer step and leaves it in the model when training ends."""
+
+    def __init__(self, average: WeightAverage) -> None:
+        self.average = average
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.average.update()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.average.copy_to_model()
+
+
+def _check_labels(dataset: Any) -> None:
+    """Refuses a data set without a single label; streams can only be checked batch by batch."""
+    if not isinstance(dataset, Dataset) or "labels" not in dataset.column_names:
+        return
+    labels = dataset.data.column("labels")
+    if not any(pc.any(pc.not_equal(pc.list_flatten(chunk), -100)).as_py() for chunk in labels.chunks):
+        raise ValueError(
+            "All labels of the training set are -100, so there is nothing to learn: check that each row has a response and "
+            "that `max_length` leaves room for it."
+        )
