@@ -3,9 +3,10 @@
 A channel is a small module with one interface:
 
 - `initial_state(rows, length)`: the state of the first step, or None for "nothing is injected";
-- `inject(embeds, receives, state)`: the embeddings of the next step. It gets the embeddings rather than returning a
+- `forward(embeds, receives, state)`: the embeddings of the next step. It gets the embeddings rather than returning a
   delta, because a channel may interpolate instead of adding;
-- `update(read_out)`: the state a forward pass leaves behind.
+- `next_state(read_out)`: the state a forward pass leaves behind. (PEFT wraps the channel in a module that has an `update`
+  of its own, so this must not be called that.)
 
 Legend: B rows, L positions, D hidden size.
 """
@@ -24,13 +25,34 @@ class NoChannel(nn.Module):
     def initial_state(self, rows: int, length: int) -> None:
         return None
 
-    def inject(self, embeds: Tensor, receives: Tensor, state: Tensor) -> Tensor:
+    def forward(self, embeds: Tensor, receives: Tensor, state: Tensor) -> Tensor:
         raise ValueError(
             "A `relay_state` was given to a model with `relay_channel='none'`: leave it out, or use a model with a channel."
         )
 
-    def update(self, read_out: Tensor) -> None:
+    def next_state(self, read_out: Tensor) -> None:
         return None
+
+
+class RelayLayerNorm(nn.LayerNorm):
+    """A LayerNorm in fp32 whose weight starts at `initial_weight` (0 makes a fresh channel an exact no-op).
+
+    The initial values are written here because transformers builds models on the meta device and initialises later, and
+    then only modules that own parameters.
+    """
+
+    def __init__(self, size: int, eps: float, initial_weight: float) -> None:
+        self.initial_weight = initial_weight
+        super().__init__(size, eps=eps, dtype=torch.float32)
+
+    def reset_parameters(self) -> None:
+        """Writes the initial values; respects parameters that came from a checkpoint."""
+        init.constant_(self.weight, self.initial_weight)
+        init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalises in fp32, whatever the dtypes of input and parameters have become."""
+        return F.layer_norm(input.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
 
 
 class LayerNormChannel(nn.Module):
@@ -43,13 +65,8 @@ class LayerNormChannel(nn.Module):
     def __init__(self, config: RelayConfig) -> None:
         super().__init__()
         self.starts_from_zeros = config.relay_initial_state == "zeros"
-        self.initial_weight = {"zeros": 0.0, "ones": 1.0}[config.relay_init]
-        self.norm = nn.LayerNorm(config.text_config.hidden_size, eps=config.relay_norm_eps, dtype=torch.float32)
-
-    def reset_parameters(self) -> None:
-        """Writes the initial values; respects parameters that came from a checkpoint."""
-        init.constant_(self.norm.weight, self.initial_weight)
-        init.zeros_(self.norm.bias)
+        initial_weight = {"zeros": 0.0, "ones": 1.0}[config.relay_init]
+        self.norm = RelayLayerNorm(config.text_config.hidden_size, config.relay_norm_eps, initial_weight)
 
     def initial_state(self, rows: int, length: int) -> Tensor | None:
         """State of the first denoising step, (B, L, D) fp32, or None if nothing is to be injected."""
@@ -57,7 +74,7 @@ class LayerNormChannel(nn.Module):
             return None
         return torch.zeros(rows, length, *self.norm.normalized_shape, device=self.norm.weight.device)
 
-    def inject(self, embeds: Tensor, receives: Tensor, state: Tensor) -> Tensor:
+    def forward(self, embeds: Tensor, receives: Tensor, state: Tensor) -> Tensor:
         """Adds the normalised state where `receives`.
 
         Args:
@@ -76,11 +93,9 @@ class LayerNormChannel(nn.Module):
                 f"`relay_state` has shape {tuple(state.shape)}, but the embeddings have {tuple(embeds.shape)}: pass the "
                 "state that the previous forward returned for the same rows and positions."
             )
-        norm = self.norm
-        signal = F.layer_norm(state.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
-        return torch.where(receives[..., None], embeds + signal.to(embeds.dtype), embeds)
+        return torch.where(receives[..., None], embeds + self.norm(state).to(embeds.dtype), embeds)
 
-    def update(self, read_out: Tensor) -> Tensor:
+    def next_state(self, read_out: Tensor) -> Tensor:
         """The state is the hidden state itself, (B, L, D)."""
         return read_out
 

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.configuration_utils import SubConfigSpec
 
 from .conversion_relay import foreign_config_to_relay
@@ -99,7 +100,8 @@ class RelayConfig(PreTrainedConfig):
             )
 
     def validate_attention(self) -> None:
-        other = sorted(set(getattr(self.text_config, "layer_types", None) or []) - {"full_attention"})
+        # What a `DynamicCache` of the backbone would hold; it also knows layers that only `sliding_window` describes.
+        other = sorted(set(get_layer_types_and_kwargs(self.text_config)[0]) - {"full_attention"})
         if other:
             raise ValueError(
                 f"The backbone has layers of type {other}, which block diffusion does not support yet: use a backbone "
@@ -145,17 +147,20 @@ class RelayConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Reads `config.json`; that of Fast-dLLM v2, of published relay checkpoints or of a plain decoder is translated.
-
-        Relay options among the keyword arguments (`block_size=8`, `mask_token_id=...`) replace what the file says.
-        """
+        """Reads `config.json`; that of Fast-dLLM v2, of published relay checkpoints or of a plain decoder is translated."""
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if config_dict and config_dict.get("model_type") != cls.model_type:
             config_dict = foreign_config_to_relay(config_dict)
-        # Fields move from the keyword arguments into the dictionary, so that they are validated together.
-        for name in RELAY_FIELDS & kwargs.keys():
-            config_dict[name] = kwargs.pop(name)
         return config_dict, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Builds the configuration; relay options among the keyword arguments (`block_size=8`) replace what the file says.
+
+        The Auto classes end here too. Fields move into the dictionary, so that they are validated and act together.
+        """
+        fields = {name: kwargs.pop(name) for name in RELAY_FIELDS & kwargs.keys()}
+        return super().from_dict({**config_dict, **fields}, **kwargs)
 
 
 RELAY_FIELDS = frozenset(RelayConfig.__annotations__) - {"text_config"}

@@ -36,11 +36,13 @@ class TokenChooser:
 
     def __call__(self, logits: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """(N, V) logits and (N, W) rows they belong to -> (N,) fp32 probability and (N,) token."""
-        scores = self.processors(context, logits)
         if not self.do_sample:
-            return best_token(scores, self.mask_token_id)
-        probabilities = scores.float().softmax(-1)
-        probabilities[:, self.mask_token_id] = 0.0
+            return best_token(self.processors(context, logits), self.mask_token_id)
+        # Before the warpers, which could keep [MASK] only; and after them, because a custom one may bring it back.
+        logits[:, self.mask_token_id] = -torch.inf
+        scores = self.processors(context, logits).float()
+        scores[:, self.mask_token_id] = -torch.inf
+        probabilities = scores.softmax(-1)
         token = torch.multinomial(probabilities, num_samples=1)
         return probabilities.gather(-1, token)[:, 0], token[:, 0]
 
@@ -236,7 +238,8 @@ class BlockDecoder:
         proposal = block.masked_scatter(candidates, token)
         self.tokens[:, columns] = torch.where(self.policy(confidence, candidates), proposal, block)
         if hasattr(self.streamer, "put_draft"):
-            self.streamer.put_draft(self.tokens[0, columns].cpu())
+            first = max(columns.start, int(self.prompt_end[0])) if self.appends else columns.start
+            self.streamer.put_draft(self.tokens[0, first : min(columns.stop, int(self.end[0]))].cpu())
 
     def _first_stop_token(self, block: Tensor, column: Tensor) -> Tensor:
         """(B,) column of the first stop token among the new tokens of the block, or one that is never reached."""

@@ -65,6 +65,8 @@ class RelayGenerationMixin(GenerationMixin):
         for name, value in defaults.items():
             if not hasattr(self.generation_config, name):
                 setattr(self.generation_config, name, value)
+        # Else transformers would not read our fields back from `generation_config.json`.
+        self.generation_config._from_model_config = False
 
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any
@@ -72,6 +74,10 @@ class RelayGenerationMixin(GenerationMixin):
         # A file written by another library, or an object assigned by the user, may lack our fields.
         self._add_generation_defaults()
         return super()._prepare_generation_config(generation_config, **kwargs)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: transformers' continuous batching (also reached by `cache_implementation="paged"`) goes token by token."""
+        raise ValueError("Continuous batching decodes left to right, which block diffusion does not: call `generate`.")
 
     def _validate_generation_mode(
         self, generation_mode: GenerationMode, generation_config: GenerationConfig, generation_mode_kwargs: dict[str, Any]
@@ -118,6 +124,9 @@ class RelayGenerationMixin(GenerationMixin):
             )
         elif cache.get_seq_length() > 0:
             raise ValueError("`past_key_values` already holds a prefix: `reset()` it, or pass nothing.")
+        else:
+            # A run that never committed a block leaves a relay state without keys and values.
+            cache.reset()
 
     def _prepare_generated_length(
         self, generation_config: GenerationConfig, has_default_max_length: bool, **kwargs: Any

@@ -15,7 +15,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
 from .cache_relay import RelayCache
-from .channel_relay import LayerNormChannel, make_channel
+from .channel_relay import RelayLayerNorm, make_channel
 from .configuration_relay import RelayConfig
 from .conversion_relay import FOREIGN_PARAMETER_NAMES
 from .generation_relay import RelayGenerationMixin
@@ -54,7 +54,8 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
                 "`mask_token_id` is not set: pass the id of your tokenizer's [MASK], e.g. "
                 "`from_pretrained(path, mask_token_id=tokenizer.mask_token_id)`."
             )
-        self.model = AutoModel.from_config(config.text_config)
+        # The dtype that is in force here: a dtype noted in `text_config` would make the backbone differ from the head.
+        self.model = AutoModel.from_config(config.text_config, dtype=torch.get_default_dtype())
         self.relay = make_channel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         # Index among the backbone's hidden states (0 = embeddings), or None for the output of its final norm.
@@ -65,7 +66,7 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, LayerNormChannel):
+        if isinstance(module, RelayLayerNorm):
             module.reset_parameters()
 
     @classmethod
@@ -113,24 +114,26 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         Raises:
             ValueError: a shape does not fit, the cache cannot align the first position, or all labels are -100.
         """
+        # PEFT passes this one, as None, to every causal language model.
+        if kwargs.pop("inputs_embeds", None) is not None:
+            raise ValueError("`inputs_embeds` do not tell which positions are masked: pass `input_ids`.")
         if use_cache and past_key_values is None:
             past_key_values = RelayCache(config=self.config.text_config)
-        cached = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if cached and self.config.token_shift and getattr(past_key_values, "last_hidden", None) is None:
+        cached = self._check_cache(past_key_values)
+        mask_2d = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+        if mask_2d is not None and mask_2d.shape[-1] != cached + input_ids.shape[1]:
             raise ValueError(
-                "The cache holds a prefix but not the hidden state at its end, which a token-shift model needs to align "
-                "the next block: use a `RelayCache`, and prefill again after `crop`."
+                f"`attention_mask` covers {mask_2d.shape[-1]} positions, but there are {cached} cached and "
+                f"{input_ids.shape[1]} new ones: pass the mask of both."
             )
-        if labels is not None and bool((labels == -100).all()):
-            raise ValueError("All labels are -100, so there is nothing to learn: label at least one position.")
+        targets = self._targets(input_ids, labels, logits_to_keep)
         if position_ids is None:
-            mask_2d = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
             position_ids = new_positions(mask_2d, cached, input_ids.shape[1], input_ids.device)
 
         embeds = self.get_input_embeddings()(input_ids)
         if relay_state is not None:
             receives = relay_mask if relay_mask is not None else self.receives_state(input_ids)
-            embeds = self.relay.inject(embeds, receives, relay_state)
+            embeds = self.relay(embeds, receives, relay_state)
 
         backbone_output = self.model(
             inputs_embeds=embeds,
@@ -146,16 +149,13 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         )
         hidden, read_out = self._align(backbone_output, position_ids, past_key_values)
         logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
-        loss = None
-        if labels is not None:
-            targets = slice_logits_to_keep(labels[..., None], logits_to_keep)
-            loss = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
+        loss = None if targets is None else F.cross_entropy(logits.flatten(0, -2).float(), targets)
         return RelayOutput(
             loss=loss,
             logits=logits,
-            relay_state=self.relay.update(read_out),
+            relay_state=self.relay.next_state(read_out),
             past_key_values=past_key_values,
-            hidden_states=backbone_output.hidden_states if kwargs.get("output_hidden_states") else None,
+            hidden_states=backbone_output.hidden_states if self._asks_for_hidden_states(kwargs) else None,
             attentions=backbone_output.attentions,
         )
 
@@ -169,11 +169,49 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         """State of the first denoising step of `rows` x `length` positions, or None if nothing is to be injected."""
         return self.relay.initial_state(rows, length)
 
+    def _check_cache(self, cache: Cache | None) -> int:
+        """Number of cached positions, if the forward can make use of them."""
+        if cache is None:
+            return 0
+        if self.training and self.is_activation_checkpointing:
+            raise ValueError(
+                "Gradient checkpointing drops keys and values while training, so a cache would stay empty: call "
+                "`model.eval()`, or leave the cache out."
+            )
+        cached = cache.get_seq_length()
+        if cached and self.config.token_shift and getattr(cache, "last_hidden", None) is None:
+            raise ValueError(
+                "The cache holds a prefix but not the hidden state at its end, which a token-shift model needs to align "
+                "the next block: use a `RelayCache`, and prefill again after `crop`."
+            )
+        return cached
+
+    def _targets(self, input_ids: Tensor, labels: Tensor | None, logits_to_keep: int | Tensor) -> Tensor | None:
+        """Labels of the positions that go through the head, flattened."""
+        if labels is None:
+            return None
+        if labels.shape != input_ids.shape:
+            raise ValueError(
+                f"`labels` have shape {tuple(labels.shape)}, but `input_ids` {tuple(input_ids.shape)}: pass one label per "
+                "position, -100 to ignore it."
+            )
+        targets = slice_logits_to_keep(labels[..., None], logits_to_keep).flatten()
+        if bool((targets == -100).all()):
+            raise ValueError("All labels are -100, so there is nothing to learn: label at least one position.")
+        return targets
+
+    def _asks_for_hidden_states(self, kwargs: dict[str, Any]) -> bool | int | list[int]:
+        """What the caller, else the configuration, wants to see of the hidden states."""
+        asked = kwargs.get("output_hidden_states")
+        return bool(self.config.output_hidden_states) if asked is None else asked
+
     def _read_out_request(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Asks the backbone for the one layer that the channel reads, beside what the caller asked for."""
-        if self._state_index is None or kwargs.get("output_hidden_states"):
-            return kwargs
-        return {**kwargs, "output_hidden_states": [self._state_index]}
+        layers = self._asks_for_hidden_states(kwargs)
+        if self._state_index is not None and layers is not True:
+            others = [] if layers is False else [layers] if isinstance(layers, int) else list(layers)
+            layers = [*others, self._state_index]
+        return {**kwargs, "output_hidden_states": layers}
 
     def _align(self, output: Any, position_ids: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor]:
         """Position-aligned input of the head and of the channel, both (B, L, D); a commit leaves its tail in the cache."""

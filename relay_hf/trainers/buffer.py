@@ -90,10 +90,9 @@ class RolloutBuffer:
         tensors = {field.name: getattr(self.rows, field.name) for field in fields(self.rows)}
         return {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
 
-    def load_state_dict(self, state: dict[str, Tensor], device: torch.device) -> None:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restores what `state_dict` returned."""
-        if state:
-            self.rows = RolloutRows(**{f.name: state[f.name].to(device) if f.name in state else None for f in fields(RolloutRows)})
+        self.rows = RolloutRows(**{f.name: state.get(f.name) for f in fields(RolloutRows)}) if state else None  # type: ignore[arg-type]
 
     def _pad(self, rows: RolloutRows, length: int) -> RolloutRows:
         """Pads on the right with positions that are neither seen nor learned."""

@@ -160,8 +160,8 @@ def _attention(config: RelayConfig, rows: RolloutRows) -> dict[str, Tensor]:
 
     mask = create_bidirectional_mask(
         config.text_config,
-        # Only its shape, dtype and device are read.
-        torch.empty(rows_count, 2 * length, 0, device=position_ids.device, dtype=config.dtype),
+        # Stands for the embeddings, of which only shape and device matter here.
+        torch.empty(rows_count, 2 * length, 0, device=position_ids.device),
         rows.attention_mask.repeat(1, 2),
         and_mask_function=sees,
     )

@@ -1,0 +1,22 @@
+"""Model cards written from what ran: facts in, README.md with machine-readable metadata out. Works offline."""
+
+from .card_data import RELAY_CITATION, DatasetFacts, Evaluation, EvaluationRow, RelayCardData, TrainingFacts
+from .environment import hardware, versions
+from .render import is_hub_id, make_metadata, render_card, save_card
+from .snippets import fill_in_snippet
+
+__all__ = [
+    "RELAY_CITATION",
+    "DatasetFacts",
+    "Evaluation",
+    "EvaluationRow",
+    "RelayCardData",
+    "TrainingFacts",
+    "fill_in_snippet",
+    "hardware",
+    "is_hub_id",
+    "make_metadata",
+    "render_card",
+    "save_card",
+    "versions",
+]

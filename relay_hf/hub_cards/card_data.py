@@ -1,0 +1,197 @@
+"""What a model card knows. Plain facts, checked when they are given; how they look is decided in `render.py`."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+RELAY_CITATION = """@misc{rozonoyer2026relay,
+  title         = {Learned Relay Representations for Forward-Thinking Discrete Diffusion Models},
+  author        = {Rozonoyer, Benjamin and Minniti, Jacopo and Patel, Dhruvesh and Band, Neil and Bose, Avishek Joey
+                   and Rudner, Tim G. J. and McCallum, Andrew},
+  year          = {2026},
+  eprint        = {2605.22967},
+  archivePrefix = {arXiv},
+  primaryClass  = {cs.LG},
+  url           = {https://arxiv.org/abs/2605.22967}
+}"""
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """A dataset that the model was trained or evaluated on.
+
+    Args:
+        name: for people, for instance "Sudoku 6x6".
+        description: a sentence or two: where it comes from, how many rows, what is held out.
+        hub_id: "namespace/name" on the Hub, if it is there.
+        config, split: of the Hub's dataset.
+    """
+
+    name: str
+    description: str = ""
+    hub_id: str | None = None
+    config: str | None = None
+    split: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainingFacts:
+    """How the weights came about.
+
+    Args:
+        datasets: what was trained on.
+        recipe: a sentence or two on the stages: "1,000 `masked` steps from scratch, then 400 `relay` steps."
+        arguments: the arguments that matter, in the order to print; those whose value is None are left out.
+        steps: optimizer steps.
+        seconds: wall time of the training.
+        parameters: number of trained parameters.
+        hardware: what it ran on, see `hardware()`.
+        versions: package -> version, see `versions()`.
+
+    Raises:
+        ValueError: a number is negative.
+    """
+
+    datasets: Sequence[DatasetFacts] = ()
+    recipe: str = ""
+    arguments: Mapping[str, object] = field(default_factory=dict)
+    steps: int | None = None
+    seconds: float | None = None
+    parameters: int | None = None
+    hardware: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "seconds", "parameters"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"`{name}={value}` of the training is no amount: give 0 or more, or leave it out.")
+
+
+@dataclass(frozen=True)
+class EvaluationRow:
+    """One evaluated setting: what it scores and how many forwards it takes.
+
+    Args:
+        label: which model this is, usually its objective ("relay", "rollout").
+        metrics: name -> fraction in [0, 1], the most important first ("exact_match": 0.797).
+        denoise_forwards, commit_forwards, prefill_forwards: means per sample.
+        samples: number of samples the means are over.
+        threshold: of the unmasking policy, if it has one.
+        seeds: number of training seeds the means are over.
+        spread: metric -> standard deviation over seeds, as a fraction.
+
+    Raises:
+        ValueError: a number is out of its range, or a spread has no metric.
+    """
+
+    label: str
+    metrics: Mapping[str, float]
+    denoise_forwards: float
+    commit_forwards: float
+    prefill_forwards: float
+    samples: int
+    threshold: float | None = None
+    seeds: int = 1
+    spread: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        where = f"evaluation row `{self.label}`"
+        if not self.metrics:
+            raise ValueError(f"The {where} has no metrics: give at least one, as a fraction.")
+        for name, value in [*self.metrics.items(), *self.spread.items()]:
+            if not 0 <= value <= 1:
+                raise ValueError(f"`{name}={value}` of the {where} is not a fraction: write 79.7 % as 0.797.")
+        if unknown := sorted(set(self.spread) - set(self.metrics)):
+            raise ValueError(f"The {where} has a spread of {unknown} but no such metric: give both, or neither.")
+        for name in ("denoise_forwards", "commit_forwards", "prefill_forwards"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}={getattr(self, name)}` of the {where} is no mean: give 0 or more.")
+        for name in ("samples", "seeds"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)}` of the {where}: nothing was measured; give 1 or more."
+                )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A table of results on one dataset.
+
+    Args:
+        dataset: what was evaluated on.
+        rows: the table, in the order to print. All report the same metrics.
+        highlighted: the row that stands for this model; rows with its label are this model at other thresholds, all
+            others are what it is compared with and never enter the card's metadata.
+        unit: what one sample is: "puzzle", "problem".
+        picture: name of an image file beside the card.
+        comment: what the numbers show, in a sentence or two.
+
+    Raises:
+        ValueError: the rows do not fit together, or `picture` is not a plain file name.
+    """
+
+    dataset: DatasetFacts
+    rows: Sequence[EvaluationRow]
+    highlighted: EvaluationRow
+    unit: str = "sample"
+    picture: str | None = None
+    comment: str = ""
+
+    def __post_init__(self) -> None:
+        if self.highlighted not in self.rows:
+            raise ValueError(f"`highlighted` (`{self.highlighted.label}`) is not among the rows: pass one of them.")
+        if len({tuple(row.metrics) for row in self.rows}) > 1:
+            raise ValueError("The evaluation rows report different metrics: give every row the same, in one order.")
+        if self.picture is not None and (not self.picture or "/" in self.picture or "\\" in self.picture):
+            raise ValueError(
+                f"`picture={self.picture!r}` must be a file beside the card: give its name, without a folder."
+            )
+
+    @property
+    def own_rows(self) -> list[EvaluationRow]:
+        """The rows that measure this model."""
+        return [row for row in self.rows if row.label == self.highlighted.label]
+
+
+@dataclass(frozen=True)
+class RelayCardData:
+    """Everything a card says. What is left out leaves no trace in it.
+
+    Args:
+        name: of the model.
+        base_model: Hub id or folder of the checkpoint that training started from; None = trained from scratch.
+        channel: a sentence on what is carried between denoising steps and how it enters; None = nothing is carried.
+        objective: short name of the training objective ("relay").
+        objective_description: a sentence that says what it does.
+        training, evaluation: the facts.
+        usage: Python code that runs as it stands, for instance of `fill_in_snippet`.
+        limits: sentences, one per limit.
+        license: identifier that the Hub knows ("apache-2.0").
+        language: ISO 639-1 codes of the text, if it is text.
+        tags: beside the tags that every card gets.
+        pipeline_tag: the Hub's task; "text-generation" for language models, nothing for models that fill in a canvas.
+        citations: BibTeX entries.
+
+    Raises:
+        ValueError: the name is empty or more than one line.
+    """
+
+    name: str
+    base_model: str | None = None
+    channel: str | None = None
+    objective: str = ""
+    objective_description: str = ""
+    training: TrainingFacts | None = None
+    evaluation: Evaluation | None = None
+    usage: str = ""
+    limits: Sequence[str] = ()
+    license: str | None = None
+    language: Sequence[str] = ()
+    tags: Sequence[str] = ()
+    pipeline_tag: str | None = None
+    citations: Sequence[str] = (RELAY_CITATION,)
+
+    def __post_init__(self) -> None:
+        if len(self.name.strip().splitlines()) != 1:
+            raise ValueError(f"`name={self.name!r}` cannot head a card: give the model a name of one line.")

@@ -1,0 +1,88 @@
+"""A tiny model and tiny data for training: two layers of width 16, rows of two to three blocks of four."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config
+
+from relay_hf import RelayConfig, RelayForMaskedDiffusion
+from relay_hf.trainers import RelayTrainer, RelayTrainerConfig
+
+VOCAB_SIZE, MASK = 40, 39
+
+
+def build_model(seed: int = 0, channel_scale: float = 0.3, **overrides: Any) -> RelayForMaskedDiffusion:
+    """A random model whose channel is open by `channel_scale`."""
+    torch.manual_seed(seed)
+    text_config = Qwen2Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        pad_token_id=0,
+    )
+    options = {"block_size": 4, "mask_token_id": MASK, "token_shift": True, **overrides}
+    model = RelayForMaskedDiffusion(RelayConfig(text_config=text_config, **options))
+    if model.config.relay_channel != "none":
+        torch.nn.init.normal_(model.relay.norm.weight, std=channel_scale)
+        torch.nn.init.normal_(model.relay.norm.bias, std=channel_scale)
+    return model
+
+
+def build_rows(count: int, length: int = 12, prompt: int = 3, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A batch of random text; the first `prompt` positions are not learned."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(3, MASK, (count, length), generator=generator)
+    labels = input_ids.clone()
+    labels[:, :prompt] = -100
+    return {"input_ids": input_ids, "labels": labels, "attention_mask": torch.ones_like(input_ids)}
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte; used only because SFTTrainer insists on a tokenizer."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="!", eos_token='"')
+
+
+@pytest.fixture
+def dataset() -> Dataset:
+    rows = build_rows(64)
+    return Dataset.from_dict({name: rows[name].tolist() for name in ("input_ids", "labels")})
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Any, dataset: Dataset, byte_tokenizer: PreTrainedTokenizerFast) -> Callable[..., RelayTrainer]:
+    def make(model: Any = None, data: Dataset | None = None, trainer_options: dict | None = None, **options: Any) -> RelayTrainer:
+        defaults = {
+            "output_dir": str(tmp_path / "run"),
+            "max_steps": 4,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": [],
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "unmasking_threshold": 0.3,
+        }
+        return RelayTrainer(
+            build_model() if model is None else model,
+            RelayTrainerConfig(**{**defaults, **options}),
+            train_dataset=dataset if data is None else data,
+            processing_class=byte_tokenizer,
+            **(trainer_options or {}),
+        )
+
+    return make

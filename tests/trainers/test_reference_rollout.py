@@ -1,0 +1,64 @@
+"""The published reference, number by number: four calls of three objectives on one persistent buffer."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from relay_hf import RelayForMaskedDiffusion
+from relay_hf.modeling import make_policy
+from relay_hf.trainers.buffer import RolloutBuffer
+from relay_hf.trainers.rollout import run_rollout
+
+REFERENCE = Path(os.environ.get("RELAY_HF_REFERENCE", Path(__file__).parents[1] / "reference"))
+CASES = json.loads((REFERENCE / "vectors.json").read_text())["rollout"]
+MODES = list(dict.fromkeys(case["mode"] for case in CASES))
+# Their names in the reference -> ours.
+RENAMED = {"relay_layer_norm.": "relay.norm.", "layers.": "model.layers.", "norm.": "model.norm."}
+
+
+@pytest.fixture(scope="module")
+def vectors() -> dict[str, torch.Tensor]:
+    return load_file(REFERENCE / "vectors.safetensors")
+
+
+def shift(raw: torch.Tensor) -> torch.Tensor:
+    return torch.cat([raw[:, :1], raw[:, :-1]], dim=1)
+
+
+def our_name(name: str) -> str:
+    return next(ours + name.removeprefix(theirs) for theirs, ours in RENAMED.items() if name.startswith(theirs))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rollout_of_the_reference_equal_in_every_call(mode: str, vectors: dict[str, torch.Tensor]) -> None:
+    # The reference trains from a zero state, whatever it decodes from.
+    model = RelayForMaskedDiffusion.from_pretrained(REFERENCE / "checkpoint", relay_initial_state="zeros").train()
+    buffer = RolloutBuffer(model.config, carries_state=mode != "rollout")
+    for case in (case for case in CASES if case["mode"] == mode):
+        given = {name.removeprefix(f"{case['key']}."): t for name, t in vectors.items() if name.startswith(f"{case['key']}.")}
+        model.zero_grad()
+        assert buffer.refill({"input_ids": given["input_ids"], "labels": given["labels"]}) == case["refilled"]
+        assert torch.equal(buffer.rows.noisy_ids, given["x1"])
+
+        policy = make_policy("confidence_threshold", case["threshold"])
+        result = run_rollout(model, model.config, buffer.rows, [policy, policy], mode)
+        result.loss.backward()
+        buffer.store(result.rows)
+
+        assert torch.equal(result.step_reveals[0], given["u1"])
+        assert torch.equal(result.step_reveals[1], given["u2"])
+        assert torch.equal(result.rows.noisy_ids, given["xn"])
+        assert [float(loss) for loss in result.step_losses] == pytest.approx([case["L1"], case["L2"]], rel=1e-5)
+        assert float(result.loss) == pytest.approx(case["loss"], rel=1e-5)
+        if mode != "rollout":
+            torch.testing.assert_close(result.rows.relay_state, shift(given["h2"]), rtol=0, atol=1e-5)
+
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        assert float(torch.nn.utils.get_total_norm(gradients.values())) == pytest.approx(case["grad_norm"], rel=1e-5)
+        for name, expected in ((n.removeprefix("grad."), t) for n, t in given.items() if n.startswith("grad.")):
+            error = (gradients[our_name(name)] - expected).norm() / expected.norm()
+            assert float(error) <= 1e-4, name

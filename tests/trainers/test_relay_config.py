@@ -1,0 +1,36 @@
+import pytest
+
+from relay_hf.trainers import RelayTrainerConfig
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective": "relays"}, "`objective='relays'` is unknown"),
+        ({"rollout_steps": 0}, "`rollout_steps=0` must be at least 1"),
+        ({"unmasking_policy": "best"}, "`unmasking_policy='best'` is unknown"),
+        ({"unmasking_threshold": 1.5}, "`unmasking_threshold=1.5` is not a probability"),
+        ({"unmasking_policy": "confidence_budget", "unmasking_threshold": -0.1}, "is negative"),
+        ({"threshold_jitter": -1.0}, "`threshold_jitter=-1.0` is a standard deviation"),
+        ({"ema_decay": 1.0}, "`ema_decay=1.0` must lie strictly between"),
+        ({"packing": True}, "would cross documents"),
+        ({"padding_free": True}, "would cross documents"),
+        ({"loss_type": "dft"}, "`loss_type='dft'` has no meaning here"),
+    ],
+)
+def test_config_value_that_cannot_train_raises(options: dict, message: str, tmp_path: object) -> None:
+    with pytest.raises(ValueError, match=message):
+        RelayTrainerConfig(str(tmp_path), use_cpu=True, **options)
+
+
+def test_config_default_runs_without_accelerator(tmp_path: object) -> None:
+    config = RelayTrainerConfig(str(tmp_path))
+    assert config.objective == "relay"
+    assert config.carries_state
+
+
+def test_config_wide_budget_is_accepted(tmp_path: object) -> None:
+    config = RelayTrainerConfig(
+        str(tmp_path), use_cpu=True, unmasking_policy="confidence_budget", unmasking_threshold=3.0, objective="rollout"
+    )
+    assert not config.carries_state

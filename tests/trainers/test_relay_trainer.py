@@ -1,0 +1,201 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+
+from relay_hf import RelayForMaskedDiffusion
+from relay_hf.trainers import RelayTrainer
+
+from .conftest import build_model, build_rows
+
+
+def logged(trainer: RelayTrainer, name: str) -> list[float]:
+    return [float(entry[name]) for entry in trainer.state.log_history if name in entry]
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("objective", ["relay", "relay_sg", "rollout", "masked"])
+@pytest.mark.parametrize("overrides", [{}, {"block_size": None, "token_shift": False, "relay_scope": "all"}])
+def test_train_each_objective_loss_falls(make_trainer: Callable[..., RelayTrainer], objective: str, overrides: dict) -> None:
+    memorised = Dataset.from_dict({n: t.repeat(64, 1).tolist() for n, t in build_rows(1).items() if n != "attention_mask"})
+    trainer = make_trainer(build_model(**overrides), memorised, objective=objective, max_steps=30, learning_rate=1e-2)
+    trainer.train()
+    losses = logged(trainer, "loss")
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+def test_train_objective_that_ignores_the_channel_leaves_it_alone(make_trainer: Callable[..., RelayTrainer]) -> None:
+    model = build_model()
+    before = weights(model.relay)
+    make_trainer(model, objective="rollout").train()
+    assert all(torch.equal(before[name], p) for name, p in model.relay.named_parameters())
+
+
+def test_metrics_show_whether_the_channel_is_used(make_trainer: Callable[..., RelayTrainer]) -> None:
+    trainer = make_trainer(rollout_steps=3, max_steps=2)
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    for name in ("loss_step_1", "loss_step_3", "reveals_step_2", "masked_fraction", "buffer_refills"):
+        assert name in entry
+    assert entry["relay_weight_norm"] > 0
+    assert entry["relay_grad_norm"] > 0
+    assert 0 < entry["relay_grad_ratio"] < float("inf")
+    assert logged(trainer, "buffer_refills")[0] == 4
+    assert float(entry["loss"]) == pytest.approx(sum(entry[f"loss_step_{k}"] for k in (1, 2, 3)), rel=1e-4)
+
+
+def test_relay_learning_rate_moves_only_the_channel(make_trainer: Callable[..., RelayTrainer]) -> None:
+    model = build_model()
+    before = weights(model)
+    trainer = make_trainer(model, learning_rate=0.0, relay_learning_rate=1e-2)
+    trainer.train()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"relay.norm.weight", "relay.norm.bias"}
+    assert sum(len(group["params"]) for group in trainer.optimizer.param_groups) == len(before)
+
+
+def test_accumulation_equals_the_mean_of_its_micro_batches(make_trainer: Callable[..., RelayTrainer]) -> None:
+    """One step of 4 x 1 equals one of 1 x 4 where every row has as many masks: a mean of equal means."""
+    results = []
+    for size, accumulation in ((4, 1), (1, 4)):
+        trainer = make_trainer(
+            objective="rollout",
+            rollout_steps=1,
+            max_steps=1,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            learning_rate=0.1,
+            optim="sgd",
+        )
+        if size == 1:
+            # One slot lives through four micro-batches here: start each of them afresh.
+            trainer.buffer.store = lambda rows, buffer=trainer.buffer: setattr(buffer, "rows", None)
+        trainer.train()
+        results.append(weights(trainer.model))
+    for name in results[0]:
+        torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_evaluation_twice_gives_the_same_loss(make_trainer: Callable[..., RelayTrainer], dataset: Dataset) -> None:
+    for objective in ("relay", "masked"):
+        trainer = make_trainer(objective=objective, threshold_jitter=0.3, trainer_options={"eval_dataset": dataset})
+        torch.manual_seed(1)
+        first = trainer.evaluate()["eval_loss"]
+        torch.manual_seed(2)
+        assert trainer.evaluate()["eval_loss"] == first
+        assert trainer.buffer.rows is None, "evaluation must not touch the training buffer"
+
+
+def test_threshold_jitter_stays_in_range_and_varies(make_trainer: Callable[..., RelayTrainer]) -> None:
+    trainer = make_trainer(threshold_jitter=2.0, rollout_steps=50)
+    thresholds = [policy.threshold for policy in trainer._policies(jitter=True)]
+    assert min(thresholds) == 0.0
+    assert max(thresholds) == 1.0
+    assert {policy.threshold for policy in trainer._policies(jitter=False)} == {0.3}
+
+
+def test_weight_average_is_evaluated_and_left_in_the_model(make_trainer: Callable[..., RelayTrainer], dataset: Dataset) -> None:
+    trainer = make_trainer(ema_decay=0.9, trainer_options={"eval_dataset": dataset})
+    trainer.train()
+    averaged = trainer.evaluate()["eval_loss"]
+    for name, average in trainer.weight_average.average.items():
+        assert torch.equal(trainer.weight_average.parameters[name], average)
+    trainer.weight_average = None
+    assert trainer.evaluate()["eval_loss"] == averaged
+
+
+def test_lora_trains_adapters_and_the_whole_channel(make_trainer: Callable[..., RelayTrainer], tmp_path: Path) -> None:
+    base = build_model()
+    base.save_pretrained(tmp_path / "base")
+    base = RelayForMaskedDiffusion.from_pretrained(tmp_path / "base")
+    peft_config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    trainer = make_trainer(base, learning_rate=1e-2, trainer_options={"peft_config": peft_config})
+    trainer.train()
+    trainable = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert any("lora_A" in name for name in trainable)
+    assert {n for n in trainable if "lora" not in n} == {n for n in trainable if "relay.modules_to_save" in n}
+    trainer.save_model(str(tmp_path / "adapter"))
+
+    ids, state = build_rows(1)["input_ids"], torch.randn(1, 12, 16)
+    trained = trainer.model.eval()(ids, relay_state=state).logits
+    fresh = RelayForMaskedDiffusion.from_pretrained(tmp_path / "base")
+    loaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
+    torch.testing.assert_close(loaded(ids, relay_state=state).logits, trained)
+    merged = loaded.merge_and_unload()
+    assert isinstance(merged, RelayForMaskedDiffusion)
+    torch.testing.assert_close(merged(ids, relay_state=state).logits, trained, rtol=1e-4, atol=1e-5)
+    merged.save_pretrained(tmp_path / "merged")
+    again = RelayForMaskedDiffusion.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(again(ids, relay_state=state).logits, trained, rtol=1e-4, atol=1e-5)
+
+
+def test_trainer_model_given_as_path_is_loaded(make_trainer: Callable[..., RelayTrainer], tmp_path: Path) -> None:
+    build_model().save_pretrained(tmp_path / "model")
+    trainer = make_trainer(str(tmp_path / "model"), max_steps=1)
+    assert isinstance(trainer.model, RelayForMaskedDiffusion)
+    trainer.train()
+
+
+def test_trainer_prompt_completion_text_learns_the_completion_only(
+    make_trainer: Callable[..., RelayTrainer],
+) -> None:
+    from transformers import Qwen2Config
+
+    from relay_hf import RelayConfig
+
+    text_config = Qwen2Config(
+        vocab_size=257, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+    )
+    model = RelayForMaskedDiffusion(RelayConfig.fast_dllm_v2(text_config, mask_token_id=256, block_size=4))
+    rows = [{"prompt": "2 + 2 = ", "completion": "4."}, {"prompt": "one, two, ", "completion": "three"}] * 8
+    trainer = make_trainer(model, Dataset.from_list(rows), max_steps=2)
+    trainer.train()
+    learned = trainer.buffer.rows.maskable.sum(-1)
+    assert set(learned.tolist()) <= {3, 6}, "the completion and its end-of-text token"
+
+
+def test_trainer_gradient_checkpointing_gives_the_same_losses(make_trainer: Callable[..., RelayTrainer]) -> None:
+    runs = []
+    for enabled in (False, True):
+        trainer = make_trainer(gradient_checkpointing=enabled)
+        trainer.train()
+        runs.append(logged(trainer, "loss"))
+    assert runs[0] == pytest.approx(runs[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["relay", "relay_sg"])
+def test_trainer_objective_without_channel_raises(make_trainer: Callable[..., RelayTrainer], objective: str) -> None:
+    with pytest.raises(ValueError, match=f"`objective='{objective}'` trains a relay channel"):
+        make_trainer(build_model(relay_channel="none"), objective=objective)
+
+
+def test_trainer_all_labels_ignored_raises(make_trainer: Callable[..., RelayTrainer]) -> None:
+    rows = Dataset.from_dict({"input_ids": [[3, 4, 5]] * 4, "labels": [[-100] * 3] * 4})
+    with pytest.raises(ValueError, match="All labels of the training set are -100"):
+        make_trainer(data=rows)
+
+
+@pytest.mark.parametrize("name", ["compute_metrics", "compute_loss_func"])
+def test_trainer_argument_without_meaning_raises(make_trainer: Callable[..., RelayTrainer], name: str) -> None:
+    with pytest.raises(ValueError, match=f"`{name}` is not supported"):
+        make_trainer(trainer_options={name: lambda *args: None})
+
+
+def test_trained_model_can_be_copied(make_trainer: Callable[..., RelayTrainer]) -> None:
+    """TRL's patched forward would make the copy compute with the original's weights."""
+    import copy
+
+    trainer: Any = make_trainer(max_steps=1)
+    trainer.train()
+    model, ids = trainer.model.eval(), build_rows(1)["input_ids"]
+    other = copy.deepcopy(model)
+    torch.nn.init.zeros_(other.lm_head.weight)
+    assert other(ids).logits.abs().sum() == 0
+    assert model(ids).logits.abs().sum() > 0
