@@ -131,6 +131,11 @@ def test_ticks_stop_at_100_percent_where_the_error_bar_does_not():
     assert axes.get_ylim()[1] > 110
 
 
+def test_ticks_do_not_stretch_the_picture():
+    axes = draw_accuracy_against_forwards({"relay": [CurvePoint(0.5, 4.0, 0.1), CurvePoint(0.1, 5.0, 0.73)]}).axes[0]
+    assert axes.get_ylim()[1] == pytest.approx(73 + 0.16 * 63)
+
+
 @pytest.mark.parametrize(
     ("curves", "message"), [({}, "`curves` is empty"), ({"relay": []}, r"\['relay'\] have no points")]
 )

@@ -1,0 +1,108 @@
+"""Small models, a byte tokenizer and the published numbers; everything offline and seeded."""
+
+import os
+
+# Read when the libraries are imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, Qwen2Config
+
+from relay_hf import RelayConfig, RelayForMaskedDiffusion
+
+torch.set_num_threads(2)
+
+REFERENCE = Path(os.environ.get("RELAY_HF_REFERENCE", Path(__file__).parent / "reference"))
+VOCAB_SIZE, MASK = 64, 63
+
+
+def text_config(**overrides: Any) -> Qwen2Config:
+    """A Qwen2 of two layers of width 16, wide enough initialised that its predictions differ."""
+    fields = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.5,
+        "pad_token_id": 0,
+    }
+    return Qwen2Config(**{**fields, **overrides})
+
+
+@pytest.fixture
+def tiny_text_config() -> Qwen2Config:
+    return text_config()
+
+
+@pytest.fixture
+def make_model() -> Callable[..., RelayForMaskedDiffusion]:
+    """Builds seeded models in eval mode; other arguments are those of `RelayConfig`.
+
+    `open_channel` gives the channel random weights and biases; `text` overrides fields of the backbone.
+    """
+
+    def make(
+        *, seed: int = 0, open_channel: bool = False, text: dict[str, Any] | None = None, **relay: Any
+    ) -> RelayForMaskedDiffusion:
+        torch.manual_seed(seed)
+        fields = {"block_size": 8, "mask_token_id": MASK, **relay}
+        model = RelayForMaskedDiffusion(RelayConfig(text_config=text_config(**text or {}), **fields)).eval()
+        if open_channel:
+            torch.nn.init.normal_(model.relay.norm.weight, std=0.7)
+            torch.nn.init.normal_(model.relay.norm.bias, std=0.7)
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, then [PAD], [EOS] and [MASK]: 259 tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = {"pad_token": "[PAD]", "eos_token": "[EOS]", "mask_token": "[MASK]"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """Folder with the numbers of the published reference; `RELAY_HF_REFERENCE` points to another set."""
+    return REFERENCE
+
+
+@pytest.fixture(scope="session")
+def reference_index() -> dict[str, Any]:
+    return json.loads((REFERENCE / "vectors.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def reference_vectors() -> dict[str, Tensor]:
+    return load_file(REFERENCE / "vectors.safetensors")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`forward_case` and `decode_case` run over what the reference folder lists."""
+    if not {"forward_case", "decode_case"} & set(metafunc.fixturenames):
+        return
+    index = json.loads((REFERENCE / "vectors.json").read_text())
+    if "forward_case" in metafunc.fixturenames:
+        metafunc.parametrize("forward_case", index["forward"])
+    if "decode_case" in metafunc.fixturenames:
+        # The reference's batches with the relay are not comparable: there a row depends on its neighbours.
+        cases = [case for case in index["cases"] if not case["relay"] or len(case["lengths"]) == 1]
+        metafunc.parametrize("decode_case", cases, ids=lambda case: case["key"])
