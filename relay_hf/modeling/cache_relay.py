@@ -48,7 +48,7 @@ class RelayCache(DynamicCache):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if self.get_seq_length(layer_idx) == 0:
             return key_states, value_states
-        layer = self.layers[layer_idx]
+        layer: Any = self.layers[layer_idx]
         return torch.cat([layer.keys, key_states], dim=-2), torch.cat([layer.values, value_states], dim=-2)
 
     def write_relay_state(self, state: Tensor | None, rows: Tensor) -> None:
@@ -79,7 +79,7 @@ class RelayCache(DynamicCache):
         if tokens_to_remove < 0:
             self._forget_rows()
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         self._map_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 

@@ -5,8 +5,8 @@ A channel is a small module with one interface:
 - `initial_state(rows, length)`: the state of the first step, or None for "nothing is injected";
 - `forward(embeds, receives, state)`: the embeddings of the next step. It gets the embeddings rather than returning a
   delta, because a channel may interpolate instead of adding;
-- `next_state(read_out)`: the state a forward pass leaves behind. (PEFT wraps the channel in a module that has an `update`
-  of its own, so this must not be called that.)
+- `next_state(read_out)`: the state a forward pass leaves behind. (Not called `update`: PEFT wraps the channel in a
+  module that has an `update` of its own.)
 
 Legend: B rows, L positions, D hidden size.
 """
@@ -27,7 +27,7 @@ class NoChannel(nn.Module):
 
     def forward(self, embeds: Tensor, receives: Tensor, state: Tensor) -> Tensor:
         raise ValueError(
-            "A `relay_state` was given to a model with `relay_channel='none'`: leave it out, or use a model with a channel."
+            "A `relay_state` was given to a model with `relay_channel='none'`: leave it out, or use one with a channel."
         )
 
     def next_state(self, read_out: Tensor) -> None:
@@ -90,8 +90,8 @@ class LayerNormChannel(nn.Module):
         """
         if state.shape != embeds.shape:
             raise ValueError(
-                f"`relay_state` has shape {tuple(state.shape)}, but the embeddings have {tuple(embeds.shape)}: pass the "
-                "state that the previous forward returned for the same rows and positions."
+                f"`relay_state` has shape {tuple(state.shape)}, but the embeddings have {tuple(embeds.shape)}: pass "
+                "the state that the previous forward returned for the same rows and positions."
             )
         return torch.where(receives[..., None], embeds + self.norm(state).to(embeds.dtype), embeds)
 
@@ -100,9 +100,6 @@ class LayerNormChannel(nn.Module):
         return read_out
 
 
-CHANNELS = {"none": lambda config: NoChannel(), "layer_norm": LayerNormChannel}
-
-
 def make_channel(config: RelayConfig) -> NoChannel | LayerNormChannel:
     """Builds the channel that `config.relay_channel` names."""
-    return CHANNELS[config.relay_channel](config)
+    return NoChannel() if config.relay_channel == "none" else LayerNormChannel(config)

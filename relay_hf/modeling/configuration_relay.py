@@ -43,7 +43,7 @@ class RelayConfig(PreTrainedConfig):
     sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2")}
     keys_to_ignore_at_inference = ["past_key_values", "relay_state"]
 
-    text_config: dict | PreTrainedConfig | None = None
+    text_config: Any = None  # given as configuration, dictionary or None; a configuration from then on
     block_size: int | None = 32
     mask_token_id: int | None = None
     token_shift: bool = False
@@ -59,7 +59,9 @@ class RelayConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         misspelled = sorted(name for name in kwargs if name.startswith("relay_"))
         if misspelled:
-            raise ValueError(f"Unknown relay option(s) {misspelled}: check the spelling against RelayConfig's arguments.")
+            raise ValueError(
+                f"Unknown relay option(s) {misspelled}: check the spelling against RelayConfig's arguments."
+            )
         super().__post_init__(**kwargs)
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
@@ -146,8 +148,10 @@ class RelayConfig(PreTrainedConfig):
         return cls(text_config=text_config, **{**preset, **overrides})
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Reads `config.json`; that of Fast-dLLM v2, of published relay checkpoints or of a plain decoder is translated."""
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Reads `config.json`; translates that of Fast-dLLM v2, of published relay checkpoints and of plain decoders."""
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if config_dict and config_dict.get("model_type") != cls.model_type:
             config_dict = foreign_config_to_relay(config_dict)
@@ -155,7 +159,7 @@ class RelayConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Builds the configuration; relay options among the keyword arguments (`block_size=8`) replace what the file says.
+        """Builds the configuration; relay options among the keyword arguments replace what the file says.
 
         The Auto classes end here too. Fields move into the dictionary, so that they are validated and act together.
         """

@@ -1,9 +1,9 @@
 """The block decoder: prefill, then per block denoise until it is known and commit it; rows leave as they finish.
 
 Layout. Rows of different prompt lengths are decoded side by side, each from the block that its own prompt ends in. The
-grid of tokens is therefore aligned on that block border: row r is shifted right by `offset[r]` columns, so that column c
-holds its position c - offset[r], and all rows commit the same columns at the same time. What a row computes depends on
-its own positions only, so a batch gives what its rows give alone.
+grid of tokens is therefore aligned on that block border: row r is shifted right by `offset[r]` columns, so that column
+c holds its position c - offset[r], and all rows commit the same columns at the same time. What a row computes depends
+on its own positions only, so a batch gives what its rows give alone.
 
 Legend: B rows still being decoded, W columns of the grid, S positions of a block, V vocabulary.
 """
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList
 
 from .cache_relay import RelayCache
 from .outputs_relay import RelayGenerateOutput
@@ -29,7 +28,7 @@ class TokenChooser:
         mask_token_id: never chosen.
     """
 
-    def __init__(self, processors: LogitsProcessorList, do_sample: bool, mask_token_id: int) -> None:
+    def __init__(self, processors: Callable[..., Tensor], do_sample: bool, mask_token_id: int) -> None:
         self.processors = processors
         self.do_sample = do_sample
         self.mask_token_id = mask_token_id

@@ -76,16 +76,19 @@ class RelayGenerationMixin(GenerationMixin):
         return super()._prepare_generation_config(generation_config, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: transformers' continuous batching (also reached by `cache_implementation="paged"`) goes token by token."""
+        """Refused: continuous batching (also reached by `cache_implementation="paged"`) goes token by token."""
         raise ValueError("Continuous batching decodes left to right, which block diffusion does not: call `generate`.")
 
     def _validate_generation_mode(
-        self, generation_mode: GenerationMode, generation_config: GenerationConfig, generation_mode_kwargs: dict[str, Any]
+        self,
+        generation_mode: GenerationMode,
+        generation_config: GenerationConfig,
+        generation_mode_kwargs: dict[str, Any],
     ) -> None:
         if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
             raise ValueError(
-                f"`generate` was asked for {generation_mode.value}, but block diffusion reveals tokens out of order: use "
-                "greedy decoding or `do_sample=True`, with `num_beams=1` and without an assistant model."
+                f"`generate` was asked for {generation_mode.value}, but block diffusion reveals tokens out of order: "
+                "use greedy decoding or `do_sample=True`, with `num_beams=1` and without an assistant model."
             )
         if generation_mode_kwargs.get("synced_gpus"):
             raise ValueError("`synced_gpus=True` is not supported: gather the weights on one process to generate.")
@@ -111,16 +114,16 @@ class RelayGenerationMixin(GenerationMixin):
     ) -> None:
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
-                f"`cache_implementation={generation_config.cache_implementation!r}` cannot hold the relay state: leave it "
-                "out, and generate uses a `RelayCache`."
+                f"`cache_implementation={generation_config.cache_implementation!r}` cannot hold the relay state: leave "
+                "it out, and generate uses a `RelayCache`."
             )
         cache = model_kwargs.get("past_key_values")
         if cache is None:
             model_kwargs["past_key_values"] = RelayCache(config=self.config.text_config)
         elif not isinstance(cache, RelayCache):
             raise ValueError(
-                f"`past_key_values` is a {type(cache).__name__}, which cannot hold the relay state: pass a `RelayCache`, or "
-                "nothing."
+                f"`past_key_values` is a {type(cache).__name__}, which cannot hold the relay state: pass a `RelayCache`, "
+                "or nothing."
             )
         elif cache.get_seq_length() > 0:
             raise ValueError("`past_key_values` already holds a prefix: `reset()` it, or pass nothing.")
@@ -171,10 +174,12 @@ class RelayGenerationMixin(GenerationMixin):
         if streamer is not None and len(input_ids) > 1:
             raise ValueError(f"A streamer shows one row, but the batch has {len(input_ids)}: generate rows one by one.")
         for processor in logits_processor:
-            if type(processor).__module__.startswith("transformers.") and not isinstance(processor, ORDER_FREE_PROCESSORS):
+            if type(processor).__module__.startswith("transformers.") and not isinstance(
+                processor, ORDER_FREE_PROCESSORS
+            ):
                 raise ValueError(
-                    f"{type(processor).__name__} expects tokens from left to right, which block diffusion does not give: "
-                    "remove the option that adds it."
+                    f"{type(processor).__name__} expects tokens from left to right, which block diffusion does not "
+                    "give: remove the option that adds it."
                 )
 
         device = self.get_input_embeddings().weight.device

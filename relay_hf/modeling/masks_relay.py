@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
-
-from .cache_relay import RelayCache
 
 
 def positions_of(attention_mask: Tensor) -> Tensor:
@@ -29,7 +28,7 @@ def block_attention_mask(
     config: Any,
     embeds: Tensor,
     attention_mask: Tensor | None,
-    past_key_values: RelayCache | None,
+    past_key_values: Cache | None,
     position_ids: Tensor,
     block_size: int | None,
 ) -> Any:
@@ -51,7 +50,9 @@ def block_attention_mask(
     cached = past_key_values.get_seq_length() if past_key_values is not None else 0
     length = embeds.shape[1]
     # Without padding, positions are columns: one block of new tokens sees the whole prefix and itself.
-    is_one_block = block_size is None or (attention_mask is None and cached // block_size == (cached + length - 1) // block_size)
+    is_one_block = block_size is None or (
+        attention_mask is None and cached // block_size == (cached + length - 1) // block_size
+    )
     if is_one_block:
         return create_bidirectional_mask(config, embeds, attention_mask, past_key_values=past_key_values)
     if attention_mask is None:

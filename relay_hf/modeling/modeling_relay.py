@@ -26,8 +26,8 @@ from .outputs_relay import RelayOutput
 class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
     """Masked diffusion language model that carries a learned state between denoising steps (arXiv 2605.22967).
 
-    `model` is the backbone of transformers as it is, so parameter names are those of the base checkpoint; `relay` is the
-    channel and `lm_head` the head. All three Auto classes for language models return this class.
+    `model` is the backbone of transformers as it is, so parameter names are those of the base checkpoint; `relay` is
+    the channel and `lm_head` the head. All three Auto classes for language models return this class.
 
     Raises:
         ValueError: the configuration has no `mask_token_id`.
@@ -181,8 +181,8 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         cached = cache.get_seq_length()
         if cached and self.config.token_shift and getattr(cache, "last_hidden", None) is None:
             raise ValueError(
-                "The cache holds a prefix but not the hidden state at its end, which a token-shift model needs to align "
-                "the next block: use a `RelayCache`, and prefill again after `crop`."
+                "The cache holds a prefix but not the hidden state at its end, which a token-shift model needs to "
+                "align the next block: use a `RelayCache`, and prefill again after `crop`."
             )
         return cached
 
@@ -192,8 +192,8 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
             return None
         if labels.shape != input_ids.shape:
             raise ValueError(
-                f"`labels` have shape {tuple(labels.shape)}, but `input_ids` {tuple(input_ids.shape)}: pass one label per "
-                "position, -100 to ignore it."
+                f"`labels` have shape {tuple(labels.shape)}, but `input_ids` {tuple(input_ids.shape)}: pass one label "
+                "per position, -100 to ignore it."
             )
         targets = slice_logits_to_keep(labels[..., None], logits_to_keep).flatten()
         if bool((targets == -100).all()):
@@ -214,7 +214,7 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         return {**kwargs, "output_hidden_states": layers}
 
     def _align(self, output: Any, position_ids: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor]:
-        """Position-aligned input of the head and of the channel, both (B, L, D); a commit leaves its tail in the cache."""
+        """Position-aligned inputs of head and channel, both (B, L, D); a commit leaves its tail in the cache."""
         hidden = output.last_hidden_state
         read_out = hidden if self._state_index is None else output.hidden_states[self._state_index]
         aligned, aligned_read_out = hidden, read_out

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
@@ -19,12 +19,12 @@ class RelayOutput(ModelOutput):
         hidden_states, attentions: of the backbone, not shifted, if asked for.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    relay_state: torch.FloatTensor | None = None
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    relay_state: Tensor | None = None
     past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 @dataclass
@@ -40,9 +40,9 @@ class RelayGenerateOutput(ModelOutput):
         past_key_values: the cache as the last forward left it, rows that finished earlier removed.
     """
 
-    sequences: torch.LongTensor | None = None
-    denoise_forwards: torch.LongTensor | None = None
-    commit_forwards: torch.LongTensor | None = None
-    prefill_forwards: torch.LongTensor | None = None
-    tokens_per_forward: torch.FloatTensor | None = None
+    sequences: Tensor | None = None
+    denoise_forwards: Tensor | None = None
+    commit_forwards: Tensor | None = None
+    prefill_forwards: Tensor | None = None
+    tokens_per_forward: Tensor | None = None
     past_key_values: Cache | None = None

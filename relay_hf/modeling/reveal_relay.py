@@ -1,4 +1,4 @@
-"""Unmasking policies: which masked positions to reveal, given how sure the model is. Used by decoding and training alike.
+"""Unmasking policies: which masked positions to reveal, given how sure the model is. Shared by decoding and training.
 
 Legend: G groups (a row, a block or a sub-block, whatever is denoised as a unit), L positions of a group.
 """
@@ -13,7 +13,8 @@ from torch import Tensor
 class UnmaskingPolicy(Protocol):
     """Chooses positions to reveal; each group with a masked position gets at least one."""
 
-    threshold: float
+    @property
+    def threshold(self) -> float: ...
 
     def __call__(self, confidence: Tensor, masked: Tensor) -> Tensor:
         """(G, L) probability of each position's best token, (G, L) bool -> (G, L) bool, a subset of `masked`."""
@@ -35,7 +36,7 @@ class ConfidenceThreshold:
     def __post_init__(self) -> None:
         if not 0.0 <= self.threshold <= 1.0:
             raise ValueError(
-                f"`unmasking_threshold={self.threshold}` is not a probability: `confidence_threshold` needs one in [0, 1]."
+                f"`unmasking_threshold={self.threshold}` is not a probability: `confidence_threshold` needs [0, 1]."
             )
 
     def __call__(self, confidence: Tensor, masked: Tensor) -> Tensor:
@@ -57,7 +58,7 @@ class ConfidenceBudget:
     def __post_init__(self) -> None:
         if not self.threshold >= 0.0:
             raise ValueError(
-                f"`unmasking_threshold={self.threshold}` is negative: `confidence_budget` needs a total uncertainty >= 0."
+                f"`unmasking_threshold={self.threshold}` is negative: `confidence_budget` needs an uncertainty >= 0."
             )
 
     def __call__(self, confidence: Tensor, masked: Tensor) -> Tensor:

@@ -27,7 +27,9 @@ def fresh_rows(config: RelayConfig, batch: dict[str, Tensor], carries_state: boo
         raise ValueError("The batch has no `labels`: mark what to learn, with -100 everywhere else.")
     maskable = batch["labels"] != -100
     if not bool(maskable.any()):
-        raise ValueError("All labels of the batch are -100, so there is nothing to learn: check the response of each row.")
+        raise ValueError(
+            "All labels of the batch are -100, so there is nothing to learn: check the response of each row."
+        )
     attention_mask = batch.get("attention_mask", torch.ones_like(clean_ids)).bool()
     if not bool(attention_mask[:, 0].all()):
         raise ValueError("The batch is padded on the left: blocks are counted from the first column; pad on the right.")
@@ -72,7 +74,7 @@ class RolloutBuffer:
         if self.rows is None:
             self.rows = incoming
             return len(incoming.clean_ids)
-        is_finished = ~self.rows.masked(self.config.mask_token_id).any(-1)  # type: ignore[arg-type]
+        is_finished = ~self.rows.masked(self.config.mask_token_id).any(-1)
         slots = is_finished.nonzero()[:, 0][: len(incoming.clean_ids)]
         length = max(self.rows.clean_ids.shape[1], incoming.clean_ids.shape[1])
         current, incoming = self._pad(self.rows, length), self._pad(incoming, length)
@@ -92,7 +94,7 @@ class RolloutBuffer:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restores what `state_dict` returned."""
-        self.rows = RolloutRows(**{f.name: state.get(f.name) for f in fields(RolloutRows)}) if state else None  # type: ignore[arg-type]
+        self.rows = RolloutRows(**{f.name: state.get(f.name) for f in fields(RolloutRows)}) if state else None
 
     def _pad(self, rows: RolloutRows, length: int) -> RolloutRows:
         """Pads on the right with positions that are neither seen nor learned."""

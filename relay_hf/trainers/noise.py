@@ -38,5 +38,5 @@ def mask_uniformly(rows: RolloutRows, config: RelayConfig, generator: torch.Gene
     # A row without a mask would teach nothing: hide the position that came closest.
     closest = (draw - probability).masked_fill(~rows.maskable, torch.inf).argmin(-1, keepdim=True)
     lucky = torch.zeros_like(hidden).scatter(-1, closest, ~hidden.any(-1, keepdim=True)) & rows.maskable
-    noisy_ids = torch.where(hidden | lucky, config.mask_token_id, rows.clean_ids)  # type: ignore[arg-type]
+    noisy_ids = torch.where(hidden | lucky, config.mask_token_id, rows.clean_ids)
     return replace(rows, noisy_ids=noisy_ids)

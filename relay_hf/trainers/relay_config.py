@@ -62,7 +62,9 @@ class RelayTrainerConfig(SFTConfig):
                 "Set both to False."
             )
         if self.loss_type != "nll":
-            raise ValueError(f"`loss_type={self.loss_type!r}` has no meaning here: `objective` names the loss; leave it out.")
+            raise ValueError(
+                f"`loss_type={self.loss_type!r}` has no meaning here: `objective` names the loss; leave it out."
+            )
 
     @property
     def carries_state(self) -> bool:

@@ -1,7 +1,7 @@
 """RelayTrainer: TRL's SFTTrainer with the loss of a relay model. Wiring only; the work is in its siblings."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow.compute as pc
 import torch
@@ -29,8 +29,8 @@ TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(RelayConfig.model_
 class RelayTrainer(SFTTrainer):
     r"""Trains masked diffusion models with a relay channel (arXiv 2605.22967).
 
-    Data sets are those of `SFTTrainer`: prompt-completion, conversational, plain text or pre-tokenised; what has a label
-    is masked and learned, everything else stays visible.
+    Data sets are those of `SFTTrainer`: prompt-completion, conversational, plain text or pre-tokenised; what has a
+    label is masked and learned, everything else stays visible.
 
     Args:
         model: a `RelayForMaskedDiffusion`, or a path or Hub id of one.
@@ -56,9 +56,12 @@ class RelayTrainer(SFTTrainer):
 
     _tag_names = ["relay", "masked-diffusion", "trl"]
     _name = "Relay"
-    _paper = {"title": "Learned Relay Representations for Forward-Thinking Discrete Diffusion Models", "id": "2605.22967"}
+    _paper = {
+        "title": "Learned Relay Representations for Forward-Thinking Discrete Diffusion Models",
+        "id": "2605.22967",
+    }
     # `compute_loss` returns the mean over a micro-batch, and the Trainer averages those over the accumulation steps.
-    loss_is_scaled_for_ga = False
+    loss_is_scaled_for_ga: Any = False
 
     args: RelayTrainerConfig
 
@@ -76,13 +79,14 @@ class RelayTrainer(SFTTrainer):
         args = args if args is not None else RelayTrainerConfig("relay-model")
         if isinstance(model, str):
             # TRL resolves a path by `architectures`, which only knows classes inside transformers.
-            model = RelayForMaskedDiffusion.from_pretrained(model, **{"dtype": "float32", **(args.model_init_kwargs or {})})
+            options = cast(dict[str, Any], args.model_init_kwargs or {})
+            model = RelayForMaskedDiffusion.from_pretrained(model, **{"dtype": "float32", **options})
             args.model_init_kwargs = None
-        config: RelayConfig = model.config
+        config = cast(RelayConfig, model.config)
         if args.carries_state and config.relay_channel == "none":
             raise ValueError(
-                f"`objective={args.objective!r}` trains a relay channel, but the model has `relay_channel='none'`: load it "
-                "with `relay_channel='layer_norm'`, or choose `objective='rollout'` or `'masked'`."
+                f"`objective={args.objective!r}` trains a relay channel, but the model has `relay_channel='none'`: load "
+                "it with `relay_channel='layer_norm'`, or choose `objective='rollout'` or `'masked'`."
             )
         if peft_config is not None and config.relay_channel != "none":
             # A channel has a few thousand parameters: adapters would only get in its way.
@@ -207,9 +211,7 @@ class _FollowWeights(TrainerCallback):
     def __init__(self, average: WeightAverage) -> None:
         self.average = average
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.average.update()
 
     def on_train_end(
@@ -225,6 +227,6 @@ def _check_labels(dataset: Any) -> None:
     labels = dataset.data.column("labels")
     if not any(pc.any(pc.not_equal(pc.list_flatten(chunk), -100)).as_py() for chunk in labels.chunks):
         raise ValueError(
-            "All labels of the training set are -100, so there is nothing to learn: check that each row has a response and "
-            "that `max_length` leaves room for it."
+            "All labels of the training set are -100, so there is nothing to learn: check that each row has a response "
+            "and that `max_length` leaves room for it."
         )

@@ -82,7 +82,7 @@ def run_rollout(
         carry: `"relay"` lets gradients flow through the state, `"relay_sg"` cuts them between steps, `"rollout"`
             carries no state.
     """
-    mask_token_id: int = config.mask_token_id  # type: ignore[assignment]
+    mask_token_id: int = config.mask_token_id
     attention = _attention(config, rows)
     state = None if carry == "rollout" else rows.relay_state
     loss = torch.zeros((), device=rows.clean_ids.device)
@@ -112,7 +112,7 @@ def masked_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 def denoise_once(model: Callable[..., Any], config: RelayConfig, rows: RolloutRows) -> Tensor:
     """(N, V) logits at the masked positions of `rows`, without any state: a step of plain masked diffusion."""
-    masked = rows.masked(config.mask_token_id)  # type: ignore[arg-type]
+    masked = rows.masked(config.mask_token_id)
     return _denoise(model, config, rows, _attention(config, rows), masked, None)[0]
 
 
@@ -120,7 +120,7 @@ def _denoise(
     model: Callable[..., Any],
     config: RelayConfig,
     rows: RolloutRows,
-    attention: dict[str, Tensor],
+    attention: dict[str, Any],
     masked: Tensor,
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
@@ -144,7 +144,7 @@ def _denoise(
     return output.logits, next_state
 
 
-def _attention(config: RelayConfig, rows: RolloutRows) -> dict[str, Tensor]:
+def _attention(config: RelayConfig, rows: RolloutRows) -> dict[str, Any]:
     """Attention mask and positions of a step; the same for all steps of a rollout."""
     if config.block_size is None:
         return {"attention_mask": rows.attention_mask}
@@ -171,7 +171,7 @@ def _attention(config: RelayConfig, rows: RolloutRows) -> dict[str, Tensor]:
 @torch.no_grad()
 def _reveal(logits: Tensor, masked: Tensor, policy: UnmaskingPolicy, config: RelayConfig) -> Tensor:
     """(B, L) bool, where the policy reveals; it decides per block."""
-    probability, _ = best_token(logits.detach().clone(), config.mask_token_id)  # type: ignore[arg-type]
+    probability, _ = best_token(logits.detach().clone(), config.mask_token_id)
     confidence = torch.zeros(masked.shape, device=masked.device).masked_scatter(masked, probability)
     rows, length = masked.shape
     width = config.block_size or length

@@ -63,8 +63,12 @@ def dataset() -> Dataset:
 
 
 @pytest.fixture
-def make_trainer(tmp_path: Any, dataset: Dataset, byte_tokenizer: PreTrainedTokenizerFast) -> Callable[..., RelayTrainer]:
-    def make(model: Any = None, data: Dataset | None = None, trainer_options: dict | None = None, **options: Any) -> RelayTrainer:
+def make_trainer(
+    tmp_path: Any, dataset: Dataset, byte_tokenizer: PreTrainedTokenizerFast
+) -> Callable[..., RelayTrainer]:
+    def make(
+        model: Any = None, data: Dataset | None = None, trainer_options: dict | None = None, **options: Any
+    ) -> RelayTrainer:
         defaults = {
             "output_dir": str(tmp_path / "run"),
             "max_steps": 4,

@@ -12,7 +12,9 @@ BLOCKS, WHOLE = build_model().config, build_model(block_size=None).config
 
 @settings(max_examples=50, deadline=None)
 @given(count=st.integers(1, 6), length=st.integers(4, 15), prompt=st.integers(0, 3), seed=st.integers(0, 2**31))
-def test_mask_uniformly_masks_only_labels_and_at_least_one_a_row(count: int, length: int, prompt: int, seed: int) -> None:
+def test_mask_uniformly_masks_only_labels_and_at_least_one_a_row(
+    count: int, length: int, prompt: int, seed: int
+) -> None:
     batch = build_rows(count, length, prompt)
     for config in (BLOCKS, WHOLE):
         rows = mask_uniformly(fresh_rows(config, batch, False), config, torch.Generator().manual_seed(seed))

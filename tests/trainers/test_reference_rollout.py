@@ -39,7 +39,9 @@ def test_rollout_of_the_reference_equal_in_every_call(mode: str, vectors: dict[s
     model = RelayForMaskedDiffusion.from_pretrained(REFERENCE / "checkpoint", relay_initial_state="zeros").train()
     buffer = RolloutBuffer(model.config, carries_state=mode != "rollout")
     for case in (case for case in CASES if case["mode"] == mode):
-        given = {name.removeprefix(f"{case['key']}."): t for name, t in vectors.items() if name.startswith(f"{case['key']}.")}
+        given = {
+            name.removeprefix(f"{case['key']}."): t for name, t in vectors.items() if name.startswith(f"{case['key']}.")
+        }
         model.zero_grad()
         assert buffer.refill({"input_ids": given["input_ids"], "labels": given["labels"]}) == case["refilled"]
         assert torch.equal(buffer.rows.noisy_ids, given["x1"])

@@ -23,8 +23,12 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("objective", ["relay", "relay_sg", "rollout", "masked"])
 @pytest.mark.parametrize("overrides", [{}, {"block_size": None, "token_shift": False, "relay_scope": "all"}])
-def test_train_each_objective_loss_falls(make_trainer: Callable[..., RelayTrainer], objective: str, overrides: dict) -> None:
-    memorised = Dataset.from_dict({n: t.repeat(64, 1).tolist() for n, t in build_rows(1).items() if n != "attention_mask"})
+def test_train_each_objective_loss_falls(
+    make_trainer: Callable[..., RelayTrainer], objective: str, overrides: dict
+) -> None:
+    memorised = Dataset.from_dict(
+        {n: t.repeat(64, 1).tolist() for n, t in build_rows(1).items() if n != "attention_mask"}
+    )
     trainer = make_trainer(build_model(**overrides), memorised, objective=objective, max_steps=30, learning_rate=1e-2)
     trainer.train()
     losses = logged(trainer, "loss")
@@ -101,7 +105,9 @@ def test_threshold_jitter_stays_in_range_and_varies(make_trainer: Callable[..., 
     assert {policy.threshold for policy in trainer._policies(jitter=False)} == {0.3}
 
 
-def test_weight_average_is_evaluated_and_left_in_the_model(make_trainer: Callable[..., RelayTrainer], dataset: Dataset) -> None:
+def test_weight_average_is_evaluated_and_left_in_the_model(
+    make_trainer: Callable[..., RelayTrainer], dataset: Dataset
+) -> None:
     trainer = make_trainer(ema_decay=0.9, trainer_options={"eval_dataset": dataset})
     trainer.train()
     averaged = trainer.evaluate()["eval_loss"]
@@ -151,7 +157,12 @@ def test_trainer_prompt_completion_text_learns_the_completion_only(
     from relay_hf import RelayConfig
 
     text_config = Qwen2Config(
-        vocab_size=257, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+        vocab_size=257,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
     )
     model = RelayForMaskedDiffusion(RelayConfig.fast_dllm_v2(text_config, mask_token_id=256, block_size=4))
     rows = [{"prompt": "2 + 2 = ", "completion": "4."}, {"prompt": "one, two, ", "completion": "three"}] * 8

@@ -12,7 +12,9 @@ from .conftest import MASK, build_model, build_rows
 WHOLE_SEQUENCE = {"block_size": None, "token_shift": False, "relay_scope": "all", "relay_readout": "pre_norm"}
 
 
-def rollout(model: Any, carry: str = "relay", steps: int = 2, threshold: float = 0.2, **rows_options: Any) -> RolloutResult:
+def rollout(
+    model: Any, carry: str = "relay", steps: int = 2, threshold: float = 0.2, **rows_options: Any
+) -> RolloutResult:
     rows = fresh_rows(model.config, build_rows(3, **rows_options), carries_state=carry != "rollout")
     policy = make_policy("confidence_threshold", threshold)
     return run_rollout(model, model.config, rows, [policy] * steps, carry)
@@ -120,10 +122,13 @@ def test_rollout_initial_state_none_feeds_nothing_to_fresh_rows() -> None:
 
 def test_rollout_right_padding_changes_nothing() -> None:
     model, batch = build_model(), build_rows(2, length=10)
-    padded = {name: torch.nn.functional.pad(t, (0, 5), value=-100 if name == "labels" else 0) for name, t in batch.items()}
+    padded = {
+        name: torch.nn.functional.pad(t, (0, 5), value=-100 if name == "labels" else 0) for name, t in batch.items()
+    }
     policy = make_policy("confidence_threshold", 0.2)
     results = [
-        run_rollout(model, model.config, fresh_rows(model.config, b, True), [policy] * 2, "relay") for b in (batch, padded)
+        run_rollout(model, model.config, fresh_rows(model.config, b, True), [policy] * 2, "relay")
+        for b in (batch, padded)
     ]
     assert float(results[0].loss) == pytest.approx(float(results[1].loss), rel=1e-6)
     assert torch.equal(results[0].rows.noisy_ids, results[1].rows.noisy_ids[:, :10])

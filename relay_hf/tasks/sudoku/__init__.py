@@ -8,6 +8,7 @@ features = to_features(train, make_sudoku_tokenizer(6))  # input_ids and labels 
 from .augmentation import augment_puzzles, random_symmetry
 from .board import BoardShape, format_board, has_conflict, is_legal, parse_boards, parse_question, write_boards
 from .data import load_sudoku, questions_to_ids, to_features
+from .evaluation import SudokuEvaluation, evaluate_sudoku
 from .generator import generate_puzzles
 from .metrics import SudokuScores, score_solutions
 from .signature import split_puzzles, symmetry_signature, symmetry_signatures
@@ -16,9 +17,11 @@ from .tokenizer import make_sudoku_tokenizer
 
 __all__ = [
     "BoardShape",
+    "SudokuEvaluation",
     "SudokuScores",
     "augment_puzzles",
     "count_solutions",
+    "evaluate_sudoku",
     "format_board",
     "generate_puzzles",
     "has_conflict",

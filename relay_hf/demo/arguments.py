@@ -1,0 +1,42 @@
+"""What can be chosen on the command line of `relay-hf demo`."""
+
+from dataclasses import dataclass, field
+
+from ..trainers import Objective
+
+
+@dataclass
+class DemoArguments:
+    """Arguments of the demo; the defaults fit two CPU cores and ten minutes, installation included."""
+
+    size: int = field(default=6, metadata={"help": "Board size: 4, 6 or 9."})
+    steps: int = field(default=150, metadata={"help": "Adaptation steps of every objective."})
+    warmup_steps: int = field(
+        default=900, metadata={"help": "`masked` steps from scratch that all objectives start from."}
+    )
+    seeds: int = field(default=1, metadata={"help": "Repeat everything with this many training seeds."})
+    full: bool = field(default=False, metadata={"help": "Also adapt with `relay_sg`, the state without its gradient."})
+    dataset: str | None = field(
+        default=None,
+        metadata={"help": "CSV file or Hub id with columns `question` and `answer`, instead of the generator."},
+    )
+    puzzles: int = field(default=4000, metadata={"help": "Training puzzles, each shown under ever new symmetries."})
+    test_puzzles: int = field(
+        default=500, metadata={"help": "Held-out puzzles; none is a symmetric twin of a training one."}
+    )
+    batch_size: int = field(default=256, metadata={"help": "Puzzles per training step."})
+    hidden_size: int = field(default=96, metadata={"help": "Width of the model."})
+    layers: int = field(default=3, metadata={"help": "Layers of the model."})
+    output_dir: str = field(default="runs/demo", metadata={"help": "Where results, picture and model are written."})
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "warmup_steps", "seeds", "puzzles", "test_puzzles", "batch_size", "layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`--{name}={getattr(self, name)}` must be at least 1.")
+        if self.hidden_size < 32 or self.hidden_size % 32:
+            raise ValueError(f"`--hidden_size={self.hidden_size}` must be a multiple of 32, the width of a head.")
+
+    @property
+    def objectives(self) -> list[Objective]:
+        """In the order in which they are trained."""
+        return ["masked", "rollout", "relay_sg", "relay"] if self.full else ["masked", "rollout", "relay"]

@@ -1,0 +1,148 @@
+"""The study behind the demo: one masked diffusion model, adapted with each objective, evaluated at five thresholds."""
+
+import copy
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict
+from transformers import PreTrainedTokenizerBase, Qwen2Config, set_seed
+
+from ..modeling import RelayConfig, RelayForMaskedDiffusion
+from ..tasks.sudoku import (
+    SudokuEvaluation,
+    augment_puzzles,
+    evaluate_sudoku,
+    generate_puzzles,
+    load_sudoku,
+    make_sudoku_tokenizer,
+    split_puzzles,
+    to_features,
+)
+from ..trainers import Objective, RelayTrainer, RelayTrainerConfig
+from .arguments import DemoArguments
+
+THRESHOLDS = (0.05, 0.15, 0.25, 0.5, 1.0)
+WARMUP_LEARNING_RATE, ADAPTATION_LEARNING_RATE = 2e-3, 5e-4
+# A zero-initialised gate has to open within a few hundred steps.
+CHANNEL_LEARNING_RATE = 1e-2
+TRAINING_THRESHOLD, THRESHOLD_JITTER = 0.15, 0.1  # the published Sudoku recipe
+
+
+@dataclass(frozen=True)
+class Run:
+    """One adapted model: which objective, which seed, how it scored at each threshold, how long it trained."""
+
+    objective: str
+    seed: int
+    evaluations: list[SudokuEvaluation]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything the report is made of; `model` is the relay model of the first seed."""
+
+    puzzles: DatasetDict
+    tokenizer: PreTrainedTokenizerBase
+    runs: list[Run]
+    warmup_seconds: float
+    model: RelayForMaskedDiffusion
+
+
+def run_study(arguments: DemoArguments) -> Study:
+    """Trains and evaluates; every seed has its own warm start, so that seeds show the whole spread."""
+    tokenizer = make_sudoku_tokenizer(arguments.size)
+    puzzles = _load_puzzles(arguments)
+    runs, warmup_seconds, shown = [], 0.0, None
+    for seed in range(arguments.seeds):
+        set_seed(seed)
+        warm = _new_model(arguments, tokenizer)
+        print(f"\nseed {seed}: {arguments.warmup_steps} `masked` steps from scratch", flush=True)
+        seconds = _train(warm, tokenizer, puzzles["train"], "masked", seed, arguments, is_warmup=True)
+        warmup_seconds += seconds
+        for objective in arguments.objectives:
+            print(f"\nseed {seed}: {arguments.steps} `{objective}` steps of adaptation", flush=True)
+            model = copy.deepcopy(warm)
+            seconds = _train(model, tokenizer, puzzles["train"], objective, seed, arguments, is_warmup=False)
+            use_relay = objective.startswith("relay")
+            evaluations = [
+                evaluate_sudoku(model, tokenizer, puzzles["test"], threshold, use_relay=use_relay)
+                for threshold in THRESHOLDS
+            ]
+            runs.append(Run(objective, seed, evaluations, seconds))
+            if objective == "relay" and shown is None:
+                shown = model
+    assert shown is not None
+    return Study(puzzles, tokenizer, runs, warmup_seconds, shown)
+
+
+def _load_puzzles(arguments: DemoArguments) -> DatasetDict:
+    wanted = arguments.puzzles + arguments.test_puzzles
+    if arguments.dataset is None:
+        puzzles = generate_puzzles(wanted, size=arguments.size, seed=0)
+    else:
+        puzzles = load_sudoku(arguments.dataset, limit=wanted, size=arguments.size)
+    return split_puzzles(puzzles, test_count=arguments.test_puzzles)
+
+
+def _new_model(arguments: DemoArguments, tokenizer: PreTrainedTokenizerBase) -> RelayForMaskedDiffusion:
+    heads = arguments.hidden_size // 32
+    text_config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=arguments.hidden_size,
+        intermediate_size=4 * arguments.hidden_size,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=arguments.size**2,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    config = RelayConfig(text_config=text_config, block_size=None, mask_token_id=tokenizer.mask_token_id)
+    model = RelayForMaskedDiffusion(config)
+    model.generation_config.update(unmasking_threshold=TRAINING_THRESHOLD)
+    return model
+
+
+def _train(
+    model: RelayForMaskedDiffusion,
+    tokenizer: PreTrainedTokenizerBase,
+    puzzles: Dataset,
+    objective: Objective,
+    seed: int,
+    arguments: DemoArguments,
+    is_warmup: bool,
+) -> float:
+    """Trains in place and returns the seconds it took."""
+    steps = arguments.warmup_steps if is_warmup else arguments.steps
+    shown = augment_puzzles(puzzles, rows=steps * arguments.batch_size, seed=2 * seed + is_warmup)
+    scratch = Path(arguments.output_dir) / "trainer"
+    config = RelayTrainerConfig(
+        str(scratch),
+        objective=objective,
+        unmasking_policy="confidence_budget",
+        unmasking_threshold=TRAINING_THRESHOLD,
+        threshold_jitter=THRESHOLD_JITTER,
+        learning_rate=WARMUP_LEARNING_RATE if is_warmup else ADAPTATION_LEARNING_RATE,
+        relay_learning_rate=CHANNEL_LEARNING_RATE if objective.startswith("relay") else None,
+        lr_scheduler_type="cosine",
+        warmup_steps=steps // 20,
+        weight_decay=0.01,
+        ema_decay=0.99,
+        max_steps=steps,
+        per_device_train_batch_size=arguments.batch_size,
+        seed=seed,
+        logging_steps=max(steps // 5, 1),
+        save_strategy="no",
+        report_to=[],
+        gradient_checkpointing=False,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    features = to_features(shown, tokenizer)
+    trainer = RelayTrainer(model, config, train_dataset=features, processing_class=tokenizer)
+    seconds = trainer.train().metrics["train_runtime"]
+    shutil.rmtree(scratch, ignore_errors=True)
+    return seconds

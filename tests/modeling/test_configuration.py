@@ -1,0 +1,126 @@
+"""RelayConfig: presets, what it refuses and what survives a file."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+from transformers import AutoConfig, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config
+
+from relay_hf import RelayConfig
+
+from ..conftest import MASK, VOCAB_SIZE
+
+
+def test_fast_dllm_v2_preset_is_published_instance(tiny_text_config: Qwen2Config) -> None:
+    config = RelayConfig.fast_dllm_v2(tiny_text_config, mask_token_id=MASK)
+    assert (config.block_size, config.token_shift) == (32, True)
+    assert (config.relay_scope, config.relay_init, config.relay_readout) == ("masked", "zeros", "post_norm")
+    assert (config.relay_channel, config.relay_layer, config.relay_norm_eps) == ("layer_norm", -1, 1e-6)
+
+
+def test_fast_dllm_v2_preset_default_mask_token_is_published_one() -> None:
+    assert RelayConfig.fast_dllm_v2({"model_type": "qwen2", "vocab_size": 151936}).mask_token_id == 151665
+
+
+def test_sudoku_preset_is_published_instance(tiny_text_config: Qwen2Config) -> None:
+    config = RelayConfig.sudoku(tiny_text_config, mask_token_id=MASK)
+    assert (config.block_size, config.token_shift) == (None, False)
+    assert (config.relay_scope, config.relay_init, config.relay_readout) == ("all", "ones", "pre_norm")
+    assert (config.relay_channel, config.relay_layer, config.relay_norm_eps) == ("layer_norm", -1, 1e-5)
+
+
+@pytest.mark.parametrize("preset", [RelayConfig.fast_dllm_v2, RelayConfig.sudoku])
+def test_preset_override_wins(preset: Any, tiny_text_config: Qwen2Config) -> None:
+    config = preset(tiny_text_config, mask_token_id=MASK, block_size=4, relay_initial_state="none")
+    assert (config.block_size, config.relay_initial_state) == (4, "none")
+
+
+@pytest.mark.parametrize("preset", [RelayConfig.fast_dllm_v2, RelayConfig.sudoku])
+def test_save_pretrained_round_trip_equal(preset: Any, tiny_text_config: Qwen2Config, tmp_path: Path) -> None:
+    config = preset(tiny_text_config, mask_token_id=MASK, relay_initial_state="none")
+    config.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    assert RelayConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
+def test_save_pretrained_other_backbone_kept(tmp_path: Path) -> None:
+    RelayConfig(text_config=LlamaConfig(vocab_size=VOCAB_SIZE, num_hidden_layers=3), mask_token_id=1).save_pretrained(
+        tmp_path
+    )
+    text_config = RelayConfig.from_pretrained(tmp_path).text_config
+    assert isinstance(text_config, LlamaConfig)
+    assert text_config.num_hidden_layers == 3
+
+
+def test_text_config_dictionary_same_as_object(tiny_text_config: Qwen2Config) -> None:
+    from_dictionary = RelayConfig(text_config=tiny_text_config.to_dict(), mask_token_id=MASK)
+    assert from_dictionary.to_dict() == RelayConfig(text_config=tiny_text_config, mask_token_id=MASK).to_dict()
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_tie_word_embeddings_unset_follows_backbone(tiny_text_config: Qwen2Config, ties: bool) -> None:
+    tiny_text_config.tie_word_embeddings = ties
+    assert RelayConfig(text_config=tiny_text_config).tie_word_embeddings is ties
+
+
+@pytest.mark.parametrize("mask_token_id", [-1, VOCAB_SIZE])
+def test_mask_token_outside_vocabulary_raises(tiny_text_config: Qwen2Config, mask_token_id: int) -> None:
+    with pytest.raises(ValueError, match=f"`mask_token_id={mask_token_id}` is outside the vocabulary of 64 tokens"):
+        RelayConfig(text_config=tiny_text_config, mask_token_id=mask_token_id)
+
+
+@pytest.mark.parametrize("mask_token_id", [0, VOCAB_SIZE - 1])
+def test_mask_token_at_either_end_of_vocabulary_accepted(tiny_text_config: Qwen2Config, mask_token_id: int) -> None:
+    assert RelayConfig(text_config=tiny_text_config, mask_token_id=mask_token_id).mask_token_id == mask_token_id
+
+
+@pytest.mark.parametrize("relay_layer", [-3, 2])
+def test_relay_layer_outside_backbone_raises(tiny_text_config: Qwen2Config, relay_layer: int) -> None:
+    with pytest.raises(ValueError, match=f"`relay_layer={relay_layer}` does not exist in a backbone of 2 layers"):
+        RelayConfig(text_config=tiny_text_config, relay_layer=relay_layer, relay_readout="pre_norm")
+
+
+@pytest.mark.parametrize("relay_layer", [-2, 0])
+def test_relay_readout_post_norm_of_inner_layer_raises(tiny_text_config: Qwen2Config, relay_layer: int) -> None:
+    with pytest.raises(ValueError, match=r"'post_norm'` reads behind the last layer.* `relay_readout='pre_norm'`"):
+        RelayConfig(text_config=tiny_text_config, relay_layer=relay_layer)
+
+
+@pytest.mark.parametrize("block_size", [0, -8])
+def test_block_size_below_one_raises(tiny_text_config: Qwen2Config, block_size: int) -> None:
+    with pytest.raises(ValueError, match=f"`block_size={block_size}` must be at least 1"):
+        RelayConfig(text_config=tiny_text_config, block_size=block_size)
+
+
+def test_unknown_relay_option_raises(tiny_text_config: Qwen2Config) -> None:
+    with pytest.raises(ValueError, match=r"Unknown relay option\(s\) \['relay_chanel'\]"):
+        RelayConfig(text_config=tiny_text_config, relay_chanel="none")
+
+
+@pytest.mark.parametrize(
+    "field", ["relay_channel", "relay_readout", "relay_scope", "relay_init", "relay_initial_state"]
+)
+def test_unknown_choice_raises(tiny_text_config: Qwen2Config, field: str) -> None:
+    with pytest.raises(StrictDataclassFieldValidationError, match=f"'{field}' expected one of"):
+        RelayConfig(text_config=tiny_text_config, **{field: "other"})
+
+
+@pytest.mark.parametrize(
+    "text_config",
+    [
+        # Says so layer by layer, or only by its window.
+        Gemma2Config(vocab_size=VOCAB_SIZE, num_hidden_layers=2),
+        MistralConfig(vocab_size=VOCAB_SIZE, sliding_window=8),
+        Qwen2Config(use_sliding_window=True, sliding_window=8, max_window_layers=1, num_hidden_layers=2),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_sliding_window_backbone_raises(text_config: Any) -> None:
+    with pytest.raises(ValueError, match="'sliding_attention'.*not support"):
+        RelayConfig(text_config=text_config)
+
+
+def test_backbone_with_sliding_window_switched_off_accepted() -> None:
+    text_config = MistralConfig(vocab_size=VOCAB_SIZE, sliding_window=None)
+    assert RelayConfig(text_config=text_config).text_config is text_config
