@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?=
 
-.PHONY: demo test lint format coverage clean
+.PHONY: demo test examples lint format coverage clean
 
 # Reinstalled when the requirements change. torch first, from the constraints: an unpinned one drags in CUDA.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -20,6 +20,10 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+examples: $(VENV)/installed
+	for example in examples/*.py; do echo "== $$example"; $(BIN)/python $$example > /dev/null || exit 1; done
+	$(BIN)/python examples/train_text.py --lora > /dev/null
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

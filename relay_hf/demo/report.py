@@ -143,8 +143,8 @@ def _card(
         training=TrainingFacts(
             datasets=[DatasetFacts(board, f"{len(train)} {source}, each row under a fresh random symmetry")],
             recipe=f"{arguments.warmup_steps} `masked` steps from scratch at learning rate {WARMUP_LEARNING_RATE:g}, "
-            f"then {arguments.steps} `relay` steps. The models it is compared with had the same start and the same number "
-            "of steps with their own objective; a step of a rollout takes two forward passes, a `masked` step one.",
+            f"then {arguments.steps} `relay` steps. The models it is compared with had the same start and as many "
+            "steps with their own objective; a step of a rollout takes two forward passes, a `masked` step one.",
             arguments={
                 "objective": "relay",
                 "rollout_steps": 2,

@@ -122,8 +122,8 @@ class RelayGenerationMixin(GenerationMixin):
             model_kwargs["past_key_values"] = RelayCache(config=self.config.text_config)
         elif not isinstance(cache, RelayCache):
             raise ValueError(
-                f"`past_key_values` is a {type(cache).__name__}, which cannot hold the relay state: pass a `RelayCache`, "
-                "or nothing."
+                f"`past_key_values` is a {type(cache).__name__}, which cannot hold the relay state: pass a "
+                "`RelayCache`, or nothing."
             )
         elif cache.get_seq_length() > 0:
             raise ValueError("`past_key_values` already holds a prefix: `reset()` it, or pass nothing.")

@@ -1,5 +1,6 @@
 """RelayTrainer: TRL's SFTTrainer with the loss of a relay model. Wiring only; the work is in its siblings."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,9 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
+from ..hub_cards import save_card
 from ..modeling import RelayConfig, RelayForMaskedDiffusion, make_policy
 from ..modeling.reveal_relay import UnmaskingPolicy
 from .buffer import RolloutBuffer, fresh_rows
+from .card import training_card
 from .ema import WeightAverage
 from .metrics import ChannelNorms, is_channel_parameter, rollout_metrics
 from .noise import mask_uniformly
@@ -85,8 +88,8 @@ class RelayTrainer(SFTTrainer):
         config = cast(RelayConfig, model.config)
         if args.carries_state and config.relay_channel == "none":
             raise ValueError(
-                f"`objective={args.objective!r}` trains a relay channel, but the model has `relay_channel='none'`: load "
-                "it with `relay_channel='layer_norm'`, or choose `objective='rollout'` or `'masked'`."
+                f"`objective={args.objective!r}` trains a relay channel, but the model has `relay_channel='none'`: "
+                "load it with `relay_channel='layer_norm'`, or choose `objective='rollout'` or `'masked'`."
             )
         if peft_config is not None and config.relay_channel != "none":
             # A channel has a few thousand parameters: adapters would only get in its way.
@@ -176,6 +179,17 @@ class RelayTrainer(SFTTrainer):
             return super().evaluate(*args, **kwargs)
         with self.weight_average.applied():
             return super().evaluate(*args, **kwargs)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Writes our card into the output folder, in place of TRL's; arguments as there."""
+        if not self.is_world_process_zero():
+            return
+        name = model_name or Path(self.args.output_dir).name
+        card = training_card(name, self.args, self.relay_config, self.model, self.state.global_step, dataset_name)
+        extra = [tags] if isinstance(tags, str) else list(tags or [])
+        save_card(replace(card, tags=extra), self.args.output_dir)
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,73 @@
+"""The card of a training run: what the trainer knows, told by `hub_cards`."""
+
+from typing import Any
+
+from ..hub_cards import DatasetFacts, RelayCardData, TrainingFacts, hardware, versions
+from ..modeling import RelayConfig
+from .relay_config import RelayTrainerConfig
+
+OBJECTIVES = {
+    "relay": "the state is carried between denoising steps, with back-propagation through them",
+    "relay_sg": "the state is carried between denoising steps, without gradients between them",
+    "rollout": "several denoising steps, nothing carried between them but the tokens",
+    "masked": "plain masked diffusion from a uniformly drawn fraction of masks",
+}
+# The arguments that decide what is learned, in the order in which a reader asks for them.
+ARGUMENTS = (
+    "objective",
+    "rollout_steps",
+    "unmasking_policy",
+    "unmasking_threshold",
+    "threshold_jitter",
+    "learning_rate",
+    "relay_learning_rate",
+    "lr_scheduler_type",
+    "weight_decay",
+    "max_grad_norm",
+    "ema_decay",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+    "seed",
+    "bf16",
+)
+
+
+def training_card(
+    name: str, args: RelayTrainerConfig, config: RelayConfig, model: Any, steps: int, dataset_name: str | None
+) -> RelayCardData:
+    """What a card can say of a run: everything but an evaluation, which training does not make.
+
+    Args:
+        name: of the model.
+        args, config: the run's arguments and the model's configuration.
+        model: counted, and asked where it came from.
+        steps: optimizer steps made so far.
+        dataset_name: Hub id of the data, if it has one.
+    """
+    values = {argument: getattr(args, argument) for argument in ARGUMENTS}
+    return RelayCardData(
+        name=name,
+        base_model=getattr(model.config, "_name_or_path", "") or None,
+        objective=args.objective,
+        objective_description=OBJECTIVES[args.objective],
+        channel=_describe_channel(config),
+        training=TrainingFacts(
+            datasets=[DatasetFacts(dataset_name, hub_id=dataset_name)] if dataset_name else [],
+            arguments={name: getattr(value, "value", value) for name, value in values.items()},
+            steps=steps,
+            parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            hardware=hardware(),
+            versions=versions(),
+        ),
+        limits=["Not evaluated yet: this card was written while training."],
+        pipeline_tag="text-generation" if config.block_size is not None else None,
+    )
+
+
+def _describe_channel(config: RelayConfig) -> str | None:
+    if config.relay_channel == "none":
+        return None
+    read_out = "final norm" if config.relay_readout == "post_norm" else f"layer {config.relay_layer}"
+    where = "masked positions" if config.relay_scope == "masked" else "all positions"
+    return f"the output of the {read_out}, added at {where} through a LayerNorm."

@@ -1,0 +1,144 @@
+"""Unmasking policies: what holds for every input, against plain loops where there is one right answer."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from relay_hf.modeling import ConfidenceBudget, ConfidenceThreshold, make_policy
+from relay_hf.modeling.reveal_relay import POLICIES, best_token
+
+# Sixty-fourths are exact in float32, so that ties and sums that just reach the threshold occur and have one answer.
+UNIT = 64
+THRESHOLDS = st.integers(0, UNIT).map(lambda n: n / UNIT)
+
+
+@st.composite
+def groups(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """(G, L) confidence and (G, L) bool."""
+    count, length = draw(st.integers(1, 4)), draw(st.integers(1, 9))
+    numbers = st.lists(st.integers(0, UNIT), min_size=length, max_size=length)
+    flags = st.lists(st.booleans(), min_size=length, max_size=length)
+    confidence = torch.tensor([draw(numbers) for _ in range(count)]) / UNIT
+    return confidence, torch.tensor([draw(flags) for _ in range(count)])
+
+
+def naive_threshold(confidence: list[float], masked: list[bool], threshold: float) -> set[int]:
+    candidates = [i for i, is_masked in enumerate(masked) if is_masked]
+    sure = {i for i in candidates if confidence[i] > threshold}
+    return sure | ({max(candidates, key=lambda i: confidence[i])} if candidates else set())
+
+
+def naive_budget(confidence: list[float], masked: list[bool], threshold: float) -> set[int]:
+    candidates = sorted((i for i, is_masked in enumerate(masked) if is_masked), key=lambda i: 1 - confidence[i])
+    revealed, spent = set(), 0.0
+    for i in candidates:
+        spent += 1 - confidence[i]
+        if spent >= threshold:
+            break
+        revealed.add(i)
+    return revealed or set(candidates[:1])
+
+
+NAIVE = {"confidence_threshold": naive_threshold, "confidence_budget": naive_budget}
+
+
+def test_every_policy_has_a_naive_version() -> None:
+    assert NAIVE.keys() == POLICIES.keys()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@settings(deadline=None)
+@given(groups(), THRESHOLDS)
+def test_policy_any_input_equals_naive_loop(name: str, group: tuple[Tensor, Tensor], threshold: float) -> None:
+    confidence, masked = group
+    revealed = make_policy(name, threshold)(confidence, masked)
+    for row in range(len(confidence)):
+        expected = NAIVE[name](confidence[row].tolist(), masked[row].tolist(), threshold)
+        assert set(revealed[row].nonzero()[:, 0].tolist()) == expected
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@settings(deadline=None)
+@given(groups(), THRESHOLDS)
+def test_policy_any_input_reveals_masked_positions_only_and_at_least_one(
+    name: str, group: tuple[Tensor, Tensor], threshold: float
+) -> None:
+    confidence, masked = group
+    revealed = make_policy(name, threshold)(confidence, masked)
+    assert not (revealed & ~masked).any()
+    assert revealed.any(-1).equal(masked.any(-1))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@settings(deadline=None)
+@given(groups(), THRESHOLDS, THRESHOLDS)
+def test_policy_threshold_monotone(name: str, group: tuple[Tensor, Tensor], one: float, other: float) -> None:
+    """A stricter threshold reveals a subset; strict is high for probabilities, low for a budget."""
+    strict, lax = (max(one, other), min(one, other)) if name == "confidence_threshold" else sorted((one, other))
+    assert not (make_policy(name, strict)(*group) & ~make_policy(name, lax)(*group)).any()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@settings(deadline=None)
+@given(groups(), THRESHOLDS)
+def test_policy_arguments_untouched(name: str, group: tuple[Tensor, Tensor], threshold: float) -> None:
+    before = [tensor.clone() for tensor in group]
+    make_policy(name, threshold)(*group)
+    assert all(torch.equal(new, old) for new, old in zip(group, before, strict=True))
+
+
+@pytest.mark.parametrize("policy", [ConfidenceThreshold(1.0), ConfidenceBudget(0.0)])
+def test_policy_strictest_threshold_reveals_one_at_a_time(policy: ConfidenceThreshold | ConfidenceBudget) -> None:
+    confidence, masked = torch.ones(3, 5), torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 0], [0, 0, 0, 0, 0]]).bool()
+    assert policy(confidence, masked).sum(-1).tolist() == [1, 1, 0]
+
+
+@pytest.mark.parametrize("policy", [ConfidenceThreshold(0.0), ConfidenceBudget(torch.inf)])
+def test_policy_laxest_threshold_reveals_all(policy: ConfidenceThreshold | ConfidenceBudget) -> None:
+    confidence, masked = torch.full((2, 4), 0.01), torch.tensor([[1, 1, 0, 1], [0, 0, 1, 0]]).bool()
+    assert policy(confidence, masked).equal(masked)
+
+
+def test_policy_low_precision_confidence_accepted() -> None:
+    confidence, masked = torch.tensor([[0.5, 0.9, 0.95]], dtype=torch.bfloat16), torch.ones(1, 3, dtype=torch.bool)
+    assert ConfidenceBudget(0.2)(confidence, masked).tolist() == [[False, True, True]]
+    assert ConfidenceThreshold(0.8)(confidence, masked).tolist() == [[False, True, True]]
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.1, float("nan")])
+def test_confidence_threshold_outside_unit_interval_raises(threshold: float) -> None:
+    with pytest.raises(ValueError, match=r"`unmasking_threshold=.*` is not a probability.*\[0, 1\]"):
+        make_policy("confidence_threshold", threshold)
+
+
+@pytest.mark.parametrize("threshold", [-0.1, float("nan")])
+def test_confidence_budget_negative_raises(threshold: float) -> None:
+    with pytest.raises(ValueError, match=r"`unmasking_threshold=.*` is negative.*>= 0"):
+        make_policy("confidence_budget", threshold)
+
+
+def test_make_policy_unknown_name_raises() -> None:
+    with pytest.raises(ValueError, match=r"`unmasking_policy='greedy'` is unknown.*'confidence_budget'"):
+        make_policy("greedy", 0.5)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**16), st.integers(0, 6))
+def test_best_token_any_logits_most_probable_that_is_not_mask(seed: int, mask: int) -> None:
+    scores = 5 * torch.randn(4, 7, generator=torch.Generator().manual_seed(seed))
+    scores[0, mask] = 50.0  # preferred by far
+    probabilities = scores.softmax(-1)
+    probability, token = best_token(scores.clone(), mask)
+    assert not (token == mask).any()
+    expected = probabilities.index_fill(-1, torch.tensor([mask]), -1.0).max(-1)
+    assert token.equal(expected.indices)
+    # Two ways to normalise.
+    torch.testing.assert_close(probability, expected.values, atol=1e-6, rtol=0)
+
+
+def test_best_token_low_precision_logits_probability_in_float32() -> None:
+    probability, _ = best_token(torch.zeros(1, 1001, dtype=torch.bfloat16), 0)
+    assert probability.dtype == torch.float32
+    assert probability.item() == pytest.approx(1 / 1001, rel=1e-5)
