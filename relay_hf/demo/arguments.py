@@ -21,6 +21,7 @@ class DemoArguments:
         metadata={"help": "CSV file or Hub id with columns `question` and `answer`, instead of the generator."},
     )
     puzzles: int = field(default=4000, metadata={"help": "Training puzzles, each shown under ever new symmetries."})
+    extra_clues: int = field(default=4, metadata={"help": "Clues given beyond those of a minimal puzzle."})
     test_puzzles: int = field(
         default=500, metadata={"help": "Held-out puzzles; none is a symmetric twin of a training one."}
     )

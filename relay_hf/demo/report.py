@@ -133,7 +133,9 @@ def _card(
     model_folder: Path,
 ) -> RelayCardData:
     board = f"{arguments.size}x{arguments.size} Sudoku"
-    source = f"`{arguments.dataset}`" if arguments.dataset else "minimal puzzles of the generator of relay_hf (seed 0)"
+    source = f"puzzles of `{arguments.dataset}`"
+    if arguments.dataset is None:
+        source = f"puzzles of relay_hf's generator (seed 0), minimal ones with {arguments.extra_clues} clues added"
     train, test = study.puzzles["train"], study.puzzles["test"]
     return RelayCardData(
         name=model_folder.name,

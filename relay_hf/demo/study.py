@@ -80,7 +80,7 @@ def run_study(arguments: DemoArguments) -> Study:
 def _load_puzzles(arguments: DemoArguments) -> DatasetDict:
     wanted = arguments.puzzles + arguments.test_puzzles
     if arguments.dataset is None:
-        puzzles = generate_puzzles(wanted, size=arguments.size, seed=0)
+        puzzles = generate_puzzles(wanted, size=arguments.size, seed=0, extra_clues=arguments.extra_clues)
     else:
         puzzles = load_sudoku(arguments.dataset, limit=wanted, size=arguments.size)
     return split_puzzles(puzzles, test_count=arguments.test_puzzles)

@@ -1,0 +1,107 @@
+"""A plain decoder to judge `generate` by: one row, no cache, a full forward for every step."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relay_hf import RelayForMaskedDiffusion, RelayGenerateOutput
+from relay_hf.modeling import make_policy
+
+from ..conftest import MASK
+
+# Random prompts of less than a block, exactly one, one and a bit, several, and exactly two, for blocks of eight.
+LENGTHS = (3, 8, 13, 27, 16)
+
+
+@dataclass
+class Alone:
+    """One decoded row: its new tokens, and forwards by kind in the order (denoise, commit, prefill)."""
+
+    tokens: list[int]
+    forwards: tuple[int, int, int]
+
+
+def prompts_of(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(1, MASK, (length,), generator=generator) for length in lengths]
+
+
+def padded(prompts: list[Tensor], side: str) -> dict[str, Tensor]:
+    """One batch; `mixed` puts the padding of row r left, right or on both sides in turn."""
+    width = max(map(len, prompts)) + (2 if side == "mixed" else 0)
+    ids, mask = torch.zeros(2, len(prompts), width, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        spare = width - len(prompt)
+        begin = {"left": spare, "right": 0, "mixed": (spare, 0, spare // 2)[row % 3]}[side]
+        ids[row, begin : begin + len(prompt)], mask[row, begin : begin + len(prompt)] = prompt, 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def decode_alone(
+    model: RelayForMaskedDiffusion,
+    prompt: Tensor,
+    new_tokens: int,
+    *,
+    threshold: float,
+    sub_block_size: int | None = None,
+    use_relay: bool = True,
+    eos_token_id: int | None = None,
+    policy: str = "confidence_threshold",
+) -> Alone:
+    """Follows DESIGN.md section 5 in the slowest way."""
+    config, length = model.config, len(prompt)
+    size, end = config.block_size, length + new_tokens
+    begin = length // size * size
+    tokens, denoise, commit = prompt.clone(), 0, 0
+    while True:
+        masks = torch.full((begin + size - len(tokens),), MASK)
+        tokens = torch.cat([tokens, masks])
+        if config.token_shift and tokens[begin] == MASK:
+            # The position before has scored it already, and blocks never change what is before them.
+            tokens[begin] = forward(model, tokens, None, begin).logits[0, begin].index_fill(0, torch.tensor(MASK), -1e9).argmax()
+        state = model.initial_relay_state(1, len(tokens)) if use_relay else None
+        while True:
+            stops = [i for i in range(max(begin, length), len(tokens)) if tokens[i] == eos_token_id]
+            stop = min([*stops, end])
+            masked = [i for i in range(begin, begin + size) if tokens[i] == MASK]
+            if not masked or masked[0] >= stop:
+                break
+            sub = (masked[0] - begin) // (sub_block_size or size)
+            active = torch.tensor([i in masked and (i - begin) // (sub_block_size or size) == sub for i in range(len(tokens))])
+            output = forward(model, tokens, state, begin)
+            denoise += 1
+            state = output.relay_state if use_relay else None
+            reveal(tokens, output.logits[0], active, make_policy(policy, threshold))
+        if stop < begin + size or end <= begin + size:
+            last = min(stop + 1, end)
+            return Alone(tokens[length:last].tolist(), (denoise, commit, int(length >= size)))
+        begin, commit = begin + size, commit + 1
+
+
+def forward(model: RelayForMaskedDiffusion, tokens: Tensor, state: Tensor | None, begin: int) -> Any:
+    """Full forward; a state enters the block from `begin` on only, and of that what the scope says."""
+    receives = model.receives_state(tokens[None]) & (torch.arange(len(tokens)) >= begin)
+    with torch.no_grad():
+        return model(tokens[None], relay_state=state, relay_mask=receives)
+
+
+def reveal(tokens: Tensor, logits: Tensor, active: Tensor, policy: Any) -> None:
+    """Writes the tokens of one step into `tokens`."""
+    probabilities = logits.float().softmax(-1)
+    probabilities[:, MASK] = -1.0
+    confidence, best = probabilities.max(-1)
+    chosen = policy(confidence[None].clamp(min=0.0), active[None])[0]
+    tokens[chosen] = best[chosen]
+
+
+def new_tokens_of(output: RelayGenerateOutput, prompt_columns: int, pad: int, eos: int | None) -> list[Alone]:
+    """The rows of a batch in the form of `decode_alone`; checks that nothing but padding follows a stop token."""
+    rows = []
+    counts = zip(output.denoise_forwards, output.commit_forwards, output.prefill_forwards, strict=True)
+    for row, forwards in zip(output.sequences[:, prompt_columns:].tolist(), counts, strict=True):
+        end = row.index(eos) + 1 if eos in row else len(row)
+        assert row[end:] == [pad] * (len(row) - end)
+        rows.append(Alone(row[:end], tuple(int(count) for count in forwards)))
+    return rows

@@ -1,0 +1,41 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from relay_hf.cli import main
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--size", "5"], "5"),
+        (["--steps", "0"], "`--steps=0` must be at least 1"),
+        (["--hidden-size", "40"], "`--hidden_size=40` must be a multiple of 32"),
+    ],
+)
+def test_demo_bad_argument_is_one_sentence_and_exit_code_2(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    small = ["--warmup-steps", "1", "--puzzles", "10", "--test-puzzles", "2", "--output-dir", str(tmp_path / "out")]
+    assert main(["demo", *small, *options]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("relay-hf: error: ")
+    assert message in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_command_exits_with_usage(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["fly"])
+    assert stopped.value.code == 2
+    assert "invalid choice: 'fly'" in capsys.readouterr().err
+
+
+def test_console_script_help_lists_the_demo() -> None:
+    script = Path(sys.executable).with_name("relay-hf")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    shown = subprocess.run([script, "demo", "--help"], capture_output=True, text=True, check=True, env=environment)
+    assert "--warmup-steps" in shown.stdout
