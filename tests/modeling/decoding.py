@@ -13,6 +13,7 @@ from ..conftest import MASK
 
 # Random prompts of less than a block, exactly one, one and a bit, several, and exactly two, for blocks of eight.
 LENGTHS = (3, 8, 13, 27, 16)
+PAD = 0
 
 
 @dataclass
@@ -39,6 +40,13 @@ def padded(prompts: list[Tensor], side: str) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def run(model: RelayForMaskedDiffusion, inputs: dict[str, Tensor] | Tensor, **options: Any) -> RelayGenerateOutput:
+    """`generate` without stop tokens, at a threshold that the tiny models are above about half the time."""
+    inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else inputs
+    options = {"unmasking_threshold": 0.3, "eos_token_id": None, "pad_token_id": PAD, **options}
+    return model.generate(**inputs, return_dict_in_generate=True, **options)
+
+
 def decode_alone(
     model: RelayForMaskedDiffusion,
     prompt: Tensor,
@@ -60,7 +68,9 @@ def decode_alone(
         tokens = torch.cat([tokens, masks])
         if config.token_shift and tokens[begin] == MASK:
             # The position before has scored it already, and blocks never change what is before them.
-            tokens[begin] = forward(model, tokens, None, begin).logits[0, begin].index_fill(0, torch.tensor(MASK), -1e9).argmax()
+            tokens[begin] = (
+                forward(model, tokens, None, begin).logits[0, begin].index_fill(0, torch.tensor(MASK), -1e9).argmax()
+            )
         state = model.initial_relay_state(1, len(tokens)) if use_relay else None
         while True:
             stops = [i for i in range(max(begin, length), len(tokens)) if tokens[i] == eos_token_id]
@@ -69,7 +79,9 @@ def decode_alone(
             if not masked or masked[0] >= stop:
                 break
             sub = (masked[0] - begin) // (sub_block_size or size)
-            active = torch.tensor([i in masked and (i - begin) // (sub_block_size or size) == sub for i in range(len(tokens))])
+            active = torch.tensor(
+                [i in masked and (i - begin) // (sub_block_size or size) == sub for i in range(len(tokens))]
+            )
             output = forward(model, tokens, state, begin)
             denoise += 1
             state = output.relay_state if use_relay else None

@@ -41,7 +41,7 @@ def rows_of(cache: RelayCache) -> list[list[float]]:
     return [tensor.flatten(1)[:, 0].tolist() for tensor in keys + states]
 
 
-# -- drafting -----------------------------------------------------------------------------------------------------------
+# -- drafting --------------------------------------------------------------------------------------------------------
 
 
 def test_drafting_sees_prefix_and_new_positions() -> None:
@@ -79,7 +79,7 @@ def test_drafting_error_inside_ends_it() -> None:
     assert not cache.is_drafting
 
 
-# -- the relay state ------------------------------------------------------------------------------------------------------
+# -- the relay state -------------------------------------------------------------------------------------------------
 
 
 def test_write_relay_state_waiting_row_keeps_its_own() -> None:
@@ -103,7 +103,7 @@ def test_commit_tail_keeps_last_position_and_drops_state() -> None:
     assert not cache.last_hidden.requires_grad
 
 
-# -- rows move together -----------------------------------------------------------------------------------------------------
+# -- rows move together ----------------------------------------------------------------------------------------------
 
 
 def test_batch_select_indices_all_rows_together() -> None:
@@ -180,5 +180,5 @@ def test_token_shift_model_cropped_cache_raises(make_model: Callable) -> None:
     model, ids = make_model(token_shift=True), torch.arange(16)[None]
     cache = model(ids, use_cache=True).past_key_values
     cache.crop(-8)
-    with pytest.raises(ValueError, match="not the hidden state at its end.*prefill again"):
+    with pytest.raises(ValueError, match=r"not the hidden state at its end.*prefill again"):
         model(ids[:, :8], past_key_values=cache)

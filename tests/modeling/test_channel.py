@@ -32,7 +32,7 @@ def block_causal_pattern(length: int, block_size: int) -> Tensor:
     return torch.tensor([[[[block[k] <= block[q] for k in range(length)] for q in range(length)]]])
 
 
-# -- a fresh channel ------------------------------------------------------------------------------------------------
+# -- a fresh channel -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scope", ["masked", "all"])
@@ -69,7 +69,7 @@ def test_channel_initial_parameters(make_model: Callable, relay_init: str, weigh
     assert torch.equal(norm.bias, torch.zeros(16))
 
 
-# -- an open channel --------------------------------------------------------------------------------------------------
+# -- an open channel -------------------------------------------------------------------------------------------------
 
 
 def test_no_state_with_open_channel_equals_backbone_bit_by_bit(make_model: Callable, ids: Tensor) -> None:
@@ -137,7 +137,7 @@ def test_initial_state_zeros_and_none_differ_if_bias_is_not_zero(make_model: Cal
     assert (logits[0] - logits[1]).abs().max() > 1e-2
 
 
-# -- every option has an effect ---------------------------------------------------------------------------------------
+# -- every option has an effect --------------------------------------------------------------------------------------
 
 BASE: dict[str, Any] = {
     "text_config": text_config(),
@@ -195,7 +195,7 @@ def test_config_field_changes_result(field: str) -> None:
     assert (two_steps(**{field: OTHER[field]}) - two_steps()).abs().max() > 1e-3
 
 
-# -- refusals -----------------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(2, 19, 16), (1, 20, 16), (2, 20, 15), (20, 16)])

@@ -117,7 +117,7 @@ def test_unknown_choice_raises(tiny_text_config: Qwen2Config, field: str) -> Non
     ids=lambda config: config.model_type,
 )
 def test_sliding_window_backbone_raises(text_config: Any) -> None:
-    with pytest.raises(ValueError, match="'sliding_attention'.*not support"):
+    with pytest.raises(ValueError, match=r"'sliding_attention'.*not support"):
         RelayConfig(text_config=text_config)
 
 

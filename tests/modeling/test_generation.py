@@ -1,6 +1,5 @@
 """`generate`: equal to a plain loop row by row, whoever shares the batch, and what it promises at the edges."""
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,18 +10,14 @@ from torch import Tensor
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
-    PreTrainedTokenizerFast,
     StoppingCriteria,
-    TextDiffusionStreamer,
-    TextStreamer,
 )
 
-from relay_hf import RelayCache, RelayForMaskedDiffusion, RelayGenerateOutput
+from relay_hf import RelayCache, RelayForMaskedDiffusion
 
 from ..conftest import MASK, VOCAB_SIZE
-from .decoding import LENGTHS, decode_alone, new_tokens_of, padded, prompts_of
+from .decoding import LENGTHS, PAD, decode_alone, new_tokens_of, padded, prompts_of, run
 
-PAD = 0
 # Every switch that changes how a state reaches the next step, each with an open channel.
 MODELS: dict[str, dict[str, Any]] = {
     "fast_dllm_v2": {"token_shift": True, "relay_initial_state": "none"},
@@ -37,12 +32,6 @@ MODELS: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def model(make_model: Callable) -> RelayForMaskedDiffusion:
     return make_model(open_channel=True, token_shift=True)
-
-
-def run(model: RelayForMaskedDiffusion, inputs: dict[str, Tensor] | Tensor, **options: Any) -> RelayGenerateOutput:
-    inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else inputs
-    options = {"unmasking_threshold": 0.3, "eos_token_id": None, "pad_token_id": PAD, **options}
-    return model.generate(**inputs, return_dict_in_generate=True, **options)
 
 
 @contextmanager
@@ -64,7 +53,7 @@ def prefer_mask_token(model: RelayForMaskedDiffusion, by: float) -> None:
     model.lm_head.register_forward_hook(lambda module, arguments, logits: logits + bonus)
 
 
-# -- equal to a plain loop ------------------------------------------------------------------------------------------------
+# -- equal to a plain loop -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("side", ["left", "right", "mixed"])
@@ -72,7 +61,9 @@ def prefer_mask_token(model: RelayForMaskedDiffusion, by: float) -> None:
 def test_generate_ragged_batch_equals_plain_loop_row_by_row(make_model: Callable, name: str, side: str) -> None:
     model, prompts = make_model(open_channel=True, **MODELS[name]), prompts_of()
     inputs = padded(prompts, side)
-    ours = new_tokens_of(run(model, inputs, max_new_tokens=21, sub_block_size=4), inputs["input_ids"].shape[1], PAD, None)
+    ours = new_tokens_of(
+        run(model, inputs, max_new_tokens=21, sub_block_size=4), inputs["input_ids"].shape[1], PAD, None
+    )
     assert ours == [decode_alone(model, p, 21, threshold=0.3, sub_block_size=4) for p in prompts]
 
 
@@ -143,7 +134,7 @@ def test_generate_no_channel_same_as_without_relay(make_model: Callable) -> None
 
 def test_generate_committed_keys_and_values_do_not_depend_on_state(model: RelayForMaskedDiffusion) -> None:
     """They are those of a clean forward over the finished text."""
-    output = run(model, prompts_of((5,))[0][None], max_new_tokens=27)
+    output = run(model, prompt_of(5), max_new_tokens=27)
     cache, committed = output.past_key_values, output.past_key_values.get_seq_length()
     assert committed == 24
     with torch.no_grad():
@@ -153,13 +144,13 @@ def test_generate_committed_keys_and_values_do_not_depend_on_state(model: RelayF
         torch.testing.assert_close(ours.values, plain.values, atol=1e-5, rtol=1e-5)
 
 
-# -- lengths and counts ---------------------------------------------------------------------------------------------------
+# -- lengths and counts ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 16])
 @pytest.mark.parametrize("new", [1, 7, 8, 9, 20])
 def test_generate_exactly_max_new_tokens(model: RelayForMaskedDiffusion, length: int, new: int) -> None:
-    output = run(model, prompts_of((length,))[0][None], max_new_tokens=new)
+    output = run(model, prompt_of(length), max_new_tokens=new)
     assert output.sequences.shape == (1, length + new)
     assert (output.sequences[:, length:] != MASK).all()
 
@@ -180,13 +171,15 @@ def test_generate_fewer_tokens_is_beginning_of_more(model: RelayForMaskedDiffusi
 
 def test_generate_prompt_of_one_block_depends_on_it(model: RelayForMaskedDiffusion) -> None:
     """The reference ignores such a prompt."""
-    texts = {tuple(run(model, prompt[None], max_new_tokens=8).sequences[0, 8:].tolist()) for prompt in prompts_of((8,) * 5)}
+    texts = {
+        tuple(run(model, prompt[None], max_new_tokens=8).sequences[0, 8:].tolist()) for prompt in prompts_of((8,) * 5)
+    }
     assert len(texts) == 5
 
 
 def test_generate_counts_are_forwards_that_ran(model: RelayForMaskedDiffusion) -> None:
     with counting_forwards(model) as drafts:
-        output = run(model, prompts_of((13,))[0][None], max_new_tokens=21)
+        output = run(model, prompt_of(13), max_new_tokens=21)
     assert output.denoise_forwards.tolist() == [sum(drafts)]
     # Columns 8 to 34 are four and a bit blocks; nothing is committed behind the last one.
     assert (output.prefill_forwards.tolist(), output.commit_forwards.tolist()) == ([1], [3])
@@ -197,7 +190,7 @@ def test_generate_counts_are_forwards_that_ran(model: RelayForMaskedDiffusion) -
 def test_generate_no_forward_beyond_last_needed_sub_block(model: RelayForMaskedDiffusion) -> None:
     """Position 8 comes from the prefill; one at a time the rest of its sub-block takes three forwards, all of it seven."""
     with counting_forwards(model) as drafts:
-        run(model, prompts_of((8,))[0][None], max_new_tokens=4, sub_block_size=4, unmasking_threshold=1.0)
+        run(model, prompt_of(8), max_new_tokens=4, sub_block_size=4, unmasking_threshold=1.0)
     assert drafts == [False, True, True, True]
 
 
@@ -210,19 +203,21 @@ def test_generate_row_waiting_for_others_costs_it_nothing(model: RelayForMaskedD
 
 
 def test_generate_max_length_counts_prompt(model: RelayForMaskedDiffusion) -> None:
-    assert run(model, prompts_of((5,))[0][None], max_length=12).sequences.shape == (1, 12)
+    assert run(model, prompt_of(5), max_length=12).sequences.shape == (1, 12)
 
 
 def test_generate_without_dict_returns_sequences(model: RelayForMaskedDiffusion) -> None:
-    prompt = prompts_of((5,))[0][None]
+    prompt = prompt_of(5)
     tokens = model.generate(prompt, max_new_tokens=6, unmasking_threshold=0.3, eos_token_id=None)
     assert torch.equal(tokens, run(model, prompt, max_new_tokens=6).sequences)
 
 
-# -- tokens ---------------------------------------------------------------------------------------------------------------
+# -- tokens ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampling", [{}, {"do_sample": True}, {"do_sample": True, "top_k": 1}, {"do_sample": True, "top_p": 0.1}])
+@pytest.mark.parametrize(
+    "sampling", [{}, {"do_sample": True}, {"do_sample": True, "top_k": 1}, {"do_sample": True, "top_p": 0.1}]
+)
 @pytest.mark.parametrize("token_shift", [False, True])
 def test_generate_mask_token_preferred_by_head_never_generated(
     make_model: Callable, token_shift: bool, sampling: dict[str, Any]
@@ -238,7 +233,9 @@ def test_generate_sampling_brings_mask_back_by_processor_never_generated(model: 
         def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
             return scores.index_fill(-1, torch.tensor([MASK]), 1e4)
 
-    output = run(model, padded(prompts_of(), "left"), max_new_tokens=20, do_sample=True, logits_processor=[PreferMask()])
+    output = run(
+        model, padded(prompts_of(), "left"), max_new_tokens=20, do_sample=True, logits_processor=[PreferMask()]
+    )
     assert not (output.sequences[:, -20:] == MASK).any()
 
 
@@ -252,7 +249,7 @@ def test_generate_cold_sampling_equals_greedy_in_every_row(model: RelayForMasked
 
 def test_generate_sampling_rows_of_same_prompt_differ(model: RelayForMaskedDiffusion) -> None:
     torch.manual_seed(0)
-    prompt = prompts_of((5,))[0][None]
+    prompt = prompt_of(5)
     output = run(model, prompt, max_new_tokens=12, do_sample=True, temperature=3.0, num_return_sequences=4)
     assert len(output.denoise_forwards) == 4
     assert len({tuple(row) for row in output.sequences.tolist()}) == 4
@@ -275,7 +272,7 @@ def test_generate_suppressed_tokens_never_generated(model: RelayForMaskedDiffusi
 
 
 def test_generate_options_from_generation_config_object(model: RelayForMaskedDiffusion) -> None:
-    prompt, options = prompts_of((5,))[0][None], {"max_new_tokens": 12, "unmasking_threshold": 0.9, "use_relay": False}
+    prompt, options = prompt_of(5), {"max_new_tokens": 12, "unmasking_threshold": 0.9, "use_relay": False}
     by_object = model.generate(prompt, generation_config=GenerationConfig(**options))
     assert torch.equal(by_object, model.generate(prompt, **options))
     assert not torch.equal(by_object, model.generate(prompt, max_new_tokens=12, unmasking_threshold=0.0))
@@ -285,7 +282,7 @@ def test_generation_config_saved_options_come_back(model: RelayForMaskedDiffusio
     model.generation_config.update(unmasking_threshold=0.6, sub_block_size=None, use_relay=False)
     model.save_pretrained(tmp_path)
     loaded = RelayForMaskedDiffusion.from_pretrained(tmp_path)
-    prompt = prompts_of((5,))[0][None]
+    prompt = prompt_of(5)
     with counting_forwards(loaded) as drafts:
         loaded.generate(prompt, max_new_tokens=3, unmasking_threshold=1.0)
     config = loaded.generation_config
@@ -295,44 +292,52 @@ def test_generation_config_saved_options_come_back(model: RelayForMaskedDiffusio
 
 @pytest.mark.parametrize(
     ("block_size", "expected"),
-    [(8, ("confidence_threshold", 0.85, 8)), (12, ("confidence_threshold", 0.85, None)), (None, ("confidence_budget", 0.15, None))],
+    [
+        (8, ("confidence_threshold", 0.85, 8)),
+        (12, ("confidence_threshold", 0.85, None)),
+        (None, ("confidence_budget", 0.15, None)),
+    ],
 )
-def test_generation_config_defaults_follow_block_size(make_model: Callable, block_size: int | None, expected: tuple) -> None:
+def test_generation_config_defaults_follow_block_size(
+    make_model: Callable, block_size: int | None, expected: tuple
+) -> None:
     config = make_model(block_size=block_size).generation_config
     assert (config.unmasking_policy, config.unmasking_threshold, config.sub_block_size) == expected
     assert config.use_relay
 
 
-# -- stopping -------------------------------------------------------------------------------------------------------------
+# -- stopping --------------------------------------------------------------------------------------------------------
 
 
 def test_generate_stop_token_of_prefill_forward_noticed(model: RelayForMaskedDiffusion) -> None:
-    prompt = prompts_of((8,))[0][None]
+    prompt = prompt_of(8)
     first = int(run(model, prompt, max_new_tokens=1).sequences[0, 8])
     output = run(model, prompt, max_new_tokens=20, eos_token_id=first)
     assert output.sequences[0, 8:].tolist() == [first]
     assert (output.denoise_forwards.tolist(), output.prefill_forwards.tolist()) == ([0], [1])
 
 
-def test_generate_stop_token_of_commit_forward_noticed(make_model: Callable) -> None:
-    model, prompt = make_model(open_channel=True, token_shift=True, seed=1), prompts_of((5,))[0][None]
-    text = run(model, prompt, max_new_tokens=20).sequences[0, 5:].tolist()
-    first = text[3]  # position 8, the first of the second block
-    assert first not in text[:3]
-    output = run(model, prompt, max_new_tokens=20, eos_token_id=first)
+def test_generate_stop_token_of_commit_forward_noticed(model: RelayForMaskedDiffusion) -> None:
+    texts = [
+        (prompt, run(model, prompt[None], max_new_tokens=20).sequences[0, 5:].tolist())
+        for prompt in prompts_of((5,) * 9)
+    ]
+    # The fourth new token is the first of the second block.
+    prompt, text = next((prompt, text) for prompt, text in texts if text[3] not in text[:3])
+    output = run(model, prompt[None], max_new_tokens=20, eos_token_id=text[3])
     assert output.sequences[0, 5:].tolist() == text[:4]
     assert output.commit_forwards.tolist() == [1]
 
 
 def test_generate_stop_token_of_prompt_ignored(model: RelayForMaskedDiffusion) -> None:
-    prompt = prompts_of((13,))[0][None]
+    prompt = prompt_of(13)
     text = run(model, prompt, max_new_tokens=12).sequences
     unused = next(int(token) for token in prompt[0, 8:] if token not in text[0, 13:])
     assert torch.equal(run(model, prompt, max_new_tokens=12, eos_token_id=unused).sequences, text)
 
 
 def test_generate_several_stop_tokens_first_one_ends(model: RelayForMaskedDiffusion) -> None:
-    prompt = prompts_of((5,))[0][None]
+    prompt = prompt_of(5)
     text = run(model, prompt, max_new_tokens=20).sequences[0, 5:].tolist()
     stops = [text[11], text[6]]
     end = min(text.index(stop) for stop in stops) + 1
@@ -348,13 +353,14 @@ def test_generate_text_before_stop_token_is_complete(model: RelayForMaskedDiffus
 
 def test_generate_finished_rows_padded(model: RelayForMaskedDiffusion) -> None:
     prompts = prompts_of()
-    text = run(model, padded(prompts, "left"), max_new_tokens=20).sequences[:, -20:]
-    eos = int(text[0, 5])
-    assert eos not in text[1]
-    output = run(model, padded(prompts, "left"), max_new_tokens=20, eos_token_id=eos, pad_token_id=41).sequences[:, -20:]
-    end = text[0].tolist().index(eos) + 1
-    assert output[0].tolist() == text[0, :end].tolist() + [41] * (20 - end)
-    assert output[1].tolist() == text[1].tolist()
+    text = run(model, padded(prompts, "left"), max_new_tokens=20).sequences[:, -20:].tolist()
+    eos = next(token for token in text[0] if token not in text[1])
+    output = run(model, padded(prompts, "left"), max_new_tokens=20, eos_token_id=eos, pad_token_id=41).sequences[
+        :, -20:
+    ]
+    end = text[0].index(eos) + 1
+    assert output[0].tolist() == text[0][:end] + [41] * (20 - end)
+    assert output[1].tolist() == text[1]
 
 
 def test_generate_custom_stopping_criterion_sees_text_without_padding(model: RelayForMaskedDiffusion) -> None:
@@ -370,179 +376,11 @@ def test_generate_custom_stopping_criterion_sees_text_without_padding(model: Rel
     assert output.sequences[1, 13:].tolist() == text[1, :5].tolist() + [PAD] * 8
 
 
-# -- text -----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def writer(make_model: Callable, tokenizer: PreTrainedTokenizerFast) -> Callable[..., RelayGenerateOutput]:
-    """Continues a text in letters and spaces, by a model of the byte tokenizer."""
-    text = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-    model = make_model(open_channel=True, token_shift=True, text=text, mask_token_id=tokenizer.mask_token_id)
-    letters = set(tokenizer("abcdefghijklmnop ").input_ids)
-    suppressed = [token for token in range(len(tokenizer)) if token not in letters]
-
-    def write(prompt: str, **options: Any) -> RelayGenerateOutput:
-        inputs = tokenizer(prompt, return_tensors="pt")
-        fields = {"max_new_tokens": 30, "suppress_tokens": suppressed, "unmasking_threshold": 0.02, **options}
-        return model.generate(inputs.input_ids, return_dict_in_generate=True, eos_token_id=None, **fields)
-
-    return write
-
-
-def test_generate_stop_string_ends_text(writer: Callable, tokenizer: PreTrainedTokenizerFast) -> None:
-    text = tokenizer.decode(writer("Once upon").sequences[0])
-    stop = text[15:17]
-    stopped = tokenizer.decode(writer("Once upon", stop_strings=[stop], tokenizer=tokenizer).sequences[0])
-    assert stopped == text[: text.index(stop, len("Once upon")) + 2]
-
-
-def test_text_streamer_prints_text(
-    writer: Callable, tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
-) -> None:
-    output = writer("Once upon", streamer=TextStreamer(tokenizer))
-    assert capsys.readouterr().out == tokenizer.decode(output.sequences[0]) + "\n"
-
-
-def test_text_streamer_skip_prompt_prints_new_text(
-    writer: Callable, tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
-) -> None:
-    output = writer("Once upon", streamer=TextStreamer(tokenizer, skip_prompt=True))
-    assert capsys.readouterr().out == tokenizer.decode(output.sequences[0, len("Once upon") :]) + "\n"
-
-
-def test_text_diffusion_streamer_shows_a_draft_per_step_then_text(
-    writer: Callable, tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
-) -> None:
-    output = writer("Once upon", streamer=TextDiffusionStreamer(tokenizer))
-    printed = capsys.readouterr().out
-    drafts = re.findall(r"\0337\033\[33m(.*?)\033\[0m\0338\033\[J", printed)
-    assert len(drafts) == output.denoise_forwards.item()
-    assert any("[MASK]" in draft for draft in drafts)
-    # The prompt's own part of the block is on the screen already.
-    assert not any("n" == draft[0] and "upon"[-1] in draft[:1] and "[MASK]" * 8 in draft for draft in drafts)
-    permanent = re.sub(r"\0337.*?\0338\033\[J", "", printed)
-    assert permanent == tokenizer.decode(output.sequences[0]) + "\n"
-
-
-def test_streamer_gets_prompt_blocks_and_end(model: RelayForMaskedDiffusion) -> None:
-    class Recorder:
-        def __init__(self) -> None:
-            self.chunks: list[list[int]] = []
-            self.drafts: list[list[int]] = []
-            self.ended = 0
-
-        def put(self, value: Tensor) -> None:
-            self.chunks.append(value.flatten().tolist())
-
-        def put_draft(self, value: Tensor) -> None:
-            self.drafts.append(value.tolist())
-
-        def end(self) -> None:
-            self.ended += 1
-
-    prompt, recorder = prompts_of((13,))[0][None], Recorder()
-    output = run(model, prompt, max_new_tokens=14, streamer=recorder)
-    assert [len(chunk) for chunk in recorder.chunks] == [13, 3, 8, 3]
-    assert sum(recorder.chunks, []) == output.sequences[0].tolist()
-    assert recorder.ended == 1
-    assert {len(draft) for draft in recorder.drafts} == {3, 8}  # neither the prompt nor what lies behind the end
-
-
-# -- a canvas -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def canvas_model(make_model: Callable) -> RelayForMaskedDiffusion:
-    """A whole-sequence model with the channels of the Sudoku instance, open."""
-    options = {"block_size": None, "relay_scope": "all", "relay_readout": "pre_norm", "relay_init": "ones"}
-    return make_model(open_channel=True, **options)
-
-
-@pytest.fixture
-def canvas() -> Tensor:
-    """(3, 16): the first row has few blanks, the second many, the third one."""
-    ids = torch.arange(48).reshape(3, 16)
-    ids[0, ::5], ids[1, 2:], ids[2, 7] = MASK, MASK, MASK
-    return ids
-
-
-def test_generate_canvas_filled_and_clues_kept(canvas_model: RelayForMaskedDiffusion, canvas: Tensor) -> None:
-    output = canvas_model.generate(canvas, return_dict_in_generate=True)
-    clues = canvas != MASK
-    assert output.sequences.shape == canvas.shape
-    assert torch.equal(output.sequences[clues], canvas[clues])
-    assert not (output.sequences == MASK).any()
-    assert output.commit_forwards.tolist() == output.prefill_forwards.tolist() == [0, 0, 0]
-    forwards = output.denoise_forwards
-    assert forwards[2] == 1
-    assert output.tokens_per_forward.tolist() == pytest.approx((torch.tensor([4, 14, 1]) / forwards).tolist())
-
-
-@pytest.mark.parametrize("use_relay", [False, True])
-@pytest.mark.parametrize("token_shift", [False, True])
-def test_generate_canvas_rows_equal_rows_alone(make_model: Callable, canvas: Tensor, use_relay: bool, token_shift: bool) -> None:
-    model = make_model(open_channel=True, block_size=None, token_shift=token_shift, relay_scope="all")
-    rows = [canvas[0, :11], canvas[1], canvas[2, 4:]]
-    inputs = padded(rows, "mixed")
-    together = run(model, inputs, use_relay=use_relay, unmasking_threshold=1.0)
-    for row, ids in enumerate(rows):
-        alone = run(model, ids[None], use_relay=use_relay, unmasking_threshold=1.0)
-        assert together.sequences[row][inputs["attention_mask"][row].bool()].equal(alone.sequences[0])
-        assert together.denoise_forwards[row] == alone.denoise_forwards[0]
-
-
-def test_generate_canvas_equals_plain_loop(canvas_model: RelayForMaskedDiffusion, canvas: Tensor) -> None:
-    ids, state = canvas[1:2].clone(), canvas_model.initial_relay_state(1, 16)
-    steps = 0
-    while (masked := ids == MASK).any():
-        with torch.no_grad():
-            output = canvas_model(ids, relay_state=state)
-        state, steps = output.relay_state, steps + 1
-        probability, token = output.logits.index_fill(-1, torch.tensor([MASK]), -1e9).softmax(-1).max(-1)
-        best = probability.masked_fill(~masked, -1).argmax()
-        ids[0, best] = token[0, best]
-    generated = run(canvas_model, canvas[1:2], unmasking_threshold=0.0)  # a budget of nothing: one at a time
-    assert generated.sequences.equal(ids)
-    assert generated.denoise_forwards.tolist() == [steps] == [14]
-
-
-def test_generate_canvas_with_max_new_tokens_fills_and_appends(canvas_model: RelayForMaskedDiffusion, canvas: Tensor) -> None:
-    output = run(canvas_model, canvas, max_new_tokens=5)
-    clues = canvas != MASK
-    assert output.sequences.shape == (3, 21)
-    assert torch.equal(output.sequences[:, :16][clues], canvas[clues])
-    assert not (output.sequences == MASK).any()
-
-
-def test_generate_canvas_text_without_masks_appended_to(canvas_model: RelayForMaskedDiffusion) -> None:
-    assert run(canvas_model, torch.arange(8)[None], max_new_tokens=5).sequences[0, :8].tolist() == list(range(8))
-
-
-def test_generate_canvas_stop_token_among_clues_ignored(canvas_model: RelayForMaskedDiffusion, canvas: Tensor) -> None:
-    output = run(canvas_model, canvas, eos_token_id=1)
-    assert torch.equal(output.sequences, run(canvas_model, canvas).sequences)
-
-
-def test_streamer_canvas_shown_whole(canvas_model: RelayForMaskedDiffusion, canvas: Tensor, capsys: Any) -> None:
-    class Printer:
-        def put(self, value: Tensor) -> None:
-            print("put", *value.flatten().tolist())
-
-        def end(self) -> None:
-            print("end")
-
-    output = run(canvas_model, canvas[:1], streamer=Printer())
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[1:] == [str(token) for token in canvas[0].tolist()]
-    assert lines[1].split()[1:] == [str(token) for token in output.sequences[0].tolist()]
-    assert lines[2:] == ["end"]
-
-
-# -- the cache ------------------------------------------------------------------------------------------------------------
+# -- the cache -------------------------------------------------------------------------------------------------------
 
 
 def test_generate_given_cache_is_used_and_returned(model: RelayForMaskedDiffusion) -> None:
-    prompt, cache = prompts_of((13,))[0][None], RelayCache(config=model.config.text_config)
+    prompt, cache = prompt_of(13), RelayCache(config=model.config.text_config)
     output = run(model, prompt, max_new_tokens=12, past_key_values=cache)
     assert output.past_key_values is cache
     assert cache.get_seq_length() == 24
@@ -553,13 +391,13 @@ def test_generate_cache_of_short_earlier_run_leaves_no_state(model: RelayForMask
     """Such a run commits nothing, so its cache looks empty."""
     cache = RelayCache(config=model.config.text_config)
     run(model, prompts_of((3, 3), seed=1)[0][None], max_new_tokens=4, past_key_values=cache)
-    prompt = prompts_of((3,))[0][None]
+    prompt = prompt_of(3)
     again = run(model, prompt, max_new_tokens=4, past_key_values=cache, unmasking_threshold=1.0)
     assert torch.equal(again.sequences, run(model, prompt, max_new_tokens=4, unmasking_threshold=1.0).sequences)
 
 
 def test_generate_cache_reset_between_runs_same_text(model: RelayForMaskedDiffusion) -> None:
-    prompt, cache = prompts_of((13,))[0][None], RelayCache(config=model.config.text_config)
+    prompt, cache = prompt_of(13), RelayCache(config=model.config.text_config)
     first = run(model, prompt, max_new_tokens=12, past_key_values=cache).sequences
     cache.reset()
     assert torch.equal(run(model, prompt, max_new_tokens=12, past_key_values=cache).sequences, first)

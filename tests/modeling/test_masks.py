@@ -108,7 +108,7 @@ def test_align_to_positions_takes_output_of_position_before() -> None:
     assert align_to_positions(raw, torch.tensor([[0, 0, 1, 2]]), before).flatten().tolist() == [0, 1, 1, 2]
 
 
-# -- a cached prefix changes nothing -----------------------------------------------------------------------------------
+# -- a cached prefix changes nothing ---------------------------------------------------------------------------------
 
 READ_OUTS: dict[str, dict[str, Any]] = {
     "post_norm": {"relay_readout": "post_norm"},
