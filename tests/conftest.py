@@ -6,6 +6,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -96,14 +97,20 @@ def reference_vectors() -> dict[str, Tensor]:
     return load_file(REFERENCE / "vectors.safetensors")
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`forward_case` and `decode_case` run over what the reference folder lists."""
-    if not {"forward_case", "decode_case"} & set(metafunc.fixturenames):
-        return
+@functools.cache
+def reference_cases() -> dict[str, list[Any]]:
+    """What the reference folder lists, as far as its README calls it comparable."""
     index = json.loads((REFERENCE / "vectors.json").read_text())
-    if "forward_case" in metafunc.fixturenames:
-        metafunc.parametrize("forward_case", index["forward"])
-    if "decode_case" in metafunc.fixturenames:
-        # The reference's batches with the relay are not comparable: there a row depends on its neighbours.
-        cases = [case for case in index["cases"] if not case["relay"] or len(case["lengths"]) == 1]
-        metafunc.parametrize("decode_case", cases, ids=lambda case: case["key"])
+    # A batch with the relay is not: there a row depends on its neighbours.
+    decode = [case for case in index["cases"] if not case["relay"] or len(case["lengths"]) == 1]
+    ragged = [case for case in decode if len(set(case["lengths"])) > 1]
+    # Nor are counts, where the reference counts other forwards.
+    counted = [case for case in decode if case["stop_token_id"] is None and case not in ragged]
+    return {"forward_case": index["forward"], "decode_case": decode, "ragged_case": ragged, "counted_case": counted}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Runs a test that takes, say, a `decode_case` once for each of them."""
+    for name in [name for name in metafunc.fixturenames if name.endswith("_case")]:
+        ids = [case if isinstance(case, str) else case["key"] for case in reference_cases()[name]]
+        metafunc.parametrize(name, reference_cases()[name], ids=ids)

@@ -209,7 +209,7 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         """Asks the backbone for the one layer that the channel reads, beside what the caller asked for."""
         layers = self._asks_for_hidden_states(kwargs)
         if self._state_index is not None and layers is not True:
-            others = [] if layers is False else [layers] if isinstance(layers, int) else list(layers)
+            others = [] if not layers else [layers] if isinstance(layers, int) else list(layers)
             layers = [*others, self._state_index]
         return {**kwargs, "output_hidden_states": layers}
 

@@ -29,6 +29,11 @@ def prompts_of(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> list[Tensor
     return [torch.randint(1, MASK, (length,), generator=generator) for length in lengths]
 
 
+def prompt_of(length: int) -> Tensor:
+    """A batch of one."""
+    return prompts_of((length,))[0][None]
+
+
 def padded(prompts: list[Tensor], side: str) -> dict[str, Tensor]:
     """One batch; `mixed` puts the padding of row r left, right or on both sides in turn."""
     width = max(map(len, prompts)) + (2 if side == "mixed" else 0)
@@ -68,9 +73,8 @@ def decode_alone(
         tokens = torch.cat([tokens, masks])
         if config.token_shift and tokens[begin] == MASK:
             # The position before has scored it already, and blocks never change what is before them.
-            tokens[begin] = (
-                forward(model, tokens, None, begin).logits[0, begin].index_fill(0, torch.tensor(MASK), -1e9).argmax()
-            )
+            logits = forward(model, tokens, None, begin).logits[0, begin]
+            tokens[begin] = logits.index_fill(0, torch.tensor(MASK), -1e9).argmax()
         state = model.initial_relay_state(1, len(tokens)) if use_relay else None
         while True:
             stops = [i for i in range(max(begin, length), len(tokens)) if tokens[i] == eos_token_id]
@@ -78,10 +82,8 @@ def decode_alone(
             masked = [i for i in range(begin, begin + size) if tokens[i] == MASK]
             if not masked or masked[0] >= stop:
                 break
-            sub = (masked[0] - begin) // (sub_block_size or size)
-            active = torch.tensor(
-                [i in masked and (i - begin) // (sub_block_size or size) == sub for i in range(len(tokens))]
-            )
+            part = [(i - begin) // (sub_block_size or size) for i in range(len(tokens))]
+            active = torch.tensor([i in masked and part[i] == part[masked[0]] for i in range(len(tokens))])
             output = forward(model, tokens, state, begin)
             denoise += 1
             state = output.relay_state if use_relay else None

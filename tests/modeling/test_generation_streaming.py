@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast, TextDiffusionStreamer, TextStr
 
 from relay_hf import RelayGenerateOutput
 
-from .decoding import prompts_of, run
+from .decoding import prompt_of, run
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_text_diffusion_streamer_shows_a_draft_per_step_then_text(
     assert permanent == tokenizer.decode(output.sequences[0]) + "\n"
 
 
-def test_streamer_gets_prompt_blocks_and_end(model: RelayForMaskedDiffusion) -> None:
+def test_streamer_gets_prompt_blocks_and_end(make_model: Callable) -> None:
     class Recorder:
         def __init__(self) -> None:
             self.chunks: list[list[int]] = []
@@ -79,8 +79,8 @@ def test_streamer_gets_prompt_blocks_and_end(model: RelayForMaskedDiffusion) -> 
             self.ended += 1
 
     prompt, recorder = prompt_of(13), Recorder()
-    output = run(model, prompt, max_new_tokens=14, streamer=recorder)
+    output = run(make_model(open_channel=True, token_shift=True), prompt, max_new_tokens=14, streamer=recorder)
     assert [len(chunk) for chunk in recorder.chunks] == [13, 3, 8, 3]
-    assert sum(recorder.chunks, []) == output.sequences[0].tolist()
+    assert [token for chunk in recorder.chunks for token in chunk] == output.sequences[0].tolist()
     assert recorder.ended == 1
     assert {len(draft) for draft in recorder.drafts} == {3, 8}  # neither the prompt nor what lies behind the end

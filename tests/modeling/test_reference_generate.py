@@ -52,26 +52,30 @@ def comparable_end(row: Tensor, length: int, case: dict, block_size: int) -> int
     return length + int(stops[0]) + 1 if len(stops) else end
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
 def test_generate_of_the_reference_same_tokens(
-    model: RelayForMaskedDiffusion, reference_index: dict, reference_vectors: dict, decode_case: dict, side: str
+    model: RelayForMaskedDiffusion, reference_index: dict, reference_vectors: dict, decode_case: dict
 ) -> None:
-    if side == "right" and len(set(decode_case["lengths"])) == 1:
-        pytest.skip("nothing to pad")
-    ours, _ = decode(model, reference_index, reference_vectors, decode_case, side)
+    ours, _ = decode(model, reference_index, reference_vectors, decode_case)
     for row, length in enumerate(decode_case["lengths"]):
         expected = reference_vectors[f"{decode_case['key']}.row{row}"]
         end = comparable_end(expected, length, decode_case, reference_index["config"]["block_size"])
         assert ours[row][:end].tolist() == expected[:end].tolist()
 
 
-def test_generate_of_the_reference_same_denoise_forwards(
-    model: RelayForMaskedDiffusion, reference_index: dict, reference_vectors: dict, decode_case: dict
+def test_generate_of_the_reference_padded_on_the_right_same_as_left(
+    model: RelayForMaskedDiffusion, reference_index: dict, reference_vectors: dict, ragged_case: dict
 ) -> None:
-    if decode_case["stop_token_id"] is not None or len(set(decode_case["lengths"])) > 1:
-        pytest.skip("the reference counts other forwards here, see its README")
-    _, output = decode(model, reference_index, reference_vectors, decode_case)
-    assert output.denoise_forwards.tolist() == decode_case["denoising_nfe"]
+    left, right = (
+        decode(model, reference_index, reference_vectors, ragged_case, side)[0] for side in ("left", "right")
+    )
+    assert all(map(torch.equal, left, right))
+
+
+def test_generate_of_the_reference_same_denoise_forwards(
+    model: RelayForMaskedDiffusion, reference_index: dict, reference_vectors: dict, counted_case: dict
+) -> None:
+    _, output = decode(model, reference_index, reference_vectors, counted_case)
+    assert output.denoise_forwards.tolist() == counted_case["denoising_nfe"]
 
 
 def test_generate_of_the_reference_relay_matters(reference_index: dict, reference_vectors: dict) -> None:
