@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast, TextDiffusionStreamer, TextStr
 
 from relay_hf import RelayGenerateOutput
 
-from .decoding import prompts_of, run
+from .decoding import run
 
 
 @pytest.fixture
