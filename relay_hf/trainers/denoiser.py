@@ -1,18 +1,18 @@
 """How one denoising step of a rollout is computed. `rollout.py` knows only `make_denoiser` and `Denoiser.step`.
 
-In block diffusion a noisy block sees itself and the CLEAN blocks before it, and clean text never looks at noisy text. The
-plain way to train that runs the doubled sequence [x_t ; x_0] in every step (`tests/trainers/doubled.py`). The block denoiser
-gives the same numbers for less:
+In block diffusion a noisy block sees itself and the CLEAN blocks before it, and clean text never looks at noisy text.
+The plain way to train that runs the doubled sequence [x_t ; x_0] in every step (`tests/trainers/doubled.py`). The block
+denoiser gives the same numbers for less:
 
 1. the clean text runs once per rollout, and its keys and values are kept with their gradient;
-2. given those, noisy blocks are independent, so a step runs only the blocks that still hold a mask. Blocks that are known
-   have the clean pass's own states: same input, same attention;
+2. given those, noisy blocks are independent, so a step runs only the blocks that still hold a mask. Blocks that are
+   known have the clean pass's own states: same input, same attention;
 3. only masked positions go through the head.
 
 A model without blocks has no clean half: its step is one pass over the noisy row.
 
-Legend: B rows, L positions, S positions of a block, A active blocks of the row that has most, D hidden size, V vocabulary,
-N masked positions.
+Legend: B rows, L positions, S positions of a block, A active blocks of the row that has most, D hidden size,
+V vocabulary, N masked positions.
 """
 
 from collections.abc import Callable
@@ -54,8 +54,8 @@ def make_denoiser(model: Callable[..., Any], config: RelayConfig, rows: RolloutR
 def keep_caches_under_checkpointing(model: nn.Module) -> None:
     """Lets the layers of `model` keep the caches of this file when gradient checkpointing replays them.
 
-    transformers drops every cache there, unless a layer is known to only read it. The two caches here can be replayed: one is
-    read-only, the other is written once. There is no public switch; `test_denoiser.py` fails if this one moves.
+    transformers drops every cache there, unless a layer is known to only read it. The two caches here can be replayed:
+    one is read-only, the other is written once. There is no public switch; `test_denoiser.py` fails if this one moves.
     """
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
@@ -128,6 +128,7 @@ class CleanPrefix(RelayCache):
         self.is_drafting = True
         self.last_hidden, self.last_read_out = before, read_out_before
         self.read_out: Tensor | None = None
+        source: Any
         for source in clean.layers:
             layer = DynamicLayer()
             layer.keys, layer.values = source.keys[..., :length, :], source.values[..., :length, :]

@@ -1,4 +1,4 @@
-"""The plain doubled-sequence step, the oracle of the block denoiser: [x_t ; x_0] in every step, all blocks, as published."""
+"""The plain doubled-sequence step, oracle of the block denoiser: [x_t ; x_0] in every step, all blocks, as published."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from relay_hf.trainers.rows import RolloutRows
 
 
 class DoubledDenoiser:
-    """A noisy position sees its own noisy block and the clean blocks before it; a clean one, clean blocks up to its own."""
+    """A noisy position sees its noisy block and the clean blocks before it; a clean one, clean blocks up to its own."""
 
     def __init__(self, model: Callable[..., Any], config: RelayConfig, rows: RolloutRows) -> None:
         self.model, self.config = model, config

@@ -66,7 +66,8 @@ def partly_denoised(model: Any, lengths: list[int], prompt: int, seed: int, fres
 @given(
     block_size=st.sampled_from([1, 2, 4, 5]),
     lengths=st.lists(st.integers(4, 15), min_size=1, max_size=4),
-    prompt=st.integers(0, 3),
+    # At least one known token: positions of a first block of nothing but masks are equal, and so tie.
+    prompt=st.integers(1, 3),
     steps=st.integers(1, 4),
     carry=st.sampled_from(["relay", "relay_sg", "rollout"]),
     threshold=st.sampled_from([0.0, 0.1, 0.3, 1.0]),
