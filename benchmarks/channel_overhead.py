@@ -2,8 +2,8 @@
 
 python benchmarks/channel_overhead.py [--vocab 151936] [--batch 1]
 
-Alternates the two, prints medians, and ends with one JSON line whose `ratio` is with / without. Also says how many bytes
-of state a sequence carries, beside those that carrying its logits would need.
+Alternates the two, prints medians, and ends with one JSON line whose `ratio` is with / without. Also says how many
+bytes of state a sequence carries, beside those that carrying its logits would need.
 """
 
 import argparse

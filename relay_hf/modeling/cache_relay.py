@@ -22,6 +22,8 @@ class RelayCache(DynamicCache):
     position before it produced.
     """
 
+    # Whether gradient checkpointing may replay a forward with this cache.
+    survives_checkpointing = False
     _ROW_TENSORS = ("relay_state", "last_hidden", "last_read_out")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -61,10 +63,14 @@ class RelayCache(DynamicCache):
         else:
             self.relay_state = torch.where(rows[:, None, None], state, self.relay_state.to(state.dtype))
 
-    def commit_tail(self, hidden: Tensor, read_out: Tensor) -> None:
-        """Remembers the last position of what was just committed (both (B, L, D)) and drops the block's state."""
-        self.last_hidden, self.last_read_out = hidden[:, -1:].detach(), read_out[:, -1:].detach()
-        self.relay_state = None
+    def record(self, hidden: Tensor, read_out: Tensor) -> None:
+        """Takes the raw outputs of a forward, both (B, L, D): input of the head, and what the channel reads.
+
+        A commit keeps their last position and drops the block's state; a draft leaves nothing.
+        """
+        if not self.is_drafting:
+            self.last_hidden, self.last_read_out = hidden[:, -1:].detach(), read_out[:, -1:].detach()
+            self.relay_state = None
 
     def reset(self) -> None:
         super().reset()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
@@ -77,10 +78,12 @@ def align_to_positions(raw: Tensor, position_ids: Tensor, before: Tensor | None 
     Args:
         raw: (B, L, D) outputs in the order of the network.
         position_ids: (B or 1, L). Position 0 has nothing before it and keeps its own output, as in Fast-dLLM v2.
-        before: (B, 1, D) output of the position just before the first one, if that one is cached.
+        before: (B, 1 or L, D) output of the position before each one whose predecessor is not in the column before,
+            for instance because it is cached. None: such positions keep their own output.
 
     Returns:
         (B, L, D).
     """
-    previous = torch.cat([raw[:, :1] if before is None else before.to(raw.dtype), raw[:, :-1]], dim=1)
-    return torch.where((position_ids == 0)[..., None], raw, previous)
+    follows = F.pad(position_ids[:, 1:] == position_ids[:, :-1] + 1, (1, 0))[..., None]  # (B or 1, L, 1)
+    elsewhere = raw if before is None else torch.where((position_ids == 0)[..., None], raw, before.to(raw.dtype))
+    return torch.where(follows, F.pad(raw[:, :-1], (0, 0, 1, 0)), elsewhere)

@@ -142,7 +142,8 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
             ),
             position_ids=position_ids,
             past_key_values=past_key_values,
-            use_cache=past_key_values is not None,
+            # Layers store into the cache they are given either way; training keeps hold of it itself.
+            use_cache=past_key_values is not None and not self.training,
             # "No mask" must mean full attention, not the backbone's causal default.
             is_causal=False,
             **self._read_out_request(kwargs),
@@ -173,7 +174,7 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         """Number of cached positions, if the forward can make use of them."""
         if cache is None:
             return 0
-        if self.training and self.is_activation_checkpointing:
+        if self.training and self.is_activation_checkpointing and not getattr(cache, "survives_checkpointing", False):
             raise ValueError(
                 "Gradient checkpointing drops keys and values while training, so a cache would stay empty: call "
                 "`model.eval()`, or leave the cache out."
@@ -227,6 +228,6 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
             aligned_read_out = (
                 aligned if read_out is hidden else align_to_positions(read_out, position_ids, before_read_out)
             )
-        if isinstance(cache, RelayCache) and not cache.is_drafting:
-            cache.commit_tail(hidden, read_out)
+        if isinstance(cache, RelayCache):
+            cache.record(hidden, read_out)
         return aligned, aligned_read_out

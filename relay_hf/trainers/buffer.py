@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..modeling import RelayConfig
-from .rollout import RolloutRows
+from .rows import RolloutRows
 
 
 def fresh_rows(config: RelayConfig, batch: dict[str, Tensor], carries_state: bool) -> RolloutRows:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..modeling import RelayConfig
-from .rollout import RolloutRows
+from .rows import RolloutRows
 
 # Keeps every mask probability away from 0, as in Fast-dLLM v2: p = (1 - eps) t + eps.
 MINIMUM_MASK_PROBABILITY = 1e-3

@@ -19,6 +19,7 @@ from ..modeling import RelayConfig, RelayForMaskedDiffusion, make_policy
 from ..modeling.reveal_relay import UnmaskingPolicy
 from .buffer import RolloutBuffer, fresh_rows
 from .card import training_card
+from .denoiser import keep_caches_under_checkpointing
 from .ema import WeightAverage
 from .metrics import ChannelNorms, is_channel_parameter, rollout_metrics
 from .noise import mask_uniformly
@@ -98,6 +99,7 @@ class RelayTrainer(SFTTrainer):
         # TRL wraps `forward` for its own next-token loss, which is never computed here. A copied model would share it.
         vars(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)).pop("forward", None)
         _check_labels(self.train_dataset)
+        keep_caches_under_checkpointing(self.model)
 
         self.relay_config = config
         self.buffer = RolloutBuffer(config, args.carries_state)

@@ -10,7 +10,11 @@ from transformers import PreTrainedTokenizerFast, TextDiffusionStreamer, TextStr
 
 from relay_hf import RelayGenerateOutput
 
+<<<<<<< HEAD
 from .decoding import prompt_of, run
+=======
+from .decoding import run
+>>>>>>> engine
 
 
 @pytest.fixture

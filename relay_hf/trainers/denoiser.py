@@ -1,0 +1,227 @@
+"""How one denoising step of a rollout is computed. `rollout.py` knows only `make_denoiser` and `Denoiser.step`.
+
+In block diffusion a noisy block sees itself and the CLEAN blocks before it, and clean text never looks at noisy text.
+The plain way to train that runs the doubled sequence [x_t ; x_0] in every step (`tests/trainers/doubled.py`). The block
+denoiser gives the same numbers for less:
+
+1. the clean text runs once per rollout, and its keys and values are kept with their gradient;
+2. given those, noisy blocks are independent, so a step runs only the blocks that still hold a mask. Blocks that are
+   known have the clean pass's own states: same input, same attention;
+3. only masked positions go through the head.
+
+A model without blocks has no clean half: its step is one pass over the noisy row.
+
+Legend: B rows, L positions, S positions of a block, A active blocks of the row that has most, D hidden size,
+V vocabulary, N masked positions.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..modeling import RelayCache, RelayConfig
+from ..modeling.masks_relay import align_to_positions
+from .rows import RolloutRows
+
+
+class Denoiser(Protocol):
+    """Denoises the rows of one rollout, step by step."""
+
+    def step(self, rows: RolloutRows, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """One denoising step.
+
+        Args:
+            rows: with the masks as they are now.
+            state: (B, L, D) position-aligned state of the step before, or None if nothing is carried.
+
+        Returns:
+            (N, V) logits at the masked positions in row-major order, and the (B, L, D) state the step leaves.
+        """
+        ...
+
+
+def make_denoiser(model: Callable[..., Any], config: RelayConfig, rows: RolloutRows) -> Denoiser:
+    """The denoiser for `model` (possibly wrapped by PEFT or DDP) and the text of `rows`."""
+    return SequenceDenoiser(model, config) if config.block_size is None else BlockDenoiser(model, config, rows)
+
+
+def keep_caches_under_checkpointing(model: nn.Module) -> None:
+    """Lets the layers of `model` keep the caches of this file when gradient checkpointing replays them.
+
+    transformers drops every cache there, unless a layer is known to only read it. The two caches here can be replayed:
+    one is read-only, the other is written once. There is no public switch; `test_denoiser.py` fails if this one moves.
+    """
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module._can_checkpoint_with_cache = True
+
+
+def receives_state(config: RelayConfig, rows: RolloutRows) -> Tensor:
+    """(B, L) bool, positions that the state enters; a row that starts from "none" gets it from its second step on."""
+    is_masked = rows.masked(config.mask_token_id)
+    receives = torch.ones_like(is_masked) if config.relay_scope == "all" else is_masked
+    return receives & rows.has_state[:, None] if config.relay_initial_state == "none" else receives
+
+
+class SequenceDenoiser:
+    """Whole-sequence models: every position sees every other."""
+
+    def __init__(self, model: Callable[..., Any], config: RelayConfig) -> None:
+        self.model = model
+        self.config = config
+
+    def step(self, rows: RolloutRows, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        output = self.model(
+            input_ids=rows.noisy_ids,
+            attention_mask=rows.attention_mask,
+            relay_state=state,
+            relay_mask=receives_state(self.config, rows) if state is not None else None,
+            logits_to_keep=rows.masked(self.config.mask_token_id),
+            use_cache=False,
+        )
+        return output.logits, output.relay_state
+
+
+class CleanText(RelayCache):
+    """Keys, values and raw outputs of the clean pass, with their gradient.
+
+    Written once: gradient checkpointing replays the pass during backward, and must then see what it saw the first time.
+    """
+
+    survives_checkpointing = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden: Tensor | None = None
+        self.read_out: Tensor | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if layer_idx == len(self.layers):
+            super().update(key_states, value_states, layer_idx)
+        return key_states, value_states
+
+    def record(self, hidden: Tensor, read_out: Tensor) -> None:
+        self.hidden, self.read_out = hidden, read_out
+
+
+class CleanPrefix(RelayCache):
+    """What a noisy pass sees of the clean text; read-only.
+
+    Args:
+        clean: the clean pass.
+        length: only that many positions are looked at.
+        before, read_out_before: (B, A * S, D) raw outputs of the position before each packed one, or None.
+    """
+
+    survives_checkpointing = True
+
+    def __init__(self, clean: CleanText, length: int, before: Tensor | None, read_out_before: Tensor | None) -> None:
+        super().__init__()
+        self.is_drafting = True
+        self.last_hidden, self.last_read_out = before, read_out_before
+        self.read_out: Tensor | None = None
+        source: Any
+        for source in clean.layers:
+            layer = DynamicLayer()
+            layer.keys, layer.values = source.keys[..., :length, :], source.values[..., :length, :]
+            layer.is_initialized = True
+            self.layers.append(layer)
+
+    def record(self, hidden: Tensor, read_out: Tensor) -> None:
+        self.read_out = read_out
+
+
+class BlockDenoiser:
+    """Block diffusion: one clean pass, then noisy passes over the active blocks, packed side by side in each row."""
+
+    def __init__(self, model: Callable[..., Any], config: RelayConfig, rows: RolloutRows) -> None:
+        self.model = model
+        self.config = config
+        self.size: int = config.block_size
+        self.length = rows.clean_ids.shape[1]
+        self.is_text = self._pad(rows.attention_mask)  # (B, L') with L' a multiple of S
+        self.clean = CleanText()
+        output = model(
+            input_ids=self._pad(rows.clean_ids),
+            attention_mask=None if bool(self.is_text.all()) else self.is_text,
+            past_key_values=self.clean,
+            logits_to_keep=torch.empty(0, dtype=torch.long, device=rows.clean_ids.device),
+        )
+        self.no_logits = output.logits.flatten(0, 1)  # (0, V), part of the graph
+        self.positions = torch.arange(self.is_text.shape[1], device=self.is_text.device)[None]
+
+    def step(self, rows: RolloutRows, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        masked = self._pad(rows.masked(self.config.mask_token_id))
+        active = masked.view(len(masked), -1, self.size).any(-1)  # (B, blocks)
+        if not bool(active.any()):
+            return self.no_logits, self._state(self.clean.read_out)
+        # Active blocks first, in their order; rows with fewer of them repeat inactive ones, which nobody reads.
+        blocks = active.long().argsort(dim=-1, descending=True, stable=True)[:, : int(active.sum(-1).max())]  # (B, A)
+        columns = (blocks[..., None] * self.size + torch.arange(self.size, device=blocks.device)).flatten(1)  # (B, A*S)
+        is_active = active.gather(1, blocks).repeat_interleave(self.size, dim=1)  # (B, A*S)
+
+        def pack(tensor: Tensor) -> Tensor:
+            index = columns if tensor.ndim == 2 else columns[..., None].expand(-1, -1, tensor.shape[-1])
+            return tensor.gather(1, index)
+
+        prefix = self._prefix(int(blocks.where(active.gather(1, blocks), 0).max()) * self.size, pack)
+        output = self.model(
+            input_ids=pack(self._pad(rows.noisy_ids)),
+            attention_mask=self._attention(columns, pack(self.is_text), prefix),
+            position_ids=columns,
+            past_key_values=prefix,
+            relay_state=pack(self._pad(state)) if state is not None else None,
+            relay_mask=pack(self._pad(receives_state(self.config, rows))) if state is not None else None,
+            logits_to_keep=pack(masked) & is_active,
+        )
+        if output.relay_state is None:
+            return output.logits, None
+        active_columns = active.repeat_interleave(self.size, dim=1)[..., None]  # (B, L', 1)
+        read_out = self.clean.read_out.masked_scatter(active_columns, prefix.read_out[is_active])
+        return output.logits, self._state(read_out)
+
+    def _prefix(self, length: int, pack: Callable[[Tensor], Tensor]) -> CleanPrefix:
+        """The clean text before the last active block, and what precedes each packed block."""
+        if not self.config.token_shift:
+            return CleanPrefix(self.clean, length, None, None)
+        before = [pack(align_to_positions(raw, self.positions)) for raw in (self.clean.hidden, self.clean.read_out)]
+        return CleanPrefix(self.clean, length, *before)
+
+    def _state(self, read_out: Tensor) -> Tensor:
+        """(B, L, D) position-aligned state from the raw outputs of the row."""
+        aligned = align_to_positions(read_out, self.positions) if self.config.token_shift else read_out
+        return aligned[:, : self.length]
+
+    def _attention(self, columns: Tensor, is_text: Tensor, prefix: CleanPrefix) -> Any:
+        """A packed position sees its own block, and the clean text of the blocks before it."""
+        length = prefix.get_seq_length()
+        block = columns // self.size  # (B, A*S)
+        clean_block = self.positions[:, :length].expand(len(block), -1) // self.size
+        key_block = torch.cat([clean_block, block], dim=1)
+        is_noisy = torch.arange(key_block.shape[1], device=block.device) >= length
+
+        def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            here = block[row, query - length]
+            return torch.where(is_noisy[key], key_block[row, key] == here, key_block[row, key] < here)
+
+        return create_bidirectional_mask(
+            self.config.text_config,
+            # Stands for the embeddings, of which only shape and device matter here.
+            torch.empty(*block.shape, 0, device=block.device),
+            torch.cat([self.is_text[:, :length], is_text], dim=1),
+            past_key_values=prefix,
+            and_mask_function=sees,
+        )
+
+    def _pad(self, tensor: Tensor) -> Tensor:
+        """Pads the positions, the second axis, to whole blocks."""
+        extra = -tensor.shape[1] % self.size
+        return F.pad(tensor, (0, extra) if tensor.ndim == 2 else (0, 0, 0, extra)) if extra else tensor

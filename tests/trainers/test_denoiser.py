@@ -1,0 +1,131 @@
+"""The block denoiser gives what the doubled sequence gives: losses, gradients, reveals and states."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from relay_hf.modeling import make_policy
+from relay_hf.trainers import rollout
+from relay_hf.trainers.buffer import fresh_rows
+from relay_hf.trainers.denoiser import BlockDenoiser, keep_caches_under_checkpointing
+from relay_hf.trainers.noise import mask_uniformly
+from relay_hf.trainers.rollout import RolloutResult, run_rollout
+
+from .conftest import build_model, build_rows
+from .doubled import DoubledDenoiser
+
+
+def run(model: Any, rows: Any, denoiser: type, carry: str, steps: int, threshold: float) -> tuple[RolloutResult, dict]:
+    """One rollout with either denoiser, and the gradients it leaves."""
+    policy = make_policy("confidence_threshold", threshold)
+    model.zero_grad()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rollout, "make_denoiser", denoiser)
+        result = run_rollout(model, model.config, rows, [policy] * steps, carry)
+    result.loss.backward()
+    return result, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal_rollouts(model: Any, rows: Any, carry: str, steps: int, threshold: float) -> None:
+    expected, expected_gradients = run(model, rows, DoubledDenoiser, carry, steps, threshold)
+    result, gradients = run(model, rows, BlockDenoiser, carry, steps, threshold)
+    torch.testing.assert_close(result.step_losses, expected.step_losses, rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(result.step_reveals, expected.step_reveals, strict=True))
+    assert torch.equal(result.rows.noisy_ids, expected.rows.noisy_ids)
+    if carry != "rollout":
+        text = rows.attention_mask[..., None]
+        torch.testing.assert_close(result.rows.relay_state * text, expected.rows.relay_state * text, rtol=0, atol=1e-5)
+    scale = max(float(g.norm()) for g in expected_gradients.values())
+    for name, gradient in expected_gradients.items():
+        # Relative to the largest gradient: some are zero but for rounding (keys' biases cancel in the softmax).
+        assert float((gradients[name] - gradient).norm()) <= 1e-5 * scale, name
+
+
+def partly_denoised(model: Any, lengths: list[int], prompt: int, seed: int, fresh: bool) -> Any:
+    """Rows of different lengths, in which some blocks may be known already."""
+    batch = build_rows(len(lengths), max(lengths), prompt, seed)
+    for row, length in enumerate(lengths):
+        for name, filler in (("input_ids", 0), ("labels", -100), ("attention_mask", 0)):
+            batch[name][row, length:] = filler
+    rows = fresh_rows(model.config, batch, carries_state=True)
+    if fresh:
+        return rows
+    generator = torch.Generator().manual_seed(seed)
+    state = torch.randn(rows.relay_state.shape, generator=generator)
+    return replace(
+        mask_uniformly(rows, model.config, generator), relay_state=state, has_state=torch.ones_like(rows.has_state)
+    )
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    block_size=st.sampled_from([1, 2, 4, 5]),
+    lengths=st.lists(st.integers(4, 15), min_size=1, max_size=4),
+    # At least one known token: positions of a first block of nothing but masks are equal, and so tie.
+    prompt=st.integers(1, 3),
+    steps=st.integers(1, 4),
+    carry=st.sampled_from(["relay", "relay_sg", "rollout"]),
+    threshold=st.sampled_from([0.0, 0.1, 0.3, 1.0]),
+    seed=st.integers(0, 1000),
+    fresh=st.booleans(),
+    scope=st.sampled_from(["masked", "all"]),
+    shift=st.booleans(),
+    read_out=st.sampled_from([("post_norm", -1), ("pre_norm", -1), ("pre_norm", 0)]),
+    initial_state=st.sampled_from(["zeros", "none"]),
+)
+def test_block_denoiser_any_rollout_equals_the_doubled_sequence(
+    block_size: int, lengths: list[int], prompt: int, steps: int, carry: str, threshold: float, seed: int, fresh: bool,
+    scope: str, shift: bool, read_out: tuple[str, int], initial_state: str,
+) -> None:  # fmt: skip
+    model = build_model(
+        seed=seed,
+        block_size=block_size,
+        token_shift=shift,
+        relay_scope=scope,
+        relay_readout=read_out[0],
+        relay_layer=read_out[1],
+        relay_initial_state=initial_state,
+    )
+    rows = partly_denoised(model, lengths, prompt, seed, fresh)
+    assert_equal_rollouts(model, rows, carry, steps, threshold)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_block_denoiser_attention_and_checkpointing_give_the_same(implementation: str, checkpointing: bool) -> None:
+    model = build_model().train()
+    model.set_attn_implementation(implementation)
+    rows = fresh_rows(model.config, build_rows(3), carries_state=True)
+    plain, plain_gradients = run(model, rows, BlockDenoiser, "relay", 3, 0.3)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        keep_caches_under_checkpointing(model)
+    result, gradients = run(model, rows, BlockDenoiser, "relay", 3, 0.3)
+    torch.testing.assert_close(result.loss, plain.loss)
+    for name, gradient in plain_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_block_denoiser_runs_only_active_blocks() -> None:
+    model = build_model()
+    rows = fresh_rows(model.config, build_rows(2, length=16, prompt=9), carries_state=False)
+    seen: list[Tensor] = []
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    run_rollout(model, model.config, rows, [make_policy("confidence_threshold", 0.5)], "rollout")
+    assert [embeds.shape[1] for embeds in seen] == [16, 8], "the clean text, then the two blocks that hold a mask"
+
+
+def test_block_denoiser_nothing_masked_has_zero_loss_and_gradient() -> None:
+    model = build_model()
+    rows = fresh_rows(model.config, build_rows(2), carries_state=True)
+    done = replace(rows, noisy_ids=rows.clean_ids)
+    result, gradients = run(model, done, BlockDenoiser, "relay", 2, 0.5)
+    assert float(result.loss.detach()) == 0.0
+    assert all(not gradient.any() for gradient in gradients.values())
