@@ -26,7 +26,7 @@ def cache_of(rows: list[int]) -> RelayCache:
     cache = RelayCache()
     for layer in range(LAYERS):
         cache.update(labelled(rows, 2, PREFIX, 4), labelled(rows, 2, PREFIX, 4) + 0.5, layer)
-    cache.commit_tail(labelled(rows, PREFIX, 6), labelled(rows, PREFIX, 6) + 0.25)
+    cache.record(labelled(rows, PREFIX, 6), labelled(rows, PREFIX, 6) + 0.25)
     cache.write_relay_state(labelled(rows, 4, 6), torch.ones(len(rows), dtype=torch.bool))
     return cache
 
@@ -94,9 +94,9 @@ def test_write_relay_state_without_channel_stays_none() -> None:
     assert cache.relay_state is None
 
 
-def test_commit_tail_keeps_last_position_and_drops_state() -> None:
+def test_record_keeps_last_position_and_drops_state() -> None:
     cache, hidden = cache_of([1, 2]), torch.randn(2, 4, 6, requires_grad=True)
-    cache.commit_tail(hidden, 2 * hidden)
+    cache.record(hidden, 2 * hidden)
     assert cache.relay_state is None
     assert torch.equal(cache.last_hidden, hidden[:, -1:])
     assert torch.equal(cache.last_read_out, 2 * hidden[:, -1:])

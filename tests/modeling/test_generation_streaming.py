@@ -10,11 +10,7 @@ from transformers import PreTrainedTokenizerFast, TextDiffusionStreamer, TextStr
 
 from relay_hf import RelayGenerateOutput
 
-<<<<<<< HEAD
 from .decoding import prompt_of, run
-=======
-from .decoding import run
->>>>>>> engine
 
 
 @pytest.fixture
