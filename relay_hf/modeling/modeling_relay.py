@@ -44,6 +44,8 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _keep_in_fp32_modules_strict = ["relay"]
+    # The loss is the mean of its batch; `**kwargs` in `forward` would make Trainer believe that it was scaled already.
+    accepts_loss_kwargs = False
     # A backbone without a channel, or with a fresh one, is a normal checkpoint to start from.
     _keys_to_ignore_on_load_missing = [r"^relay\."]
 

@@ -18,6 +18,8 @@ from transformers import (
     LlamaConfig,
     PhiConfig,
     Qwen3Config,
+    Trainer,
+    TrainingArguments,
 )
 
 from relay_hf import RelayCache, RelayConfig, RelayForMaskedDiffusion, RelayOutput
@@ -262,6 +264,27 @@ def test_resize_token_embeddings_keeps_old_logits(make_model: Callable, ids: Ten
     after = model(ids).logits
     assert after.shape[-1] == model.config.text_config.vocab_size == VOCAB_SIZE + 6
     torch.testing.assert_close(after[..., :VOCAB_SIZE], before, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_plain_trainer_accumulated_batches_same_step_as_one(
+    make_model: Callable, ids: Tensor, tmp_path: Path, checkpointing: bool
+) -> None:
+    rows, weights = [{"input_ids": row, "labels": row} for row in (*ids, *ids.flip(0))], []
+    for size in (4, 1):
+        options = {
+            "per_device_train_batch_size": size,
+            "gradient_accumulation_steps": 4 // size,
+            "max_steps": 1,
+            "max_grad_norm": 0,
+        }
+        options |= {"learning_rate": 1e-2, "optim": "sgd", "gradient_checkpointing": checkpointing, "report_to": []}
+        arguments = TrainingArguments(str(tmp_path), use_cpu=True, save_strategy="no", disable_tqdm=True, **options)
+        model = make_model(open_channel=True)
+        Trainer(model, arguments, train_dataset=rows).train()
+        weights.append(model.lm_head.weight.detach().clone())
+    # Sums of gradients in another order; a loss that is not divided would differ by a factor.
+    torch.testing.assert_close(*weights, atol=1e-5, rtol=1e-4)
 
 
 # -- adapters ----------------------------------------------------------------------------------------------------------
