@@ -7,7 +7,7 @@ from typing import Any, cast
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -95,9 +95,13 @@ class RelayTrainer(SFTTrainer):
         if peft_config is not None and config.relay_channel != "none":
             # A channel has a few thousand parameters: adapters would only get in its way.
             peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), "relay"})
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        own_forward = vars(base).get("forward")
         super().__init__(model, args, peft_config=peft_config, **kwargs)
         # TRL wraps `forward` for its own next-token loss, which is never computed here. A copied model would share it.
-        vars(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)).pop("forward", None)
+        vars(base).pop("forward", None)
+        if own_forward is not None:
+            base.forward = own_forward
         _check_labels(self.train_dataset)
         keep_caches_under_checkpointing(self.model)
 

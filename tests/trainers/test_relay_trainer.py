@@ -199,13 +199,16 @@ def test_trainer_argument_without_meaning_raises(make_trainer: Callable[..., Rel
         make_trainer(trainer_options={name: lambda *args: None})
 
 
-def test_trained_model_can_be_copied(make_trainer: Callable[..., RelayTrainer]) -> None:
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(r=2, target_modules=["q_proj"])], ids=["full", "lora"])
+def test_trained_model_can_be_copied(make_trainer: Callable[..., RelayTrainer], peft_config: LoraConfig | None) -> None:
     """TRL's patched forward would make the copy compute with the original's weights."""
     import copy
 
-    trainer: Any = make_trainer(max_steps=1)
+    trainer: Any = make_trainer(max_steps=1, trainer_options={"peft_config": peft_config})
     trainer.train()
     model, ids = trainer.model.eval(), build_rows(1)["input_ids"]
+    if peft_config is not None:
+        model = model.merge_and_unload()
     other = copy.deepcopy(model)
     torch.nn.init.zeros_(other.lm_head.weight)
     assert other(ids).logits.abs().sum() == 0
