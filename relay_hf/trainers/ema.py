@@ -19,8 +19,12 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.updates = 0
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets everything but the current weights."""
+        self.updates = 0
         self.average = {name: p.detach().float().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()

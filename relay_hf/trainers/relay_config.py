@@ -56,6 +56,11 @@ class RelayTrainerConfig(SFTConfig):
             raise ValueError(f"`threshold_jitter={self.threshold_jitter}` is a standard deviation: it must be >= 0.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"`ema_decay={self.ema_decay}` must lie strictly between 0 and 1; `None` switches it off.")
+        if self.ema_decay is not None and self.load_best_model_at_end and self.save_only_model:
+            raise ValueError(
+                "`save_only_model=True` drops the moving average that `load_best_model_at_end=True` must restore: set "
+                "one of them to False, or `ema_decay=None`."
+            )
         if self.packing or self.padding_free:
             raise ValueError(
                 "`packing=True` or `padding_free=True`: the relay state belongs to one row and would cross documents. "

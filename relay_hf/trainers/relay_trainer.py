@@ -29,6 +29,8 @@ from .rollout import denoise_once, masked_cross_entropy, run_rollout
 # PEFT looks up default targets by model type; ours are those of the usual backbones.
 TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(RelayConfig.model_type, ["q_proj", "v_proj"])
 
+WEIGHT_AVERAGE_FILE = "weight_average.safetensors"
+
 
 class RelayTrainer(SFTTrainer):
     r"""Trains masked diffusion models with a relay channel (arXiv 2605.22967).
@@ -200,29 +202,39 @@ class RelayTrainer(SFTTrainer):
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
     # The Trainer has no public hook for state that belongs to a checkpoint; `tests/trainers/test_resume.py` fails if
-    # these two move.
+    # these three move.
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        for path, holder in self._checkpointed(output_dir):
-            if tensors := holder.state_dict():
-                save_file(tensors, path)
+        if tensors := self.buffer.state_dict():
+            save_file(tensors, self._buffer_file(output_dir))
+        if self.weight_average is not None and self.is_world_process_zero():
+            save_file(self.weight_average.state_dict(), Path(output_dir) / WEIGHT_AVERAGE_FILE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        for path, holder in self._checkpointed(checkpoint):
-            if path.exists():
-                holder.load_state_dict(load_file(path, device=str(self.args.device)))
+        if (path := self._buffer_file(checkpoint)).exists():
+            self.buffer.load_state_dict(load_file(path, device=str(self.args.device)))
+        self._load_weight_average(checkpoint)
 
-    def _checkpointed(self, folder: str) -> list[tuple[Path, Any]]:
-        """Where each part of the trainer's own state is kept; the buffer is a matter of each process."""
-        parts: list[tuple[Path, Any]] = [
-            (Path(folder) / f"rollout_buffer_{self.args.process_index}.safetensors", self.buffer)
-        ]
-        if self.weight_average is not None and self.is_world_process_zero():
-            parts.append((Path(folder) / "weight_average.safetensors", self.weight_average))
-        return parts
+    def _load_best_model(self) -> None:
+        # The best score was measured with the average, and training ends by putting the average into the model.
+        super()._load_best_model()
+        self._load_weight_average(self.state.best_model_checkpoint)
+
+    def _load_weight_average(self, checkpoint: str) -> None:
+        """Every process has the average; a checkpoint without one starts it anew from the weights just loaded."""
+        if self.weight_average is None:
+            return
+        if (path := Path(checkpoint) / WEIGHT_AVERAGE_FILE).exists():
+            self.weight_average.load_state_dict(load_file(path, device=str(self.args.device)))
+        else:
+            self.weight_average.restart()
+
+    def _buffer_file(self, folder: str) -> Path:
+        """Each process has rows of its own."""
+        return Path(folder) / f"rollout_buffer_{self.args.process_index}.safetensors"
 
 
 class _FollowWeights(TrainerCallback):

@@ -13,6 +13,16 @@ from relay_hf.trainers import RelayTrainerConfig
         ({"unmasking_policy": "confidence_budget", "unmasking_threshold": -0.1}, "is negative"),
         ({"threshold_jitter": -1.0}, "`threshold_jitter=-1.0` is a standard deviation"),
         ({"ema_decay": 1.0}, "`ema_decay=1.0` must lie strictly between"),
+        (
+            {
+                "ema_decay": 0.9,
+                "save_only_model": True,
+                "load_best_model_at_end": True,
+                "eval_strategy": "steps",
+                "save_strategy": "steps",
+            },
+            "`save_only_model=True` drops the moving average",
+        ),
         ({"packing": True}, "would cross documents"),
         ({"padding_free": True}, "would cross documents"),
         ({"loss_type": "dft"}, "`loss_type='dft'` has no meaning here"),

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 
+from relay_hf import RelayForMaskedDiffusion
 from relay_hf.trainers import RelayTrainer
 
 from .conftest import build_model
@@ -46,3 +48,34 @@ def test_resume_without_the_buffer_would_differ(make_trainer: Callable[..., Rela
     resumed = make_trainer(output_dir=str(tmp_path / "resumed"), **saving)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert losses(resumed)[3:] != losses(whole)[3:]
+
+
+def test_best_model_at_the_end_is_the_average_that_scored_best(
+    make_trainer: Callable[..., RelayTrainer], dataset: Dataset
+) -> None:
+    trainer = make_trainer(
+        ema_decay=0.9,
+        max_steps=6,
+        learning_rate=0.5,  # diverges, so that the best model is not the last
+        save_strategy="steps",
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        trainer_options={"eval_dataset": dataset.select(range(8))},
+    )
+    trainer.train()
+    scores = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert min(scores) < scores[-1]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(scores))
+
+
+def test_resume_without_an_average_starts_it_from_the_loaded_weights(
+    make_trainer: Callable[..., RelayTrainer], tmp_path: Path
+) -> None:
+    make_trainer(max_steps=2, save_strategy="steps", save_steps=2).train()
+    resumed = make_trainer(build_model(seed=7), max_steps=2, ema_decay=0.9)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    saved = RelayForMaskedDiffusion.from_pretrained(tmp_path / "run" / "checkpoint-2")
+    for mine, theirs in zip(resumed.model.parameters(), saved.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
