@@ -1,5 +1,6 @@
 """RelayTrainer: TRL's SFTTrainer with the loss of a relay model. Wiring only; the work is in its siblings."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -39,14 +40,16 @@ class RelayTrainer(SFTTrainer):
     label is masked and learned, everything else stays visible.
 
     Args:
-        model: a `RelayForMaskedDiffusion`, or a path or Hub id of one.
+        model: a `RelayForMaskedDiffusion`, a `PeftModel` around one whose `modules_to_save` has `"relay"`, or a path or
+            Hub id.
         args: training arguments; `objective` and its neighbours choose what is learned.
         peft_config: train adapters instead of the whole model; the channel is always trained in full.
         kwargs: everything else that `SFTTrainer` takes (`train_dataset`, `processing_class`, `callbacks`, ...).
 
     Raises:
-        ValueError: the objective needs a channel that the model lacks, no position of the data set has a label, or an
-            argument of `SFTTrainer` was given that has no meaning here.
+        ValueError: `model` or `args` is not of this library, the objective needs a channel that the model lacks or that
+            is frozen, no position of the data set has a label, or an argument of `SFTTrainer` was given that has no
+            meaning here.
 
     Example:
 
@@ -83,12 +86,20 @@ class RelayTrainer(SFTTrainer):
             if kwargs.get(name) is not None:
                 raise ValueError(f"`{name}` is not supported: a rollout has no single set of logits; leave it out.")
         args = args if args is not None else RelayTrainerConfig("relay-model")
+        if not isinstance(args, RelayTrainerConfig):
+            raise ValueError(f"`args` is a {type(args).__name__}, which names no objective: pass a RelayTrainerConfig.")
+        options = cast(dict[str, Any] | None, args.model_init_kwargs)
         if isinstance(model, str):
             # TRL resolves a path by `architectures`, which only knows classes inside transformers.
-            options = cast(dict[str, Any], args.model_init_kwargs or {})
-            model = RelayForMaskedDiffusion.from_pretrained(model, **{"dtype": "float32", **options})
-            args.model_init_kwargs = None
-        config = cast(RelayConfig, model.config)
+            model = RelayForMaskedDiffusion.from_pretrained(model, **{"dtype": "float32", **(options or {})})
+            args.model_init_kwargs = None  # used up; TRL would warn
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        if not isinstance(base, RelayForMaskedDiffusion):
+            raise ValueError(
+                f"`model` is a {type(base).__name__}, which has no relay channel: load it with "
+                "`RelayForMaskedDiffusion.from_pretrained(path, mask_token_id=...)`."
+            )
+        config = base.config
         if args.carries_state and config.relay_channel == "none":
             raise ValueError(
                 f"`objective={args.objective!r}` trains a relay channel, but the model has `relay_channel='none'`: "
@@ -96,14 +107,21 @@ class RelayTrainer(SFTTrainer):
             )
         if peft_config is not None and config.relay_channel != "none":
             # A channel has a few thousand parameters: adapters would only get in its way.
-            peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), "relay"})
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
+            modules = sorted({*(peft_config.modules_to_save or []), "relay"})
+            peft_config = copy.copy(peft_config)  # the caller's stays as it is
+            peft_config.modules_to_save = modules
         own_forward = vars(base).get("forward")
         super().__init__(model, args, peft_config=peft_config, **kwargs)
+        args.model_init_kwargs = options
         # TRL wraps `forward` for its own next-token loss, which is never computed here. A copied model would share it.
         vars(base).pop("forward", None)
         if own_forward is not None:
             base.forward = own_forward
+        if args.carries_state and not any(p.requires_grad for p in base.relay.parameters()):
+            raise ValueError(
+                f"`objective={args.objective!r}` trains the relay channel, but it is frozen: pass the plain model with "
+                "`peft_config`, or a PeftModel with `modules_to_save=['relay']` and `is_trainable=True`."
+            )
         _check_labels(self.train_dataset)
         keep_caches_under_checkpointing(self.model)
 

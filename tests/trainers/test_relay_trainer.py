@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import Qwen2ForCausalLM
+from trl import SFTConfig
 
 from relay_hf import RelayForMaskedDiffusion
 from relay_hf.trainers import RelayTrainer
@@ -213,3 +215,41 @@ def test_trained_model_can_be_copied(make_trainer: Callable[..., RelayTrainer], 
     torch.nn.init.zeros_(other.lm_head.weight)
     assert other(ids).logits.abs().sum() == 0
     assert model(ids).logits.abs().sum() > 0
+
+
+def test_trainer_leaves_the_callers_objects_as_they_were(
+    make_trainer: Callable[..., RelayTrainer], tmp_path: Path
+) -> None:
+    peft_config = LoraConfig(r=2, target_modules=["q_proj"])
+    build_model().save_pretrained(tmp_path / "model")
+    options = {"attn_implementation": "eager"}
+    trainer = make_trainer(
+        str(tmp_path / "model"), model_init_kwargs=options, trainer_options={"peft_config": peft_config}
+    )
+    assert peft_config.modules_to_save is None
+    assert trainer.args.model_init_kwargs == options
+    assert any("relay.modules_to_save" in n for n, p in trainer.model.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("modules_to_save", [None, ["relay"]])
+def test_trainer_peft_model_with_frozen_channel_raises(
+    make_trainer: Callable[..., RelayTrainer], modules_to_save: list[str] | None, tmp_path: Path
+) -> None:
+    peft_config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=modules_to_save)
+    model = get_peft_model(build_model(), peft_config)
+    if modules_to_save is not None:
+        make_trainer(model, max_steps=1).train()
+        model.save_pretrained(tmp_path / "adapter")
+        model = PeftModel.from_pretrained(build_model(), tmp_path / "adapter")
+    with pytest.raises(ValueError, match="trains the relay channel, but it is frozen"):
+        make_trainer(model)
+
+
+def test_trainer_plain_decoder_raises(make_trainer: Callable[..., RelayTrainer]) -> None:
+    with pytest.raises(ValueError, match="`model` is a Qwen2ForCausalLM, which has no relay channel"):
+        make_trainer(Qwen2ForCausalLM(build_model().config.text_config))
+
+
+def test_trainer_arguments_of_another_trainer_raise(dataset: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`args` is a SFTConfig"):
+        RelayTrainer(build_model(), SFTConfig(str(tmp_path), bf16=False), train_dataset=dataset)
