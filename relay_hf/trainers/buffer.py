@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..modeling import RelayConfig
+from .dataset_checks import check_labels
 from .rows import RolloutRows
 
 
@@ -20,7 +21,8 @@ def fresh_rows(config: RelayConfig, batch: dict[str, Tensor], carries_state: boo
         carries_state: whether the objective uses the relay channel.
 
     Raises:
-        ValueError: all labels are -100, or the padding is on the left.
+        ValueError: all labels are -100, one differs from the token at its position or is [MASK], or the padding is on
+            the left.
     """
     clean_ids = batch["input_ids"]
     if batch.get("labels") is None:
@@ -30,6 +32,7 @@ def fresh_rows(config: RelayConfig, batch: dict[str, Tensor], carries_state: boo
         raise ValueError(
             "All labels of the batch are -100, so there is nothing to learn: check the response of each row."
         )
+    check_labels(clean_ids, batch["labels"], maskable, "batch", config.mask_token_id)
     attention_mask = batch.get("attention_mask", torch.ones_like(clean_ids)).bool()
     if not bool(attention_mask[:, 0].all()):
         raise ValueError("The batch is padded on the left: blocks are counted from the first column; pad on the right.")

@@ -5,9 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import pyarrow.compute as pc
 import torch
-from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors.torch import load_file, save_file
@@ -20,6 +18,7 @@ from ..modeling import RelayConfig, RelayForMaskedDiffusion, make_policy
 from ..modeling.reveal_relay import UnmaskingPolicy
 from .buffer import RolloutBuffer, fresh_rows
 from .card import training_card
+from .dataset_checks import check_dataset
 from .denoiser import keep_caches_under_checkpointing
 from .ema import WeightAverage
 from .metrics import ChannelNorms, is_channel_parameter, rollout_metrics
@@ -122,7 +121,10 @@ class RelayTrainer(SFTTrainer):
                 f"`objective={args.objective!r}` trains the relay channel, but it is frozen: pass the plain model with "
                 "`peft_config`, or a PeftModel with `modules_to_save=['relay']` and `is_trainable=True`."
             )
-        _check_labels(self.train_dataset)
+        check_dataset(self.train_dataset, "training set", config.mask_token_id)
+        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        for name, dataset in evaluated.items():
+            check_dataset(dataset, f"data set `{name}`", config.mask_token_id)
         keep_caches_under_checkpointing(self.model)
 
         self.relay_config = config
@@ -268,15 +270,3 @@ class _FollowWeights(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.average.copy_to_model()
-
-
-def _check_labels(dataset: Any) -> None:
-    """Refuses a data set without a single label; streams can only be checked batch by batch."""
-    if not isinstance(dataset, Dataset) or "labels" not in dataset.column_names:
-        return
-    labels = dataset.data.column("labels")
-    if not any(pc.any(pc.not_equal(pc.list_flatten(chunk), -100)).as_py() for chunk in labels.chunks):
-        raise ValueError(
-            "All labels of the training set are -100, so there is nothing to learn: check that each row has a response "
-            "and that `max_length` leaves room for it."
-        )
