@@ -38,7 +38,8 @@ class ChannelNorms(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        if args.logging_steps < 1 or (state.global_step + 1) % int(args.logging_steps):
+        # Unlike that of the arguments, the state's interval is never a fraction of the run.
+        if not state.logging_steps or (state.global_step + 1) % state.logging_steps:
             return
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         channel = [(name, p) for name, p in named if is_channel_parameter(name)]

@@ -61,11 +61,17 @@ class RelayTrainerConfig(SFTConfig):
                 "`save_only_model=True` drops the moving average that `load_best_model_at_end=True` must restore: set "
                 "one of them to False, or `ema_decay=None`."
             )
-        if self.packing or self.padding_free:
+        if self.packing or self.eval_packing or self.padding_free:
             raise ValueError(
-                "`packing=True` or `padding_free=True`: the relay state belongs to one row and would cross documents. "
-                "Set both to False."
+                "`packing`, `eval_packing` or `padding_free` is True: the relay state belongs to one row and would "
+                "cross documents. Set all three to False."
             )
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"`label_smoothing_factor={self.label_smoothing_factor}` has no effect on these losses: leave it out."
+            )
+        if self.relay_learning_rate is not None and not self.relay_learning_rate >= 0:
+            raise ValueError(f"`relay_learning_rate={self.relay_learning_rate}` is negative: give 0 or more, or None.")
         if self.loss_type != "nll":
             raise ValueError(
                 f"`loss_type={self.loss_type!r}` has no meaning here: `objective` names the loss; leave it out."

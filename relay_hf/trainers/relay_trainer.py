@@ -87,6 +87,11 @@ class RelayTrainer(SFTTrainer):
         args = args if args is not None else RelayTrainerConfig("relay-model")
         if not isinstance(args, RelayTrainerConfig):
             raise ValueError(f"`args` is a {type(args).__name__}, which names no objective: pass a RelayTrainerConfig.")
+        if args.relay_learning_rate is not None and any(kwargs.get("optimizers") or ()):
+            raise ValueError(
+                "`relay_learning_rate` is not applied to a given optimizer: give its groups their rates, or leave one "
+                "of the two out."
+            )
         options = cast(dict[str, Any] | None, args.model_init_kwargs)
         if isinstance(model, str):
             # TRL resolves a path by `architectures`, which only knows classes inside transformers.
@@ -147,7 +152,12 @@ class RelayTrainer(SFTTrainer):
 
         Evaluation starts every row from all masks and draws no random thresholds, so that two evaluations of the same
         weights give the same number.
+
+        Raises:
+            ValueError: outputs were asked for, as `predict` does.
         """
+        if return_outputs:
+            raise ValueError("A rollout has no single set of logits: call `evaluate`, or `generate` of the model.")
         if self.args.objective == "masked":
             return self._masked_loss(model, inputs)
         is_training = model.training
@@ -177,7 +187,9 @@ class RelayTrainer(SFTTrainer):
     def _policies(self, jitter: bool) -> list[UnmaskingPolicy]:
         """The reveal rule of every step; with jitter, each has its own threshold, moved back into the valid range."""
         name, threshold = self.args.unmasking_policy, self.args.unmasking_threshold
-        noise = torch.randn(self.args.rollout_steps) * (self.args.threshold_jitter if jitter else 0.0)
+        noise = torch.zeros(self.args.rollout_steps)
+        if jitter and self.args.threshold_jitter:
+            noise = torch.randn(self.args.rollout_steps) * self.args.threshold_jitter
         highest = 1.0 if name == "confidence_threshold" else float("inf")
         return [make_policy(name, min(max(threshold + float(n), 0.0), highest)) for n in noise]
 

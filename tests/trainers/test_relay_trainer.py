@@ -253,3 +253,31 @@ def test_trainer_plain_decoder_raises(make_trainer: Callable[..., RelayTrainer])
 def test_trainer_arguments_of_another_trainer_raise(dataset: Dataset, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`args` is a SFTConfig"):
         RelayTrainer(build_model(), SFTConfig(str(tmp_path), bf16=False), train_dataset=dataset)
+
+
+def test_trainer_channel_rate_with_a_given_optimizer_raises(make_trainer: Callable[..., RelayTrainer]) -> None:
+    model = build_model()
+    given = (torch.optim.SGD(model.parameters(), lr=0.1), None)
+    with pytest.raises(ValueError, match="not applied to a given optimizer"):
+        make_trainer(model, relay_learning_rate=1e-2, trainer_options={"optimizers": given})
+
+
+def test_predict_raises(make_trainer: Callable[..., RelayTrainer], dataset: Dataset) -> None:
+    with pytest.raises(ValueError, match="no single set of logits"):
+        make_trainer().predict(dataset)
+
+
+@pytest.mark.parametrize("logging_steps", [1, 0.5])
+def test_channel_norms_are_logged_whatever_the_unit_of_logging_steps(
+    make_trainer: Callable[..., RelayTrainer], logging_steps: float
+) -> None:
+    trainer = make_trainer(logging_steps=logging_steps)
+    trainer.train()
+    assert len(logged(trainer, "relay_grad_norm")) == len(logged(trainer, "learning_rate"))
+
+
+def test_evaluation_draws_no_random_numbers(make_trainer: Callable[..., RelayTrainer]) -> None:
+    trainer = make_trainer(threshold_jitter=0.5)
+    before = torch.get_rng_state()
+    trainer._policies(jitter=False)
+    assert torch.equal(torch.get_rng_state(), before)
