@@ -81,7 +81,10 @@ class RolloutBuffer:
         slots = is_finished.nonzero()[:, 0][: len(incoming.clean_ids)]
         length = max(self.rows.clean_ids.shape[1], incoming.clean_ids.shape[1])
         current, incoming = self._pad(self.rows, length), self._pad(incoming, length)
-        self.rows = _map(lambda kept, new: kept.index_copy(0, slots, new[: len(slots)]), current, incoming)
+        rows = _map(lambda kept, new: kept.index_copy(0, slots, new[: len(slots)]), current, incoming)
+        # Without this the longest row ever seen would set the cost of every later step.
+        used = int(rows.attention_mask.sum(-1).max())
+        self.rows = _map(lambda kept, _: kept[:, :used] if kept.ndim > 1 else kept, rows, rows)
         return len(slots)
 
     def store(self, rows: RolloutRows) -> None:
@@ -96,7 +99,16 @@ class RolloutBuffer:
         return {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores what `state_dict` returned."""
+        """Restores what `state_dict` returned.
+
+        Raises:
+            ValueError: it is of an objective that carries a state where this one does not, or the other way round.
+        """
+        if state and self.carries_state != ("relay_state" in state):
+            raise ValueError(
+                "The checkpoint's rollout buffer is of another objective, which this run cannot go on with: load the "
+                "checkpoint as a model and start a new run, or delete its `rollout_buffer_*.safetensors`."
+            )
         self.rows = RolloutRows(**{f.name: state.get(f.name) for f in fields(RolloutRows)}) if state else None
 
     def _pad(self, rows: RolloutRows, length: int) -> RolloutRows:

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -72,3 +73,20 @@ def test_state_dict_before_first_batch_is_empty() -> None:
 
 def test_fresh_rows_without_state_allocates_none() -> None:
     assert fresh_rows(CONFIG, build_rows(2), carries_state=False).relay_state is None
+
+
+def test_refill_longest_row_gone_narrows_the_buffer() -> None:
+    buffer = RolloutBuffer(CONFIG, carries_state=True)
+    buffer.refill(build_rows(2, length=14))
+    finish(buffer, [0, 1])
+    buffer.refill(build_rows(2, length=6))
+    assert buffer.rows.noisy_ids.shape == (2, 6)
+    assert buffer.rows.relay_state.shape == (2, 6, 16)
+
+
+@pytest.mark.parametrize("carries_state", [True, False])
+def test_load_state_dict_of_another_objective_raises(carries_state: bool) -> None:
+    saved = RolloutBuffer(CONFIG, carries_state)
+    saved.refill(build_rows(2))
+    with pytest.raises(ValueError, match="of another objective"):
+        RolloutBuffer(CONFIG, not carries_state).load_state_dict(saved.state_dict())
