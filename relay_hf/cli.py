@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.pop("command")
     try:
         run_demo(DemoArguments(**options))
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: files, folders and the Hub
         print(f"relay-hf: error: {error}", file=sys.stderr)
         return 2
     return 0

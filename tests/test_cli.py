@@ -27,6 +27,21 @@ def test_demo_bad_argument_is_one_sentence_and_exit_code_2(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--output-dir", "{file}/out"], "Not a directory"), (["--dataset", "nobody/nothing"], "nobody/nothing")],
+)
+def test_demo_unusable_folder_or_data_is_told_before_training(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay_hf.demo.study._train", lambda *args, **kwargs: pytest.fail("training began"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    options = [option.format(file=tmp_path / "file") for option in options]
+    assert main(["demo", "--size", "4", "--puzzles", "10", "--test-puzzles", "2", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_unknown_command_exits_with_usage(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["fly"])

@@ -1,7 +1,6 @@
 """The study behind the demo: one masked diffusion model, adapted with each objective, evaluated at five thresholds."""
 
 import copy
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +53,8 @@ def run_study(arguments: DemoArguments) -> Study:
     """Trains and evaluates; every seed has its own warm start, so that seeds show the whole spread."""
     tokenizer = make_sudoku_tokenizer(arguments.size)
     puzzles = _load_puzzles(arguments)
+    # Now, because a folder that cannot be written would otherwise show after all the training.
+    Path(arguments.output_dir).mkdir(parents=True, exist_ok=True)
     runs, warmup_seconds, shown = [], 0.0, None
     for seed in range(arguments.seeds):
         set_seed(seed)
@@ -118,9 +119,8 @@ def _train(
     """Trains in place and returns the seconds it took."""
     steps = arguments.warmup_steps if is_warmup else arguments.steps
     shown = augment_puzzles(puzzles, rows=steps * arguments.batch_size, seed=2 * seed + is_warmup)
-    scratch = Path(arguments.output_dir) / "trainer"
     config = RelayTrainerConfig(
-        str(scratch),
+        arguments.output_dir,  # nothing is saved while training
         objective=objective,
         unmasking_policy="confidence_budget",
         unmasking_threshold=TRAINING_THRESHOLD,
@@ -143,6 +143,4 @@ def _train(
     )
     features = to_features(shown, tokenizer)
     trainer = RelayTrainer(model, config, train_dataset=features, processing_class=tokenizer)
-    seconds = trainer.train().metrics["train_runtime"]
-    shutil.rmtree(scratch, ignore_errors=True)
-    return seconds
+    return trainer.train().metrics["train_runtime"]

@@ -21,6 +21,7 @@ SMALL = {
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Runs once; its folder and what the terminal showed, the new process included."""
     folder = tmp_path_factory.mktemp("demo")
+    (folder / "out" / "trainer").mkdir(parents=True)  # not ours
     options = [text for name, value in SMALL.items() for text in (f"--{name}", str(value))]
     with pytest.MonkeyPatch.context() as patch:
         # One that also sees what child processes print.
@@ -74,7 +75,10 @@ def test_demo_model_folder_is_complete(demo: tuple[Path, str]) -> None:
         "model.safetensors",
     }
     assert expected | {"tokenizer.json"} <= names
-    assert not (demo[0] / "trainer").exists()
+
+
+def test_demo_touches_no_other_folder(demo: tuple[Path, str]) -> None:
+    assert {path.name for path in demo[0].iterdir()} == {"relay-sudoku-4x4", "results.json", "trainer"}
 
 
 def row(label: str, forwards: float, accuracy: float) -> EvaluationRow:
