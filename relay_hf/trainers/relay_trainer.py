@@ -175,11 +175,12 @@ class RelayTrainer(SFTTrainer):
 
     def _masked_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         rows = fresh_rows(self.relay_config, inputs, carries_state=False)
-        generator = None
+        generators = None
         if not model.training:
-            # The same masks for the same rows, whenever and in whatever order they are evaluated.
-            generator = torch.Generator().manual_seed(self.args.seed + int(rows.clean_ids.sum()))
-        rows = mask_uniformly(rows, self.relay_config, generator)
+            # The same masks for a row in whatever order rows are evaluated (among rows padded to one length).
+            seeds = (self.args.seed + (rows.clean_ids * rows.attention_mask).sum(-1)).tolist()
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        rows = mask_uniformly(rows, self.relay_config, generators)
         masked = rows.masked(self.relay_config.mask_token_id)
         self._record(model.training, {"masked_fraction": float(masked.sum()) / max(int(rows.maskable.sum()), 1)})
         return masked_cross_entropy(denoise_once(model, self.relay_config, rows), rows.clean_ids[masked])

@@ -7,6 +7,11 @@ from relay_hf.trainers.noise import mask_uniformly
 
 from .conftest import MASK, build_model, build_rows
 
+
+def seeded(seed: int, rows: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed + row) for row in range(rows)]
+
+
 BLOCKS, WHOLE = build_model().config, build_model(block_size=None).config
 
 
@@ -17,7 +22,7 @@ def test_mask_uniformly_masks_only_labels_and_at_least_one_a_row(
 ) -> None:
     batch = build_rows(count, length, prompt)
     for config in (BLOCKS, WHOLE):
-        rows = mask_uniformly(fresh_rows(config, batch, False), config, torch.Generator().manual_seed(seed))
+        rows = mask_uniformly(fresh_rows(config, batch, False), config, seeded(seed, count))
         masked = rows.masked(MASK)
         assert masked.any(-1).all()
         assert not (masked & (batch["labels"] == -100)).any()
@@ -26,7 +31,7 @@ def test_mask_uniformly_masks_only_labels_and_at_least_one_a_row(
 
 def test_mask_uniformly_fraction_is_uniform() -> None:
     batch = build_rows(4000, 40, 0)
-    rows = mask_uniformly(fresh_rows(WHOLE, batch, False), WHOLE, torch.Generator().manual_seed(0))
+    rows = mask_uniformly(fresh_rows(WHOLE, batch, False), WHOLE, seeded(0, 4000))
     fractions = rows.masked(MASK).float().mean(-1)
     quartiles = torch.quantile(fractions, torch.tensor([0.25, 0.5, 0.75]))
     # 4000 draws of U(0, 1): a quartile has a standard error below 0.01.
@@ -35,14 +40,14 @@ def test_mask_uniformly_fraction_is_uniform() -> None:
 
 def test_mask_uniformly_same_generator_same_masks() -> None:
     rows = fresh_rows(BLOCKS, build_rows(4), False)
-    draws = [mask_uniformly(rows, BLOCKS, torch.Generator().manual_seed(s)).noisy_ids for s in (1, 1, 2)]
+    draws = [mask_uniformly(rows, BLOCKS, seeded(s, 4)).noisy_ids for s in (1, 1, 2)]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
 
 
 def test_mask_uniformly_block_model_draws_per_block() -> None:
     batch = build_rows(2000, 8, 0)
-    rows = mask_uniformly(fresh_rows(BLOCKS, batch, False), BLOCKS, torch.Generator().manual_seed(0))
+    rows = mask_uniformly(fresh_rows(BLOCKS, batch, False), BLOCKS, seeded(0, 2000))
     per_block = rows.masked(MASK).float().view(2000, 2, 4).mean(-1)
     correlation = torch.corrcoef(per_block.T)[0, 1]
     assert abs(float(correlation)) < 0.1

@@ -281,3 +281,12 @@ def test_evaluation_draws_no_random_numbers(make_trainer: Callable[..., RelayTra
     before = torch.get_rng_state()
     trainer._policies(jitter=False)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("overrides", [{}, {"block_size": None, "token_shift": False}])
+def test_masked_evaluation_does_not_depend_on_the_order_of_rows(
+    make_trainer: Callable[..., RelayTrainer], dataset: Dataset, overrides: dict
+) -> None:
+    trainer = make_trainer(build_model(**overrides), objective="masked", per_device_eval_batch_size=8)
+    masks = [trainer.evaluate(dataset.select(rows))["eval_loss"] for rows in (range(8), [3, 1, 0, 2, 7, 6, 5, 4])]
+    assert masks[0] == pytest.approx(masks[1])
