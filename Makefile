@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?=
+# Libraries would report which trainer runs where.
+export HF_HUB_DISABLE_TELEMETRY = 1
 
 .PHONY: demo test examples lint format coverage clean
 

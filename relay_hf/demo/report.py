@@ -24,6 +24,8 @@ from .arguments import DemoArguments
 from .study import (
     ADAPTATION_LEARNING_RATE,
     CHANNEL_LEARNING_RATE,
+    EMA_DECAY,
+    ROLLOUT_STEPS,
     THRESHOLD_JITTER,
     THRESHOLDS,
     TRAINING_THRESHOLD,
@@ -102,6 +104,8 @@ def write_report(study: Study, arguments: DemoArguments) -> Path:
     folder = Path(arguments.output_dir).resolve()
     model_folder = folder / f"relay-sudoku-{arguments.size}x{arguments.size}"
     model_folder.mkdir(parents=True, exist_ok=True)
+    # Written last: should anything fail, no old card describes new weights.
+    (model_folder / "README.md").unlink(missing_ok=True)
     curves = {
         label: [
             CurvePoint(row.threshold, row.denoise_forwards, row.metrics["exact_match"], row.spread.get("exact_match"))
@@ -149,14 +153,14 @@ def _card(
             "steps with their own objective; a step of a rollout takes two forward passes, a `masked` step one.",
             arguments={
                 "objective": "relay",
-                "rollout_steps": 2,
+                "rollout_steps": ROLLOUT_STEPS,
                 "learning_rate": ADAPTATION_LEARNING_RATE,
                 "relay_learning_rate": CHANNEL_LEARNING_RATE,
                 "unmasking_policy": "confidence_budget",
                 "unmasking_threshold": TRAINING_THRESHOLD,
                 "threshold_jitter": THRESHOLD_JITTER,
                 "per_device_train_batch_size": arguments.batch_size,
-                "ema_decay": 0.99,
+                "ema_decay": EMA_DECAY,
             },
             steps=arguments.warmup_steps + arguments.steps,
             seconds=(study.warmup_seconds + sum(run.seconds for run in study.runs if run.objective == "relay"))

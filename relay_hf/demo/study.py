@@ -25,7 +25,8 @@ THRESHOLDS = (0.05, 0.15, 0.25, 0.5, 1.0)
 WARMUP_LEARNING_RATE, ADAPTATION_LEARNING_RATE = 2e-3, 5e-4
 # A zero-initialised gate has to open within a few hundred steps.
 CHANNEL_LEARNING_RATE = 1e-2
-TRAINING_THRESHOLD, THRESHOLD_JITTER = 0.15, 0.1  # the published Sudoku recipe
+ROLLOUT_STEPS, TRAINING_THRESHOLD, THRESHOLD_JITTER = 2, 0.15, 0.1  # the published Sudoku recipe
+EMA_DECAY = 0.99
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ def _train(
     config = RelayTrainerConfig(
         arguments.output_dir,  # nothing is saved while training
         objective=objective,
+        rollout_steps=ROLLOUT_STEPS,
         unmasking_policy="confidence_budget",
         unmasking_threshold=TRAINING_THRESHOLD,
         threshold_jitter=THRESHOLD_JITTER,
@@ -130,7 +132,7 @@ def _train(
         lr_scheduler_type="cosine",
         warmup_steps=steps // 20,
         weight_decay=0.01,
-        ema_decay=0.99,
+        ema_decay=EMA_DECAY,
         max_steps=steps,
         per_device_train_batch_size=arguments.batch_size,
         seed=seed,

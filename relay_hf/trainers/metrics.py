@@ -26,7 +26,7 @@ def rollout_metrics(result: RolloutResult, refilled: int) -> dict[str, float]:
 
 
 class ChannelNorms(TrainerCallback):
-    """Measures the channel's weights and gradients just before the optimizer steps that are logged.
+    """Measures the channel's weights and gradients just before the optimizer steps that are logged, so after clipping.
 
     Args:
         metrics: lists by name, emptied by the trainer when it logs.

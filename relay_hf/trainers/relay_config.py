@@ -43,9 +43,10 @@ class RelayTrainerConfig(SFTConfig):
     ema_decay: float | None = field(default=None, metadata={"help": "Decay of the moving average of the weights."})
 
     def __post_init__(self) -> None:
-        if self.bf16 is None and not self.fp16 and not torch.accelerator.is_available():
-            # TRL's default asks for a GPU; a plain configuration should run on a laptop.
-            self.bf16 = False
+        if not torch.accelerator.is_available():
+            # The libraries' defaults expect a GPU; a plain configuration should run on a laptop, and quietly.
+            self.bf16 = False if self.bf16 is None else self.bf16
+            self.dataloader_pin_memory = False
         super().__post_init__()
         if self.objective not in get_args(Objective):
             raise ValueError(f"`objective={self.objective!r}` is unknown: choose one of {list(get_args(Objective))}.")

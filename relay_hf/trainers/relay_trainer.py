@@ -81,34 +81,18 @@ class RelayTrainer(SFTTrainer):
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"):
-            if kwargs.get(name) is not None:
-                raise ValueError(f"`{name}` is not supported: a rollout has no single set of logits; leave it out.")
         args = args if args is not None else RelayTrainerConfig("relay-model")
-        if not isinstance(args, RelayTrainerConfig):
-            raise ValueError(f"`args` is a {type(args).__name__}, which names no objective: pass a RelayTrainerConfig.")
-        if args.relay_learning_rate is not None and any(kwargs.get("optimizers") or ()):
-            raise ValueError(
-                "`relay_learning_rate` is not applied to a given optimizer: give its groups their rates, or leave one "
-                "of the two out."
-            )
+        _check_arguments(args, kwargs)
         options = cast(dict[str, Any] | None, args.model_init_kwargs)
         if isinstance(model, str):
             # TRL resolves a path by `architectures`, which only knows classes inside transformers.
             model = RelayForMaskedDiffusion.from_pretrained(model, **{"dtype": "float32", **(options or {})})
             args.model_init_kwargs = None  # used up; TRL would warn
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        if not isinstance(base, RelayForMaskedDiffusion):
-            raise ValueError(
-                f"`model` is a {type(base).__name__}, which has no relay channel: load it with "
-                "`RelayForMaskedDiffusion.from_pretrained(path, mask_token_id=...)`."
-            )
+        base = _relay_model(model, args)
         config = base.config
-        if args.carries_state and config.relay_channel == "none":
-            raise ValueError(
-                f"`objective={args.objective!r}` trains a relay channel, but the model has `relay_channel='none'`: "
-                "load it with `relay_channel='layer_norm'`, or choose `objective='rollout'` or `'masked'`."
-            )
+        if not args.carries_state and config.relay_channel != "none" and args.ddp_find_unused_parameters is None:
+            # The channel gets no gradient then, which DDP has to be told.
+            args.ddp_find_unused_parameters = True
         if peft_config is not None and config.relay_channel != "none":
             # A channel has a few thousand parameters: adapters would only get in its way.
             modules = sorted({*(peft_config.modules_to_save or []), "relay"})
@@ -126,6 +110,7 @@ class RelayTrainer(SFTTrainer):
                 f"`objective={args.objective!r}` trains the relay channel, but it is frozen: pass the plain model with "
                 "`peft_config`, or a PeftModel with `modules_to_save=['relay']` and `is_trainable=True`."
             )
+        _check_special_tokens(self.processing_class, config)
         check_dataset(self.train_dataset, "training set", config.mask_token_id)
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         for name, dataset in evaluated.items():
@@ -268,6 +253,47 @@ class RelayTrainer(SFTTrainer):
     def _buffer_file(self, folder: str) -> Path:
         """Each process has rows of its own."""
         return Path(folder) / f"rollout_buffer_{self.args.process_index}.safetensors"
+
+
+def _check_arguments(args: Any, others: dict[str, Any]) -> None:
+    """Refuses arguments of `SFTTrainer` that have no meaning for a relay model."""
+    for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"):
+        if others.get(name) is not None:
+            raise ValueError(f"`{name}` is not supported: a rollout has no single set of logits; leave it out.")
+    if not isinstance(args, RelayTrainerConfig):
+        raise ValueError(f"`args` is a {type(args).__name__}, which names no objective: pass a RelayTrainerConfig.")
+    if args.relay_learning_rate is not None and any(others.get("optimizers") or ()):
+        raise ValueError(
+            "`relay_learning_rate` is not applied to a given optimizer: give its groups their rates, or leave one "
+            "of the two out."
+        )
+
+
+def _relay_model(model: Any, args: RelayTrainerConfig) -> RelayForMaskedDiffusion:
+    """The relay model itself, without PEFT around it, if the objective can be trained on it."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(base, RelayForMaskedDiffusion):
+        raise ValueError(
+            f"`model` is a {type(base).__name__}, which has no relay channel: load it with "
+            "`RelayForMaskedDiffusion.from_pretrained(path, mask_token_id=...)`."
+        )
+    if args.carries_state and base.config.relay_channel == "none":
+        raise ValueError(
+            f"`objective={args.objective!r}` trains a relay channel, but the model has `relay_channel='none'`: "
+            "load it with `relay_channel='layer_norm'`, or choose `objective='rollout'` or `'masked'`."
+        )
+    return base
+
+
+def _check_special_tokens(tokenizer: Any, config: RelayConfig) -> None:
+    """The trainer writes the tokenizer's ids into the model, which could then be saved but not loaded."""
+    for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
+        token_id = getattr(tokenizer, name, None)
+        if token_id is not None and token_id >= config.text_config.vocab_size:
+            raise ValueError(
+                f"The tokenizer's `{name}` is {token_id}, but the model has {config.text_config.vocab_size} tokens: "
+                "pass the model's own tokenizer, or call `model.resize_token_embeddings`."
+            )
 
 
 class _FollowWeights(TrainerCallback):

@@ -85,8 +85,7 @@ def make_trainer(
             build_model() if model is None else model,
             RelayTrainerConfig(**{**defaults, **options}),
             train_dataset=dataset if data is None else data,
-            processing_class=byte_tokenizer,
-            **(trainer_options or {}),
+            **{"processing_class": byte_tokenizer, **(trainer_options or {})},
         )
 
     return make

@@ -1,12 +1,18 @@
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from huggingface_hub import ModelCard
 
-from relay_hf.trainers import RelayTrainer
+from relay_hf.trainers import Objective, RelayTrainer
+from relay_hf.trainers.card import OBJECTIVES
 
 from .conftest import build_model
+
+
+def test_card_describes_every_objective() -> None:
+    assert set(OBJECTIVES) == set(get_args(Objective))
 
 
 @pytest.mark.parametrize("objective", ["relay", "masked"])

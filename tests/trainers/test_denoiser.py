@@ -57,9 +57,8 @@ def partly_denoised(model: Any, lengths: list[int], prompt: int, seed: int, fres
         return rows
     generator = torch.Generator().manual_seed(seed)
     state = torch.randn(rows.relay_state.shape, generator=generator)
-    return replace(
-        mask_uniformly(rows, model.config, generator), relay_state=state, has_state=torch.ones_like(rows.has_state)
-    )
+    rows = mask_uniformly(rows, model.config, [generator] * len(lengths))
+    return replace(rows, relay_state=state, has_state=torch.ones_like(rows.has_state))
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])

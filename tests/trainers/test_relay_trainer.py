@@ -171,7 +171,7 @@ def test_trainer_prompt_completion_text_learns_the_completion_only(
     trainer = make_trainer(model, Dataset.from_list(rows), max_steps=2)
     trainer.train()
     learned = trainer.buffer.rows.maskable.sum(-1)
-    assert set(learned.tolist()) <= {3, 6}, "the completion and its end-of-text token"
+    assert set(learned.tolist()) == {3, 6}, "the completion and its end-of-text token"
 
 
 def test_trainer_gradient_checkpointing_gives_the_same_losses(make_trainer: Callable[..., RelayTrainer]) -> None:
@@ -290,3 +290,17 @@ def test_masked_evaluation_does_not_depend_on_the_order_of_rows(
     trainer = make_trainer(build_model(**overrides), objective="masked", per_device_eval_batch_size=8)
     masks = [trainer.evaluate(dataset.select(rows))["eval_loss"] for rows in (range(8), [3, 1, 0, 2, 7, 6, 5, 4])]
     assert masks[0] == pytest.approx(masks[1])
+
+
+def test_trainer_tokenizer_with_ids_outside_the_vocabulary_raises(
+    make_trainer: Callable[..., RelayTrainer], tokenizer: Any
+) -> None:
+    with pytest.raises(ValueError, match="`pad_token_id` is .* but the model has 40 tokens"):
+        make_trainer(trainer_options={"processing_class": tokenizer})
+
+
+@pytest.mark.parametrize(("objective", "expected"), [("rollout", True), ("masked", True), ("relay", None)])
+def test_trainer_tells_ddp_of_an_unused_channel(
+    make_trainer: Callable[..., RelayTrainer], objective: str, expected: bool | None
+) -> None:
+    assert make_trainer(objective=objective).args.ddp_find_unused_parameters is expected

@@ -134,11 +134,10 @@ def test_rollout_right_padding_changes_nothing() -> None:
     assert torch.equal(results[0].rows.noisy_ids, results[1].rows.noisy_ids[:, :10])
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_rollout_attention_implementations_agree(implementation: str) -> None:
+def test_rollout_eager_and_sdpa_attention_agree() -> None:
     model = build_model()
     expected = rollout(model).loss
-    model.set_attn_implementation(implementation)
+    model.set_attn_implementation("eager")
     torch.testing.assert_close(rollout(model).loss, expected, rtol=1e-5, atol=1e-6)
 
 
