@@ -67,5 +67,8 @@ def test_overridden_methods_all_called_by_generate(
 
     for name in OVERRIDDEN:
         monkeypatch.setattr(RelayGenerationMixin, name, spying(name, getattr(RelayGenerationMixin, name)))
-    make_model(block_size=block_size).generate(torch.tensor([[1, 2, MASK if block_size is None else 3]]))
+    model, last, options = make_model(block_size=block_size), 3, {"max_new_tokens": 4}
+    if block_size is None:
+        last, options = MASK, {}
+    model.generate(torch.tensor([[1, 2, last]]), **options)
     assert sorted(called) == OVERRIDDEN
