@@ -19,6 +19,7 @@ from .channel_relay import RelayLayerNorm, make_channel
 from .configuration_relay import RelayConfig
 from .conversion_relay import FOREIGN_PARAMETER_NAMES
 from .generation_relay import RelayGenerationMixin
+from .head_relay import score_positions
 from .masks_relay import align_to_positions, block_attention_mask, new_positions
 from .outputs_relay import RelayOutput
 
@@ -96,6 +97,7 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        targets: Tensor | None = None,
         **kwargs: Any,
     ) -> RelayOutput:
         """One pass of the network under block-causal attention. Never adds noise.
@@ -112,6 +114,8 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
             labels: (B, L) tokens, -100 = ignore.
             use_cache: store keys and values even if no cache was given.
             logits_to_keep: which positions go through the head: the last n (0 = all), indices, or a (B, L) bool mask.
+            targets: (B, L) tokens. With them, kept positions are scored in chunks, and their losses and confidences are
+                returned instead of logits: what training needs, without a vocabulary of numbers for every position.
 
         Raises:
             ValueError: a shape does not fit, the cache cannot align the first position, or all labels are -100.
@@ -128,7 +132,7 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
                 f"`attention_mask` covers {mask_2d.shape[-1]} positions, but there are {cached} cached and "
                 f"{input_ids.shape[1]} new ones: pass the mask of both."
             )
-        targets = self._targets(input_ids, labels, logits_to_keep)
+        labelled = self._labelled(input_ids, labels, logits_to_keep)
         if position_ids is None:
             position_ids = new_positions(mask_2d, cached, input_ids.shape[1], input_ids.device)
 
@@ -151,11 +155,21 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
             **self._read_out_request(kwargs),
         )
         hidden, read_out = self._align(backbone_output, position_ids, past_key_values)
-        logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
-        loss = None if targets is None else F.cross_entropy(logits.flatten(0, -2).float(), targets)
+        kept = slice_logits_to_keep(hidden, logits_to_keep)
+        logits = loss = token_losses = confidence = None
+        if targets is None:
+            logits = self.lm_head(kept)
+            loss = None if labelled is None else F.cross_entropy(logits.flatten(0, -2).float(), labelled)
+        else:
+            kept_targets = slice_logits_to_keep(targets[..., None], logits_to_keep).flatten()
+            token_losses, confidence = score_positions(
+                kept.flatten(0, -2), self.lm_head.weight, kept_targets, self.config.mask_token_id
+            )
         return RelayOutput(
             loss=loss,
             logits=logits,
+            token_losses=token_losses,
+            confidence=confidence,
             relay_state=self.relay.next_state(read_out),
             past_key_values=past_key_values,
             hidden_states=backbone_output.hidden_states if self._asks_for_hidden_states(kwargs) else None,
@@ -189,7 +203,7 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
             )
         return cached
 
-    def _targets(self, input_ids: Tensor, labels: Tensor | None, logits_to_keep: int | Tensor) -> Tensor | None:
+    def _labelled(self, input_ids: Tensor, labels: Tensor | None, logits_to_keep: int | Tensor) -> Tensor | None:
         """Labels of the positions that go through the head, flattened."""
         if labels is None:
             return None
@@ -198,10 +212,10 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
                 f"`labels` have shape {tuple(labels.shape)}, but `input_ids` {tuple(input_ids.shape)}: pass one label "
                 "per position, -100 to ignore it."
             )
-        targets = slice_logits_to_keep(labels[..., None], logits_to_keep).flatten()
-        if bool((targets == -100).all()):
+        kept = slice_logits_to_keep(labels[..., None], logits_to_keep).flatten()
+        if bool((kept == -100).all()):
             raise ValueError("All labels are -100, so there is nothing to learn: label at least one position.")
-        return targets
+        return kept
 
     def _asks_for_hidden_states(self, kwargs: dict[str, Any]) -> bool | int | list[int]:
         """What the caller, else the configuration, wants to see of the hidden states."""

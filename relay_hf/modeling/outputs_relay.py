@@ -14,6 +14,8 @@ class RelayOutput(ModelOutput):
     Args:
         loss: mean cross-entropy over the positions whose label is not -100, if `labels` were given.
         logits: (B, L, V), or (N, V) if `logits_to_keep` was a mask of N positions. Entry i scores the token AT i.
+        token_losses: (N,) fp32 cross-entropy of each kept position's target, instead of logits, if given `targets`.
+        confidence: (N,) fp32 probability of each kept position's best token that is not [MASK], likewise.
         relay_state: (B, L, D), what the channel carries to the next denoising step; `None` without a channel.
         past_key_values: the cache, if one was used.
         hidden_states, attentions: of the backbone, not shifted, if asked for.
@@ -21,6 +23,8 @@ class RelayOutput(ModelOutput):
 
     loss: Tensor | None = None
     logits: Tensor | None = None
+    token_losses: Tensor | None = None
+    confidence: Tensor | None = None
     relay_state: Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None

@@ -7,7 +7,7 @@ denoiser gives the same numbers for less:
 1. the clean text runs once per rollout, and its keys and values are kept with their gradient;
 2. given those, noisy blocks are independent, so a step runs only the blocks that still hold a mask. Blocks that are
    known have the clean pass's own states: same input, same attention;
-3. only masked positions go through the head.
+3. only masked positions go through the head, in chunks that never hold all their logits.
 
 A model without blocks has no clean half: its step is one pass over the noisy row.
 
@@ -16,7 +16,7 @@ V vocabulary, N masked positions.
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,18 +30,29 @@ from ..modeling.masks_relay import align_to_positions
 from .rows import RolloutRows
 
 
+class Step(NamedTuple):
+    """What one denoising step gives.
+
+    Args:
+        token_losses: (N,) fp32 cross-entropy at the masked positions, in row-major order.
+        confidence: (N,) fp32 probability of the best token there.
+        state: (B, L, D) position-aligned state the step leaves, or None.
+    """
+
+    token_losses: Tensor
+    confidence: Tensor
+    state: Tensor | None
+
+
 class Denoiser(Protocol):
     """Denoises the rows of one rollout, step by step."""
 
-    def step(self, rows: RolloutRows, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def step(self, rows: RolloutRows, state: Tensor | None) -> Step:
         """One denoising step.
 
         Args:
             rows: with the masks as they are now.
             state: (B, L, D) position-aligned state of the step before, or None if nothing is carried.
-
-        Returns:
-            (N, V) logits at the masked positions in row-major order, and the (B, L, D) state the step leaves.
         """
         ...
 
@@ -76,16 +87,17 @@ class SequenceDenoiser:
         self.model = model
         self.config = config
 
-    def step(self, rows: RolloutRows, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def step(self, rows: RolloutRows, state: Tensor | None) -> Step:
         output = self.model(
             input_ids=rows.noisy_ids,
             attention_mask=rows.attention_mask,
             relay_state=state,
             relay_mask=receives_state(self.config, rows) if state is not None else None,
             logits_to_keep=rows.masked(self.config.mask_token_id),
+            targets=rows.clean_ids,
             use_cache=False,
         )
-        return output.logits, output.relay_state
+        return Step(output.token_losses, output.confidence, output.relay_state)
 
 
 class CleanText(RelayCache):
@@ -149,20 +161,22 @@ class BlockDenoiser:
         self.length = rows.clean_ids.shape[1]
         self.is_text = self._pad(rows.attention_mask)  # (B, L') with L' a multiple of S
         self.clean = CleanText()
+        self.clean_ids = self._pad(rows.clean_ids)
         output = model(
-            input_ids=self._pad(rows.clean_ids),
+            input_ids=self.clean_ids,
             attention_mask=None if bool(self.is_text.all()) else self.is_text,
             past_key_values=self.clean,
             logits_to_keep=torch.empty(0, dtype=torch.long, device=rows.clean_ids.device),
+            targets=self.clean_ids,
         )
-        self.no_logits = output.logits.flatten(0, 1)  # (0, V), part of the graph
+        self.nothing = output.token_losses, output.confidence  # no positions, but part of the graph
         self.positions = torch.arange(self.is_text.shape[1], device=self.is_text.device)[None]
 
-    def step(self, rows: RolloutRows, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def step(self, rows: RolloutRows, state: Tensor | None) -> Step:
         masked = self._pad(rows.masked(self.config.mask_token_id))
         active = masked.view(len(masked), -1, self.size).any(-1)  # (B, blocks)
         if not bool(active.any()):
-            return self.no_logits, self._state(self.clean.read_out)
+            return Step(*self.nothing, self._state(self.clean.read_out))
         # Active blocks first, in their order; rows with fewer of them repeat inactive ones, which nobody reads.
         blocks = active.long().argsort(dim=-1, descending=True, stable=True)[:, : int(active.sum(-1).max())]  # (B, A)
         columns = (blocks[..., None] * self.size + torch.arange(self.size, device=blocks.device)).flatten(1)  # (B, A*S)
@@ -181,12 +195,13 @@ class BlockDenoiser:
             relay_state=pack(self._pad(state)) if state is not None else None,
             relay_mask=pack(self._pad(receives_state(self.config, rows))) if state is not None else None,
             logits_to_keep=pack(masked) & is_active,
+            targets=pack(self.clean_ids),
         )
         if output.relay_state is None:
-            return output.logits, None
+            return Step(output.token_losses, output.confidence, None)
         active_columns = active.repeat_interleave(self.size, dim=1)[..., None]  # (B, L', 1)
         read_out = self.clean.read_out.masked_scatter(active_columns, prefix.read_out[is_active])
-        return output.logits, self._state(read_out)
+        return Step(output.token_losses, output.confidence, self._state(read_out))
 
     def _prefix(self, length: int, pack: Callable[[Tensor], Tensor]) -> CleanPrefix:
         """The clean text before the last active block, and what precedes each packed block."""

@@ -19,12 +19,12 @@ from ..modeling.reveal_relay import UnmaskingPolicy
 from .buffer import RolloutBuffer, fresh_rows
 from .card import training_card
 from .dataset_checks import check_dataset
-from .denoiser import keep_caches_under_checkpointing
+from .denoiser import keep_caches_under_checkpointing, make_denoiser
 from .ema import WeightAverage
 from .metrics import ChannelNorms, is_channel_parameter, rollout_metrics
 from .noise import mask_uniformly
 from .relay_config import RelayTrainerConfig
-from .rollout import denoise_once, masked_cross_entropy, run_rollout
+from .rollout import mean_loss, run_rollout
 
 # PEFT looks up default targets by model type; ours are those of the usual backbones.
 TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(RelayConfig.model_type, ["q_proj", "v_proj"])
@@ -168,7 +168,7 @@ class RelayTrainer(SFTTrainer):
         rows = mask_uniformly(rows, self.relay_config, generators)
         masked = rows.masked(self.relay_config.mask_token_id)
         self._record(model.training, {"masked_fraction": float(masked.sum()) / max(int(rows.maskable.sum()), 1)})
-        return masked_cross_entropy(denoise_once(model, self.relay_config, rows), rows.clean_ids[masked])
+        return mean_loss(make_denoiser(model, self.relay_config, rows).step(rows, None).token_losses)
 
     def _policies(self, jitter: bool) -> list[UnmaskingPolicy]:
         """The reveal rule of every step; with jitter, each has its own threshold, moved back into the valid range."""

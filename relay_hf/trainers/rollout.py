@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..modeling import RelayConfig
-from ..modeling.reveal_relay import UnmaskingPolicy, best_token
+from ..modeling.reveal_relay import UnmaskingPolicy
 from .denoiser import make_denoiser
 from .rows import RolloutRows
 
@@ -64,10 +64,10 @@ def run_rollout(
     step_losses, step_masked, step_reveals = [], [], []
     for policy in policies:
         masked = rows.masked(mask_token_id)
-        logits, next_state = denoiser.step(rows, state)
-        step_loss = masked_cross_entropy(logits, rows.clean_ids[masked])
+        token_losses, confidence, next_state = denoiser.step(rows, state)
+        step_loss = mean_loss(token_losses)
         loss = loss + step_loss
-        reveal = _reveal(logits, masked, policy, config)
+        reveal = _reveal(confidence, masked, policy, config)
         step_losses.append(step_loss.detach())
         step_masked.append(masked.sum())
         step_reveals.append(reveal)
@@ -80,20 +80,14 @@ def run_rollout(
     return RolloutResult(loss, step_losses, step_masked, step_reveals, rows)
 
 
-def masked_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in fp32 of (N, V) logits against (N,) targets; zero, with a gradient of zero, if N = 0."""
-    return F.cross_entropy(logits.float(), targets, reduction="sum") / max(len(targets), 1)
-
-
-def denoise_once(model: Callable[..., Any], config: RelayConfig, rows: RolloutRows) -> Tensor:
-    """(N, V) logits at the masked positions of `rows`, without any state: a step of plain masked diffusion."""
-    return make_denoiser(model, config, rows).step(rows, None)[0]
+def mean_loss(token_losses: Tensor) -> Tensor:
+    """Mean of (N,) losses; zero, with a gradient of zero, if N = 0."""
+    return token_losses.sum() / max(len(token_losses), 1)
 
 
 @torch.no_grad()
-def _reveal(logits: Tensor, masked: Tensor, policy: UnmaskingPolicy, config: RelayConfig) -> Tensor:
-    """(B, L) bool, where the policy reveals; it decides per block."""
-    probability, _ = best_token(logits.detach().clone(), config.mask_token_id)
+def _reveal(probability: Tensor, masked: Tensor, policy: UnmaskingPolicy, config: RelayConfig) -> Tensor:
+    """(B, L) bool, where the policy reveals, given the (N,) confidence at `masked`; it decides per block."""
     confidence = torch.zeros(masked.shape, device=masked.device).masked_scatter(masked, probability)
     rows, length = masked.shape
     width = config.block_size or length

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from transformers.masking_utils import create_bidirectional_mask
 
 from relay_hf import RelayConfig
-from relay_hf.trainers.denoiser import receives_state
+from relay_hf.modeling.reveal_relay import best_token
+from relay_hf.trainers.denoiser import Step, receives_state
 from relay_hf.trainers.rows import RolloutRows
 
 
@@ -33,7 +34,7 @@ class DoubledDenoiser:
             and_mask_function=sees,
         )
 
-    def step(self, rows: RolloutRows, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def step(self, rows: RolloutRows, state: Tensor | None) -> Step:
         length = rows.clean_ids.shape[1]
         masked = rows.masked(self.config.mask_token_id)
         receives = None
@@ -54,4 +55,6 @@ class DoubledDenoiser:
             use_cache=False,
         )
         next_state = None if output.relay_state is None else output.relay_state[:, :length]
-        return output.logits, next_state
+        losses = F.cross_entropy(output.logits.float(), rows.clean_ids[masked], reduction="none")
+        confidence, _ = best_token(output.logits.detach().clone(), self.config.mask_token_id)
+        return Step(losses, confidence, next_state)

@@ -1,0 +1,53 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from relay_hf.modeling import head_relay
+from relay_hf.modeling.head_relay import score_positions
+from relay_hf.modeling.reveal_relay import best_token
+
+
+def plain(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, mask: int) -> tuple:
+    logits = hidden @ weight.T
+    return F.cross_entropy(logits, targets, reduction="none"), best_token(logits.detach().clone(), mask)[0]
+
+
+@settings(max_examples=40, deadline=None)
+@given(count=st.integers(0, 20), vocab=st.integers(2, 30), chunk=st.integers(1, 200), seed=st.integers(0, 1000))
+def test_score_positions_any_chunk_equals_full_logits(count: int, vocab: int, chunk: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    leaves = [torch.randn(count, 5, generator=generator), torch.randn(vocab, 5, generator=generator)]
+    targets = torch.randint(0, vocab, (count,), generator=generator)
+    slope = torch.randn(count, generator=generator)
+    results = []
+    for function in (plain, score_positions):
+        hidden, weight = (leaf.clone().requires_grad_() for leaf in leaves)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(head_relay, "CHUNK_NUMBERS", chunk)
+            losses, confidence = function(hidden, weight, targets, vocab - 1)
+            (losses * slope).sum().backward()
+        results.append((losses, confidence, hidden.grad, weight.grad))
+    for expected, given_ in zip(*results, strict=True):
+        torch.testing.assert_close(given_, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_score_positions_frozen_head_gets_no_gradient() -> None:
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(7, 4)
+    losses, confidence = score_positions(hidden, weight, torch.tensor([1, 2, 3]), 6)
+    losses.sum().backward()
+    assert weight.grad is None
+    assert hidden.grad.abs().sum() > 0
+    assert not confidence.requires_grad
+
+
+def test_score_positions_autocast_is_that_of_a_linear_layer() -> None:
+    hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(9, 8, requires_grad=True)
+    targets = torch.arange(6)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="none")
+        losses, _ = score_positions(hidden, weight, targets, 8)
+    torch.testing.assert_close(losses, expected)
+    losses.sum().backward()
+    assert weight.grad.dtype == torch.float32
