@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
@@ -23,6 +24,10 @@ from relay_hf import RelayConfig, RelayForMaskedDiffusion
 
 # Tiny tensors: a second thread gains nothing, and on a busy machine waiting for it costs a hundredfold.
 torch.set_num_threads(1)
+
+# The same examples in every run, however slow the machine.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 REFERENCE = Path(os.environ.get("RELAY_HF_REFERENCE", Path(__file__).parent / "reference"))
 VOCAB_SIZE, MASK = 64, 63

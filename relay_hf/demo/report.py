@@ -24,6 +24,7 @@ from .arguments import DemoArguments
 from .study import (
     ADAPTATION_LEARNING_RATE,
     CHANNEL_LEARNING_RATE,
+    DEFAULT_THRESHOLD,
     EMA_DECAY,
     ROLLOUT_STEPS,
     THRESHOLD_JITTER,
@@ -174,7 +175,7 @@ def _card(
                 board, f"{len(test)} held-out puzzles, none of them a symmetric twin of a training puzzle", split="test"
             ),
             rows=[row for objective_rows in rows.values() for row in objective_rows],
-            highlighted=next(row for row in rows["relay"] if row.threshold == TRAINING_THRESHOLD),
+            highlighted=next(row for row in rows["relay"] if row.threshold == DEFAULT_THRESHOLD),
             unit="puzzle",
             picture=PICTURE,
             comment=" ".join(comparisons),

@@ -22,6 +22,7 @@ from ..trainers import Objective, RelayTrainer, RelayTrainerConfig
 from .arguments import DemoArguments
 
 THRESHOLDS = (0.05, 0.15, 0.25, 0.5, 1.0)
+DEFAULT_THRESHOLD = THRESHOLDS[0]  # of the saved model: the surest
 WARMUP_LEARNING_RATE, ADAPTATION_LEARNING_RATE = 2e-3, 5e-4
 # A zero-initialised gate has to open within a few hundred steps.
 CHANNEL_LEARNING_RATE = 1e-2
@@ -104,7 +105,7 @@ def _new_model(arguments: DemoArguments, tokenizer: PreTrainedTokenizerBase) -> 
     )
     config = RelayConfig(text_config=text_config, block_size=None, mask_token_id=tokenizer.mask_token_id)
     model = RelayForMaskedDiffusion(config)
-    model.generation_config.update(unmasking_threshold=TRAINING_THRESHOLD)
+    model.generation_config.update(unmasking_threshold=DEFAULT_THRESHOLD)
     return model
 
 
@@ -139,6 +140,7 @@ def _train(
         logging_steps=max(steps // 5, 1),
         save_strategy="no",
         report_to=[],
+        disable_tqdm=False,  # the demo silences the libraries' logs, which would silence their progress bars too
         gradient_checkpointing=False,
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -158,7 +158,6 @@ def test_rows_of_cache_without_keys_move_all_the_same() -> None:
     assert torch.equal(cache.relay_state, labelled([2], 4, 6))
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_any_sequence_of_row_operations_equals_list(data: st.DataObject) -> None:
     rows = list(range(1, data.draw(st.integers(1, 4), "rows") + 1))

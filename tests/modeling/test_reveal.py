@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -49,7 +49,6 @@ def test_every_policy_has_a_naive_version() -> None:
 
 
 @pytest.mark.parametrize("name", POLICIES)
-@settings(deadline=None)
 @given(groups(), THRESHOLDS)
 def test_policy_any_input_equals_naive_loop(name: str, group: tuple[Tensor, Tensor], threshold: float) -> None:
     confidence, masked = group
@@ -60,7 +59,6 @@ def test_policy_any_input_equals_naive_loop(name: str, group: tuple[Tensor, Tens
 
 
 @pytest.mark.parametrize("name", POLICIES)
-@settings(deadline=None)
 @given(groups(), THRESHOLDS)
 def test_policy_any_input_reveals_masked_positions_only_and_at_least_one(
     name: str, group: tuple[Tensor, Tensor], threshold: float
@@ -72,7 +70,6 @@ def test_policy_any_input_reveals_masked_positions_only_and_at_least_one(
 
 
 @pytest.mark.parametrize("name", POLICIES)
-@settings(deadline=None)
 @given(groups(), THRESHOLDS, THRESHOLDS)
 def test_policy_threshold_monotone(name: str, group: tuple[Tensor, Tensor], one: float, other: float) -> None:
     """A stricter threshold reveals a subset; strict is high for probabilities, low for a budget."""
@@ -81,7 +78,6 @@ def test_policy_threshold_monotone(name: str, group: tuple[Tensor, Tensor], one:
 
 
 @pytest.mark.parametrize("name", POLICIES)
-@settings(deadline=None)
 @given(groups(), THRESHOLDS)
 def test_policy_arguments_untouched(name: str, group: tuple[Tensor, Tensor], threshold: float) -> None:
     before = [tensor.clone() for tensor in group]
@@ -124,18 +120,18 @@ def test_make_policy_unknown_name_raises() -> None:
         make_policy("greedy", 0.5)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**16), st.integers(0, 6))
 def test_best_token_any_logits_most_probable_that_is_not_mask(seed: int, mask: int) -> None:
     scores = 5 * torch.randn(4, 7, generator=torch.Generator().manual_seed(seed))
     scores[0, mask] = 50.0  # preferred by far
-    probabilities = scores.softmax(-1)
     probability, token = best_token(scores.clone(), mask)
     assert not (token == mask).any()
-    expected = probabilities.index_fill(-1, torch.tensor([mask]), -1.0).max(-1)
-    assert token.equal(expected.indices)
-    # Two ways to normalise.
-    torch.testing.assert_close(probability, expected.values, atol=1e-6, rtol=0)
+    # By the logits, because probabilities of nearly equal ones may round to the same number.
+    assert token.equal(scores.index_fill(-1, torch.tensor([mask]), -1e9).argmax(-1))
+    # Two ways to normalise: the difference of two numbers around 20 is exact to 1e-6.
+    expected = scores.softmax(-1).gather(-1, token[:, None])[:, 0]
+    torch.testing.assert_close(probability, expected, atol=1e-5, rtol=0)
+    assert (probability <= 1).all()
 
 
 def test_best_token_low_precision_logits_probability_in_float32() -> None:

@@ -295,7 +295,7 @@ def test_masked_evaluation_does_not_depend_on_the_order_of_rows(
 def test_trainer_tokenizer_with_ids_outside_the_vocabulary_raises(
     make_trainer: Callable[..., RelayTrainer], tokenizer: Any
 ) -> None:
-    with pytest.raises(ValueError, match="`pad_token_id` is .* but the model has 40 tokens"):
+    with pytest.raises(ValueError, match=r"`pad_token_id` is .* but the model has 40 tokens"):
         make_trainer(trainer_options={"processing_class": tokenizer})
 
 
