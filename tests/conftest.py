@@ -75,15 +75,19 @@ def make_model() -> Callable[..., RelayForMaskedDiffusion]:
     return make
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, then [PAD], [EOS] and [MASK]: 259 tokens."""
+def make_byte_tokenizer(**special_tokens: str) -> PreTrainedTokenizerFast:
+    """One token a byte; special tokens that are not among those get ids behind them."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    special = {"pad_token": "[PAD]", "eos_token": "[EOS]", "mask_token": "[MASK]"}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special_tokens)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, then [PAD], [EOS] and [MASK]: 259 tokens."""
+    return make_byte_tokenizer(pad_token="[PAD]", eos_token="[EOS]", mask_token="[MASK]")
 
 
 @pytest.fixture(scope="session")

@@ -69,7 +69,8 @@ class RelayCache(DynamicCache):
         A commit keeps their last position and drops the block's state; a draft leaves nothing.
         """
         if not self.is_drafting:
-            self.last_hidden, self.last_read_out = hidden[:, -1:].detach(), read_out[:, -1:].detach()
+            # Copies: views would keep the outputs of a whole prefill alive.
+            self.last_hidden, self.last_read_out = (raw[:, -1:].detach().clone() for raw in (hidden, read_out))
             self.relay_state = None
 
     def reset(self) -> None:

@@ -178,8 +178,8 @@ class RelayGenerationMixin(GenerationMixin):
                 processor, ORDER_FREE_PROCESSORS
             ):
                 raise ValueError(
-                    f"{type(processor).__name__} expects tokens from left to right, which block diffusion does not "
-                    "give: remove the option that adds it."
+                    f"{type(processor).__name__} is not supported, because block diffusion reveals tokens out of "
+                    "order: remove the option that adds it."
                 )
 
         device = self.get_input_embeddings().weight.device

@@ -111,11 +111,11 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
             relay_state: (B, L, D) position-aligned state of the previous step. `None` injects nothing at all; zeros is
                 the channel applied to zeros.
             relay_mask: (B, L) bool, positions that receive the state instead of those of `config.relay_scope`.
-            labels: (B, L) tokens, -100 = ignore.
+            labels: (B, L) tokens, -100 = ignore; the loss is their mean cross-entropy.
             use_cache: store keys and values even if no cache was given.
             logits_to_keep: which positions go through the head: the last n (0 = all), indices, or a (B, L) bool mask.
-            targets: (B, L) tokens. With them, kept positions are scored in chunks, and their losses and confidences are
-                returned instead of logits: what training needs, without a vocabulary of numbers for every position.
+            targets: (B, L) tokens, instead of `labels`. Kept positions are then scored in chunks, and their losses and
+                confidences returned in place of logits: what training needs, without a vocabulary of numbers for each.
 
         Raises:
             ValueError: a shape does not fit, the cache cannot align the first position, or all labels are -100.
@@ -126,15 +126,9 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = RelayCache(config=self.config.text_config)
         cached = self._check_cache(past_key_values)
-        mask_2d = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
-        if mask_2d is not None and mask_2d.shape[-1] != cached + input_ids.shape[1]:
-            raise ValueError(
-                f"`attention_mask` covers {mask_2d.shape[-1]} positions, but there are {cached} cached and "
-                f"{input_ids.shape[1]} new ones: pass the mask of both."
-            )
         labelled = self._labelled(input_ids, labels, logits_to_keep)
         if position_ids is None:
-            position_ids = new_positions(mask_2d, cached, input_ids.shape[1], input_ids.device)
+            position_ids = self._positions(input_ids, attention_mask, cached)
 
         embeds = self.get_input_embeddings()(input_ids)
         if relay_state is not None:
@@ -155,26 +149,37 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
             **self._read_out_request(kwargs),
         )
         hidden, read_out = self._align(backbone_output, position_ids, past_key_values)
-        kept = slice_logits_to_keep(hidden, logits_to_keep)
-        logits = loss = token_losses = confidence = None
-        if targets is None:
-            logits = self.lm_head(kept)
-            loss = None if labelled is None else F.cross_entropy(logits.flatten(0, -2).float(), labelled)
-        else:
-            kept_targets = slice_logits_to_keep(targets[..., None], logits_to_keep).flatten()
-            token_losses, confidence = score_positions(
-                kept.flatten(0, -2), self.lm_head.weight, kept_targets, self.config.mask_token_id
-            )
         return RelayOutput(
-            loss=loss,
-            logits=logits,
-            token_losses=token_losses,
-            confidence=confidence,
+            **self._score(slice_logits_to_keep(hidden, logits_to_keep), logits_to_keep, labelled, targets),
             relay_state=self.relay.next_state(read_out),
             past_key_values=past_key_values,
             hidden_states=backbone_output.hidden_states if self._asks_for_hidden_states(kwargs) else None,
             attentions=backbone_output.attentions,
         )
+
+    def _score(
+        self, kept: Tensor, logits_to_keep: int | Tensor, labelled: Tensor | None, targets: Tensor | None
+    ) -> dict[str, Tensor]:
+        """What the head has to say of the kept positions: logits and a loss, or losses and confidences of targets."""
+        if targets is not None:
+            chosen = slice_logits_to_keep(targets[..., None], logits_to_keep).flatten()
+            head = self.lm_head.weight
+            losses, confidence = score_positions(kept.flatten(0, -2), head, chosen, self.config.mask_token_id)
+            return {"token_losses": losses, "confidence": confidence}
+        logits = self.lm_head(kept)
+        if labelled is None:
+            return {"logits": logits}
+        return {"logits": logits, "loss": F.cross_entropy(logits.flatten(0, -2).float(), labelled)}
+
+    def _positions(self, input_ids: Tensor, attention_mask: Tensor | None, cached: int) -> Tensor:
+        """Positions of the new tokens, (B or 1, L), counted from a 2-D mask if there is one."""
+        mask_2d = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+        if mask_2d is not None and mask_2d.shape[-1] != cached + input_ids.shape[1]:
+            raise ValueError(
+                f"`attention_mask` covers {mask_2d.shape[-1]} positions, but there are {cached} cached and "
+                f"{input_ids.shape[1]} new ones: pass the mask of both."
+            )
+        return new_positions(mask_2d, cached, input_ids.shape[1], input_ids.device)
 
     def receives_state(self, input_ids: Tensor) -> Tensor:
         """(B, L) bool, positions that the state enters under `config.relay_scope`."""

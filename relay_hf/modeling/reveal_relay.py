@@ -79,8 +79,10 @@ def make_policy(name: str, threshold: float) -> UnmaskingPolicy:
     """Builds the policy called `name`.
 
     Raises:
-        ValueError: unknown name, or a threshold outside the policy's range.
+        ValueError: unknown name, or a threshold that is no number or outside the policy's range.
     """
+    if not isinstance(threshold, int | float):
+        raise ValueError(f"`unmasking_threshold={threshold!r}` is not a number: give one in the range of the policy.")
     if name not in POLICIES:
         raise ValueError(f"`unmasking_policy={name!r}` is unknown: choose one of {sorted(POLICIES)}.")
     return POLICIES[name](threshold)

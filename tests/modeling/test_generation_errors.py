@@ -51,9 +51,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown option": ({"unmasking_treshold": 0.5}, r"not used by the model: \['unmasking_treshold'\]"),
     "state": ({"relay_state": torch.zeros(1, 10, 16)}, r"`generate` does not take \['relay_state'\]"),
     "labels": ({"labels": torch.ones(1, 10)}, r"`generate` does not take \['labels'\]"),
-    "repetition penalty": ({"repetition_penalty": 1.2}, "RepetitionPenaltyLogitsProcessor expects tokens from left"),
-    "minimum length": ({"min_new_tokens": 2, "eos_token_id": 1}, "MinLengthLogitsProcessor expects tokens from left"),
-    "n-grams": ({"no_repeat_ngram_size": 2}, "NoRepeatNGramLogitsProcessor expects tokens from left"),
+    "repetition penalty": ({"repetition_penalty": 1.2}, "RepetitionPenaltyLogitsProcessor is not supported"),
+    "minimum length": ({"min_new_tokens": 2, "eos_token_id": 1}, "MinLengthLogitsProcessor is not supported"),
+    "n-grams": ({"no_repeat_ngram_size": 2}, "NoRepeatNGramLogitsProcessor is not supported"),
     "nothing new": ({"max_new_tokens": 0}, "`max_new_tokens` must be greater than 0"),
     "synced gpus": ({"synced_gpus": True}, "`synced_gpus=True` is not supported"),
 }

@@ -138,3 +138,9 @@ def test_best_token_low_precision_logits_probability_in_float32() -> None:
     probability, _ = best_token(torch.zeros(1, 1001, dtype=torch.bfloat16), 0)
     assert probability.dtype == torch.float32
     assert probability.item() == pytest.approx(1 / 1001, rel=1e-5)
+
+
+@pytest.mark.parametrize("threshold", [None, "0.9"])
+def test_make_policy_threshold_that_is_no_number_raises(threshold: object) -> None:
+    with pytest.raises(ValueError, match="is not a number"):
+        make_policy("confidence_threshold", threshold)

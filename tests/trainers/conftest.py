@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config
 
 from relay_hf import RelayConfig, RelayForMaskedDiffusion
 from relay_hf.trainers import RelayTrainer, RelayTrainerConfig
+
+from ..conftest import make_byte_tokenizer
 
 VOCAB_SIZE, MASK = 40, 39
 
@@ -48,12 +49,8 @@ def build_rows(count: int, length: int = 12, prompt: int = 3, seed: int = 0) -> 
 
 @pytest.fixture(scope="session")
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte; used only because SFTTrainer insists on a tokenizer."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="!", eos_token='"')
+    """Its special ids are inside the tiny vocabulary; only there because SFTTrainer insists on a tokenizer."""
+    return make_byte_tokenizer(pad_token="!", eos_token='"')
 
 
 @pytest.fixture

@@ -49,7 +49,8 @@ def test_trainer_evaluation_set_with_a_bad_row_raises(make_trainer: Callable[...
 
 
 def test_trainer_bad_rows_that_were_not_selected_are_no_concern(make_trainer: Callable[..., RelayTrainer]) -> None:
-    make_trainer(data=to_dataset(spoiled("unlabelled")).select([7, 0, 3, 1]), max_length=None)
+    trainer = make_trainer(data=to_dataset(spoiled("unlabelled")).select([7, 0, 3, 1]), max_length=None)
+    assert len(trainer.train_dataset) == 4
 
 
 @pytest.mark.parametrize("kind", ["shifted", "mask"])

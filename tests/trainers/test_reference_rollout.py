@@ -55,7 +55,7 @@ def test_rollout_of_the_reference_equal_in_every_call(mode: str, vectors: dict[s
         assert torch.equal(result.step_reveals[1], given["u2"])
         assert torch.equal(result.rows.noisy_ids, given["xn"])
         assert [float(loss) for loss in result.step_losses] == pytest.approx([case["L1"], case["L2"]], rel=1e-5)
-        assert float(result.loss) == pytest.approx(case["loss"], rel=1e-5)
+        assert result.loss.item() == pytest.approx(case["loss"], rel=1e-5)
         if mode != "rollout":
             torch.testing.assert_close(result.rows.relay_state, shift(given["h2"]), rtol=0, atol=1e-5)
 
