@@ -28,7 +28,8 @@ class RelayTrainerConfig(SFTConfig):
             Evaluation uses the threshold as it is.
         relay_learning_rate: learning rate of the channel; `None` = `learning_rate`.
         ema_decay: decay of an exponential moving average of the weights, ramped up as (1 + n) / (10 + n). The average
-            is used for evaluation and left in the model when training ends. `None` = no average.
+            is used for evaluation and left in the model when training ends; checkpoints in between hold the weights
+            themselves, and the average in a file beside them. `None` = no average.
 
     Raises:
         ValueError: a value that cannot be trained with.
