@@ -100,6 +100,11 @@ class LayerNormChannel(nn.Module):
         return read_out
 
 
+def in_scope(config: RelayConfig, is_masked: Tensor) -> Tensor:
+    """(B, L) bool, positions that the state enters under `config.relay_scope`, given those that are masked."""
+    return torch.ones_like(is_masked) if config.relay_scope == "all" else is_masked
+
+
 def make_channel(config: RelayConfig) -> NoChannel | LayerNormChannel:
     """Builds the channel that `config.relay_channel` names."""
     return NoChannel() if config.relay_channel == "none" else LayerNormChannel(config)

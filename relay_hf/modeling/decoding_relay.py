@@ -146,7 +146,7 @@ class BlockDecoder:
         self.prefix = int(starts.max())
         blocks = int(((ends - starts + self.width - 1) // self.width).max())
 
-        # Live rows: `select` in `_retire` keeps these in step.
+        # Live rows: `_retire` keeps these in step.
         device = input_ids.device
         column = torch.arange(self.prefix + blocks * self.width, device=device)
         self.rows = torch.arange(len(lengths), device=device)  # (B,) where the row stood in the batch
@@ -237,8 +237,7 @@ class BlockDecoder:
         proposal = block.masked_scatter(candidates, token)
         self.tokens[:, columns] = torch.where(self.policy(confidence, candidates), proposal, block)
         if hasattr(self.streamer, "put_draft"):
-            first = max(columns.start, int(self.prompt_end[0])) if self.appends else columns.start
-            self.streamer.put_draft(self.tokens[0, first : min(columns.stop, int(self.end[0]))].cpu())
+            self.streamer.put_draft(self._shown(columns.start, columns.stop))
 
     def _first_stop_token(self, block: Tensor, column: Tensor) -> Tensor:
         """(B,) column of the first stop token among the new tokens of the block, or one that is never reached."""
@@ -264,11 +263,13 @@ class BlockDecoder:
                     break
 
     def _stream(self, begin: int, stop: int) -> None:
-        if self.streamer is None:
-            return
+        if self.streamer is not None and len(shown := self._shown(begin, stop)):
+            self.streamer.put(shown)
+
+    def _shown(self, begin: int, stop: int) -> Tensor:
+        """What a streamer gets of a block of the only row: its new tokens, or all of it if nothing is appended."""
         first = max(begin, int(self.prompt_end[0])) if self.appends else begin
-        if first < (last := min(stop, int(self.end[0]))):
-            self.streamer.put(self.tokens[0, first:last].cpu())
+        return self.tokens[0, first : min(stop, int(self.end[0]))].cpu()
 
     def _retire(self, stop: int) -> None:
         """Files the rows that end before column `stop`; they leave together with their keys, values and state."""

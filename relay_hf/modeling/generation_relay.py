@@ -196,10 +196,9 @@ class RelayGenerationMixin(GenerationMixin):
             stopping_criteria=[c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria | EosTokenCriteria)],
             streamer=streamer,
         )
-        with torch.no_grad():
-            output = decoder.run(
-                input_ids.to(device),
-                torch.ones_like(input_ids, device=device) if attention_mask is None else attention_mask.to(device),
-                new_tokens=generation_config.max_length - input_ids.shape[1],
-            )
+        output = decoder.run(
+            input_ids.to(device),
+            torch.ones_like(input_ids, device=device) if attention_mask is None else attention_mask.to(device),
+            new_tokens=generation_config.max_length - input_ids.shape[1],
+        )
         return output if generation_config.return_dict_in_generate else output.sequences

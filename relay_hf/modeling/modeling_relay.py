@@ -15,7 +15,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
 from .cache_relay import RelayCache
-from .channel_relay import RelayLayerNorm, make_channel
+from .channel_relay import RelayLayerNorm, in_scope, make_channel
 from .configuration_relay import RelayConfig
 from .conversion_relay import FOREIGN_PARAMETER_NAMES
 from .generation_relay import RelayGenerationMixin
@@ -183,9 +183,7 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
 
     def receives_state(self, input_ids: Tensor) -> Tensor:
         """(B, L) bool, positions that the state enters under `config.relay_scope`."""
-        if self.config.relay_scope == "all":
-            return torch.ones_like(input_ids, dtype=torch.bool)
-        return input_ids == self.config.mask_token_id
+        return in_scope(self.config, input_ids == self.config.mask_token_id)
 
     def initial_relay_state(self, rows: int, length: int) -> Tensor | None:
         """State of the first denoising step of `rows` x `length` positions, or None if nothing is to be injected."""

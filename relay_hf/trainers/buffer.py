@@ -1,11 +1,10 @@
 """The rollout buffer: rows that live across optimizer steps until they are fully revealed."""
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..modeling import RelayConfig
 from .dataset_checks import check_labels
@@ -80,11 +79,10 @@ class RolloutBuffer:
         is_finished = ~self.rows.masked(self.config.mask_token_id).any(-1)
         slots = is_finished.nonzero()[:, 0][: len(incoming.clean_ids)]
         length = max(self.rows.clean_ids.shape[1], incoming.clean_ids.shape[1])
-        current, incoming = self._pad(self.rows, length), self._pad(incoming, length)
+        current, incoming = self.rows.fit(length), incoming.fit(length)
         rows = _map(lambda kept, new: kept.index_copy(0, slots, new[: len(slots)]), current, incoming)
         # Without this the longest row ever seen would set the cost of every later step.
-        used = int(rows.attention_mask.sum(-1).max())
-        self.rows = _map(lambda kept, _: kept[:, :used] if kept.ndim > 1 else kept, rows, rows)
+        self.rows = rows.fit(int(rows.attention_mask.sum(-1).max()))
         return len(slots)
 
     def store(self, rows: RolloutRows) -> None:
@@ -110,20 +108,6 @@ class RolloutBuffer:
                 "checkpoint as a model and start a new run, or delete its `rollout_buffer_*.safetensors`."
             )
         self.rows = RolloutRows(**{f.name: state.get(f.name) for f in fields(RolloutRows)}) if state else None
-
-    def _pad(self, rows: RolloutRows, length: int) -> RolloutRows:
-        """Pads on the right with positions that are neither seen nor learned."""
-        extra = length - rows.clean_ids.shape[1]
-        if extra == 0:
-            return rows
-        return replace(
-            rows,
-            clean_ids=F.pad(rows.clean_ids, (0, extra)),
-            maskable=F.pad(rows.maskable, (0, extra)),
-            attention_mask=F.pad(rows.attention_mask, (0, extra)),
-            noisy_ids=F.pad(rows.noisy_ids, (0, extra)),
-            relay_state=F.pad(rows.relay_state, (0, 0, 0, extra)) if rows.relay_state is not None else None,
-        )
 
 
 def _map(function: Any, first: RolloutRows, second: RolloutRows) -> RolloutRows:

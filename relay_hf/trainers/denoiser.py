@@ -20,14 +20,14 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..modeling import RelayCache, RelayConfig
+from ..modeling.channel_relay import in_scope
 from ..modeling.masks_relay import align_to_positions
-from .rows import RolloutRows
+from .rows import RolloutRows, fit_positions
 
 
 class Step(NamedTuple):
@@ -52,7 +52,8 @@ class Denoiser(Protocol):
 
         Args:
             rows: with the masks as they are now.
-            state: (B, L, D) position-aligned state of the step before, or None if nothing is carried.
+            state: (B, L, D) position-aligned state of the step before, or None if nothing is carried: then the block
+                denoiser works out none for the next step either.
         """
         ...
 
@@ -75,8 +76,7 @@ def keep_caches_under_checkpointing(model: nn.Module) -> None:
 
 def receives_state(config: RelayConfig, rows: RolloutRows) -> Tensor:
     """(B, L) bool, positions that the state enters; a row that starts from "none" gets it from its second step on."""
-    is_masked = rows.masked(config.mask_token_id)
-    receives = torch.ones_like(is_masked) if config.relay_scope == "all" else is_masked
+    receives = in_scope(config, rows.masked(config.mask_token_id))
     return receives & rows.has_state[:, None] if config.relay_initial_state == "none" else receives
 
 
@@ -130,15 +130,16 @@ class CleanPrefix(RelayCache):
     Args:
         clean: the clean pass.
         length: only that many positions are looked at.
-        before, read_out_before: (B, A * S, D) raw outputs of the position before each packed one, or None.
+        before: (B, A * S, D) input of the head at the position before each packed one; None without token shift.
     """
 
     survives_checkpointing = True
 
-    def __init__(self, clean: CleanText, length: int, before: Tensor | None, read_out_before: Tensor | None) -> None:
+    def __init__(self, clean: CleanText, length: int, before: Tensor | None) -> None:
         super().__init__()
         self.is_drafting = True
-        self.last_hidden, self.last_read_out = before, read_out_before
+        # The state is put together from raw outputs, those of known blocks included, so only the head needs aligning.
+        self.last_hidden = before
         self.read_out: Tensor | None = None
         source: Any
         for source in clean.layers:
@@ -171,12 +172,13 @@ class BlockDenoiser:
         )
         self.nothing = output.token_losses, output.confidence  # no positions, but part of the graph
         self.positions = torch.arange(self.is_text.shape[1], device=self.is_text.device)[None]
+        self.clean_hidden = align_to_positions(self.clean.hidden, self.positions) if config.token_shift else None
 
     def step(self, rows: RolloutRows, state: Tensor | None) -> Step:
         masked = self._pad(rows.masked(self.config.mask_token_id))
         active = masked.view(len(masked), -1, self.size).any(-1)  # (B, blocks)
         if not bool(active.any()):
-            return Step(*self.nothing, self._state(self.clean.read_out))
+            return Step(*self.nothing, None if state is None else self._state(self.clean.read_out))
         # Active blocks first, in their order; rows with fewer of them repeat inactive ones, which nobody reads.
         blocks = active.long().argsort(dim=-1, descending=True, stable=True)[:, : int(active.sum(-1).max())]  # (B, A)
         columns = (blocks[..., None] * self.size + torch.arange(self.size, device=blocks.device)).flatten(1)  # (B, A*S)
@@ -186,7 +188,9 @@ class BlockDenoiser:
             index = columns if tensor.ndim == 2 else columns[..., None].expand(-1, -1, tensor.shape[-1])
             return tensor.gather(1, index)
 
-        prefix = self._prefix(int(blocks.where(active.gather(1, blocks), 0).max()) * self.size, pack)
+        last_block = int(blocks.where(active.gather(1, blocks), 0).max())
+        before = None if self.clean_hidden is None else pack(self.clean_hidden)
+        prefix = CleanPrefix(self.clean, last_block * self.size, before)
         output = self.model(
             input_ids=pack(self._pad(rows.noisy_ids)),
             attention_mask=self._attention(columns, pack(self.is_text), prefix),
@@ -197,18 +201,11 @@ class BlockDenoiser:
             logits_to_keep=pack(masked) & is_active,
             targets=pack(self.clean_ids),
         )
-        if output.relay_state is None:
+        if state is None:
             return Step(output.token_losses, output.confidence, None)
         active_columns = active.repeat_interleave(self.size, dim=1)[..., None]  # (B, L', 1)
         read_out = self.clean.read_out.masked_scatter(active_columns, prefix.read_out[is_active])
         return Step(output.token_losses, output.confidence, self._state(read_out))
-
-    def _prefix(self, length: int, pack: Callable[[Tensor], Tensor]) -> CleanPrefix:
-        """The clean text before the last active block, and what precedes each packed block."""
-        if not self.config.token_shift:
-            return CleanPrefix(self.clean, length, None, None)
-        before = [pack(align_to_positions(raw, self.positions)) for raw in (self.clean.hidden, self.clean.read_out)]
-        return CleanPrefix(self.clean, length, *before)
 
     def _state(self, read_out: Tensor) -> Tensor:
         """(B, L, D) position-aligned state from the raw outputs of the row."""
@@ -238,5 +235,4 @@ class BlockDenoiser:
 
     def _pad(self, tensor: Tensor) -> Tensor:
         """Pads the positions, the second axis, to whole blocks."""
-        extra = -tensor.shape[1] % self.size
-        return F.pad(tensor, (0, extra) if tensor.ndim == 2 else (0, 0, 0, extra)) if extra else tensor
+        return fit_positions(tensor, -(-self.length // self.size) * self.size)

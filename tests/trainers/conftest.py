@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerFast, Qwen2Config
+from transformers import PreTrainedTokenizerFast
 
 from relay_hf import RelayConfig, RelayForMaskedDiffusion
 from relay_hf.trainers import RelayTrainer, RelayTrainerConfig
 
-from ..conftest import make_byte_tokenizer
+from ..conftest import make_byte_tokenizer, text_config
 
 VOCAB_SIZE, MASK = 40, 39
 
@@ -19,19 +19,9 @@ VOCAB_SIZE, MASK = 40, 39
 def build_model(seed: int = 0, channel_scale: float = 0.3, **overrides: Any) -> RelayForMaskedDiffusion:
     """A random model whose channel is open by `channel_scale`."""
     torch.manual_seed(seed)
-    text_config = Qwen2Config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        pad_token_id=0,
-    )
+    backbone = text_config(vocab_size=VOCAB_SIZE, num_attention_heads=2, num_key_value_heads=1, initializer_range=0.3)
     options = {"block_size": 4, "mask_token_id": MASK, "token_shift": True, **overrides}
-    model = RelayForMaskedDiffusion(RelayConfig(text_config=text_config, **options))
+    model = RelayForMaskedDiffusion(RelayConfig(text_config=backbone, **options))
     if model.config.relay_channel != "none":
         torch.nn.init.normal_(model.relay.norm.weight, std=channel_scale)
         torch.nn.init.normal_(model.relay.norm.bias, std=channel_scale)

@@ -9,9 +9,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Qwen2ForCausalLM
 from trl import SFTConfig
 
-from relay_hf import RelayForMaskedDiffusion
+from relay_hf import RelayConfig, RelayForMaskedDiffusion
 from relay_hf.trainers import RelayTrainer
 
+from ..conftest import text_config
 from .conftest import build_model, build_rows
 
 
@@ -154,19 +155,8 @@ def test_trainer_model_given_as_path_is_loaded(make_trainer: Callable[..., Relay
 def test_trainer_prompt_completion_text_learns_the_completion_only(
     make_trainer: Callable[..., RelayTrainer],
 ) -> None:
-    from transformers import Qwen2Config
-
-    from relay_hf import RelayConfig
-
-    text_config = Qwen2Config(
-        vocab_size=257,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    model = RelayForMaskedDiffusion(RelayConfig.fast_dllm_v2(text_config, mask_token_id=256, block_size=4))
+    backbone = text_config(vocab_size=257, num_hidden_layers=1)
+    model = RelayForMaskedDiffusion(RelayConfig.fast_dllm_v2(backbone, mask_token_id=256, block_size=4))
     rows = [{"prompt": "2 + 2 = ", "completion": "4."}, {"prompt": "one, two, ", "completion": "three"}] * 8
     trainer = make_trainer(model, Dataset.from_list(rows), max_steps=2)
     trainer.train()
