@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .cache_relay import RelayCache
 from .outputs_relay import RelayGenerateOutput
-from .reveal_relay import UnmaskingPolicy, best_token
+from .reveal_relay import UnmaskingPolicy, best_token, in_earliest_sub_block
 
 
 class TokenChooser:
@@ -199,7 +199,6 @@ class BlockDecoder:
         """
         columns = slice(begin, stop)
         column = torch.arange(begin, stop, device=self.tokens.device)  # (S,)
-        sub_block = (column - begin) // (self.sub_block_size or self.width)  # (S,)
         while True:
             block = self.tokens[:, columns]  # (B, S)
             masked = (block == self.mask_token_id) & self.visible[:, columns]
@@ -209,8 +208,7 @@ class BlockDecoder:
             active = needed.any(-1)  # (B,)
             if not bool(active.any()):
                 break
-            earliest = sub_block[needed.long().argmax(-1)]  # (B,)
-            candidates = masked & (sub_block == earliest[:, None]) & active[:, None]
+            candidates = masked & in_earliest_sub_block(needed, self.sub_block_size or self.width) & active[:, None]
             self._denoise_once(columns, block, candidates, active)
         self.end = torch.minimum(self.end, stops_at + 1)
 

@@ -19,7 +19,7 @@ from .channel_relay import RelayLayerNorm, in_scope, make_channel
 from .configuration_relay import RelayConfig
 from .conversion_relay import FOREIGN_PARAMETER_NAMES
 from .generation_relay import RelayGenerationMixin
-from .head_relay import score_positions
+from .head_relay import RelayHead
 from .masks_relay import align_to_positions, block_attention_mask, new_positions
 from .outputs_relay import RelayOutput
 
@@ -60,7 +60,7 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         # The dtype that is in force here: a dtype noted in `text_config` would make the backbone differ from the head.
         self.model = AutoModel.from_config(config.text_config, dtype=torch.get_default_dtype())
         self.relay = make_channel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = RelayHead(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         # Index among the backbone's hidden states (0 = embeddings), or None for the output of its final norm.
         layers = config.text_config.num_hidden_layers
         self._state_index = None if config.relay_readout == "post_norm" else config.relay_layer % layers + 1
@@ -88,10 +88,11 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
         relay_state: Tensor | None = None,
         relay_mask: Tensor | None = None,
         labels: Tensor | None = None,
@@ -108,6 +109,7 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
             position_ids: (B or 1, L); by default counted from the attention mask and the cache.
             past_key_values: a `RelayCache` of whole committed blocks. New positions are stored in it unless it is
                 drafting.
+            inputs_embeds: (B, L, D) embeddings of `input_ids`, if they have been looked up already.
             relay_state: (B, L, D) position-aligned state of the previous step. `None` injects nothing at all; zeros is
                 the channel applied to zeros.
             relay_mask: (B, L) bool, positions that receive the state instead of those of `config.relay_scope`.
@@ -120,9 +122,8 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         Raises:
             ValueError: a shape does not fit, the cache cannot align the first position, or all labels are -100.
         """
-        # PEFT passes this one, as None, to every causal language model.
-        if kwargs.pop("inputs_embeds", None) is not None:
-            raise ValueError("`inputs_embeds` do not tell which positions are masked: pass `input_ids`.")
+        if input_ids is None:
+            raise ValueError("`inputs_embeds` do not tell which positions are masked: pass `input_ids` as well.")
         if use_cache and past_key_values is None:
             past_key_values = RelayCache(config=self.config.text_config)
         cached = self._check_cache(past_key_values)
@@ -130,7 +131,9 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         if position_ids is None:
             position_ids = self._positions(input_ids, attention_mask, cached)
 
-        embeds = self.get_input_embeddings()(input_ids)
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        embeds = inputs_embeds
         if relay_state is not None:
             receives = relay_mask if relay_mask is not None else self.receives_state(input_ids)
             embeds = self.relay(embeds, receives, relay_state)
@@ -152,6 +155,7 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         return RelayOutput(
             **self._score(slice_logits_to_keep(hidden, logits_to_keep), logits_to_keep, labelled, targets),
             relay_state=self.relay.next_state(read_out),
+            inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
             hidden_states=backbone_output.hidden_states if self._asks_for_hidden_states(kwargs) else None,
             attentions=backbone_output.attentions,
@@ -163,8 +167,7 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         """What the head has to say of the kept positions: logits and a loss, or losses and confidences of targets."""
         if targets is not None:
             chosen = slice_logits_to_keep(targets[..., None], logits_to_keep).flatten()
-            head = self.lm_head.weight
-            losses, confidence = score_positions(kept.flatten(0, -2), head, chosen, self.config.mask_token_id)
+            losses, confidence = self.lm_head(kept.flatten(0, -2), chosen, self.config.mask_token_id)
             return {"token_losses": losses, "confidence": confidence}
         logits = self.lm_head(kept)
         if labelled is None:

@@ -17,6 +17,7 @@ class RelayOutput(ModelOutput):
         token_losses: (N,) fp32 cross-entropy of each kept position's target, instead of logits, if given `targets`.
         confidence: (N,) fp32 probability of each kept position's best token that is not [MASK], likewise.
         relay_state: (B, L, D), what the channel carries to the next denoising step; `None` without a channel.
+        inputs_embeds: (B, L, D) embeddings of the input, before the channel.
         past_key_values: the cache, if one was used.
         hidden_states, attentions: of the backbone, not shifted, if asked for.
     """
@@ -26,6 +27,7 @@ class RelayOutput(ModelOutput):
     token_losses: Tensor | None = None
     confidence: Tensor | None = None
     relay_state: Tensor | None = None
+    inputs_embeds: Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None

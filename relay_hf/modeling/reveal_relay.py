@@ -88,6 +88,17 @@ def make_policy(name: str, threshold: float) -> UnmaskingPolicy:
     return POLICIES[name](threshold)
 
 
+def in_earliest_sub_block(masked: Tensor, size: int) -> Tensor:
+    """Positions of the first sub-block that holds a mask: (G, L) bool -> (G, L) bool.
+
+    Args:
+        masked: what is still hidden of each group.
+        size: positions of a sub-block.
+    """
+    sub_block = torch.arange(masked.shape[1], device=masked.device) // size  # (L,)
+    return sub_block == sub_block[masked.long().argmax(-1)][:, None]
+
+
 def best_token(scores: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
     """The most probable token that is not [MASK], and how probable it is among all tokens.
 

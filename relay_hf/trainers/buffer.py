@@ -1,99 +1,78 @@
-"""The rollout buffer: rows that live across optimizer steps until they are fully revealed."""
-
-from dataclasses import fields
-from typing import Any
+"""The rollout buffer: rows that live across optimizer steps until they are fully revealed, and rows that wait."""
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..modeling import RelayConfig
-from .dataset_checks import check_labels
-from .rows import RolloutRows
-
-
-def fresh_rows(config: RelayConfig, batch: dict[str, Tensor], carries_state: bool) -> RolloutRows:
-    """Rows in which everything to be learned is masked.
-
-    Args:
-        config: the model's configuration.
-        batch: `input_ids` (B, L), `labels` (B, L) with -100 outside the response, `attention_mask` (B, L) or nothing.
-        carries_state: whether the objective uses the relay channel.
-
-    Raises:
-        ValueError: all labels are -100, one differs from the token at its position or is [MASK], or the padding is on
-            the left.
-    """
-    clean_ids = batch["input_ids"]
-    if batch.get("labels") is None:
-        raise ValueError("The batch has no `labels`: mark what to learn, with -100 everywhere else.")
-    maskable = batch["labels"] != -100
-    if not bool(maskable.any()):
-        raise ValueError(
-            "All labels of the batch are -100, so there is nothing to learn: check the response of each row."
-        )
-    check_labels(clean_ids, batch["labels"], maskable, "batch", config.mask_token_id)
-    attention_mask = batch.get("attention_mask", torch.ones_like(clean_ids)).bool()
-    if not bool(attention_mask[:, 0].all()):
-        raise ValueError("The batch is padded on the left: blocks are counted from the first column; pad on the right.")
-    rows, length = clean_ids.shape
-    state = None
-    if carries_state:
-        # Zeros also stand for "no state yet": `has_state` tells the two apart.
-        state = torch.zeros(rows, length, config.text_config.hidden_size, device=clean_ids.device)
-    return RolloutRows(
-        clean_ids=clean_ids,
-        maskable=maskable,
-        attention_mask=attention_mask,
-        noisy_ids=torch.where(maskable, config.mask_token_id, clean_ids),
-        relay_state=state,
-        has_state=torch.zeros(rows, dtype=torch.bool, device=clean_ids.device),
-    )
+from .noise import stagger
+from .rows import FIELDS, RolloutRows, fresh_rows
 
 
 class RolloutBuffer:
-    """A fixed number of rows, each replaced when it is finished.
+    """A fixed number of rows, each replaced when it is finished by the one that has waited longest.
 
-    Finished rows are overwritten by the first incoming rows, in order; the other incoming rows are dropped, as in the
-    published reference. Rows of different length are padded on the right to the longest.
+    A row needs many rollouts, and every batch brings new rows: those that find no place wait in a queue of bounded
+    length. Rows in the buffer are padded on the right to the longest; rows in the queue have no padding and stay in
+    main memory.
 
     Args:
         config: the model's configuration.
         carries_state: whether the objective uses the relay channel.
+        queue_size: rows that may wait; what comes when the queue is full is dropped. 0 drops every incoming row that
+            finds no place, as the published reference does.
+        staggered: the first rows start with different fractions of their positions revealed, so that they do not all
+            finish together.
     """
 
-    def __init__(self, config: RelayConfig, carries_state: bool) -> None:
+    def __init__(self, config: RelayConfig, carries_state: bool, queue_size: int = 0, staggered: bool = False) -> None:
         self.config = config
         self.carries_state = carries_state
+        self.queue_size = queue_size
+        self.staggered = staggered
         self.rows: RolloutRows | None = None
+        self.queue: list[tuple[Tensor, Tensor]] = []  # (L,) text and (L,) bool, what is learned of it
 
-    def refill(self, batch: dict[str, Tensor]) -> int:
-        """Replaces finished rows by fresh ones of `batch`; the first batch sets the number of rows.
+    def refill(self, batch: dict[str, Tensor], slots: int | None = None) -> int:
+        """Queues the rows of `batch` and replaces finished rows.
+
+        Args:
+            batch: what `fresh_rows` takes, of any shape.
+            slots: rows to hold from now on; None = as before, at first as many as `batch` has.
 
         Returns:
             How many rows were replaced.
+
+        Raises:
+            ValueError: `fresh_rows` does not take the batch.
         """
-        incoming = fresh_rows(self.config, batch, self.carries_state)
-        if self.rows is None:
-            self.rows = incoming
-            return len(incoming.clean_ids)
-        is_finished = ~self.rows.masked(self.config.mask_token_id).any(-1)
-        slots = is_finished.nonzero()[:, 0][: len(incoming.clean_ids)]
-        length = max(self.rows.clean_ids.shape[1], incoming.clean_ids.shape[1])
-        current, incoming = self.rows.fit(length), incoming.fit(length)
-        rows = _map(lambda kept, new: kept.index_copy(0, slots, new[: len(slots)]), current, incoming)
-        # Without this the longest row ever seen would set the cost of every later step.
-        self.rows = rows.fit(int(rows.attention_mask.sum(-1).max()))
-        return len(slots)
+        incoming = fresh_rows(self.config, batch, carries_state=False)
+        self.queue += _unpadded(incoming)
+        is_cold = self.rows is None
+        if is_cold:
+            self.rows = self._blank(slots or len(incoming), incoming.clean_ids.device)
+        elif slots is not None and slots != len(self.rows):
+            self._resize(slots)
+        free = self.rows.is_finished.nonzero()[: len(self.queue), 0]
+        if len(free):
+            fresh = self._take(len(free))
+            self._put(stagger(fresh) if is_cold and self.staggered else fresh, free)
+        del self.queue[self.queue_size :]
+        return len(free)
 
     def store(self, rows: RolloutRows) -> None:
         """Keeps the rows as the rollout left them."""
         self.rows = rows
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The tensors of the rows by name; empty before the first batch."""
+        """The tensors of the rows and of the queue by name; empty before the first batch."""
         if self.rows is None:
             return {}
-        tensors = {field.name: getattr(self.rows, field.name) for field in fields(self.rows)}
+        tensors = {name: getattr(self.rows, name) for name in FIELDS}
+        if self.queue:
+            ids, maskable = zip(*self.queue, strict=True)
+            tensors["queue_ids"], tensors["queue_maskable"] = torch.cat(ids), torch.cat(maskable)
+            tensors["queue_lengths"] = torch.tensor([len(row) for row in ids])
         return {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -107,10 +86,51 @@ class RolloutBuffer:
                 "The checkpoint's rollout buffer is of another objective, which this run cannot go on with: load the "
                 "checkpoint as a model and start a new run, or delete its `rollout_buffer_*.safetensors`."
             )
-        self.rows = RolloutRows(**{f.name: state.get(f.name) for f in fields(RolloutRows)}) if state else None
+        self.rows = RolloutRows(**{name: state.get(name) for name in FIELDS}) if state else None
+        self.queue = []
+        if "queue_ids" in state:
+            lengths = state["queue_lengths"].tolist()
+            ids, maskable = (state[name].cpu().split(lengths) for name in ("queue_ids", "queue_maskable"))
+            self.queue = list(zip(ids, maskable, strict=True))
+
+    def _resize(self, slots: int) -> None:
+        """The batch has another size after a resume: rows too many begin again later, missing ones are free."""
+        surplus = self.rows.map(lambda tensor: tensor[slots:])
+        self.queue[:0] = _unpadded(surplus.map(lambda tensor: tensor[~surplus.is_finished]))
+        kept, device = self.rows.map(lambda tensor: tensor[:slots]), self.rows.clean_ids.device
+        blank = self._blank(slots - len(kept), device).fit(kept.clean_ids.shape[1])
+        self.rows = kept.map(lambda *tensors: torch.cat(tensors), blank)
+
+    def _blank(self, count: int, device: torch.device) -> RolloutRows:
+        """Rows without text, which count as finished."""
+        ids, flags = torch.zeros(count, 0, dtype=torch.long, device=device), torch.zeros(count, 0, device=device).bool()
+        state = torch.zeros(count, 0, self.config.text_config.hidden_size, device=device)
+        has_state = torch.zeros(count, device=device).bool()
+        return RolloutRows(ids, flags, flags, flags, state if self.carries_state else None, has_state)
+
+    def _take(self, count: int) -> RolloutRows:
+        """The rows that have waited longest, out of the queue."""
+        taken, self.queue = self.queue[:count], self.queue[count:]
+        ids, maskable = (pad_sequence(column, batch_first=True) for column in map(list, zip(*taken, strict=True)))
+        lengths = torch.tensor([len(row) for row, _ in taken])
+        batch = {
+            "input_ids": ids,
+            "labels": ids.where(maskable, -100),
+            "attention_mask": torch.arange(ids.shape[1]) < lengths[:, None],
+        }
+        device = self.rows.clean_ids.device
+        return fresh_rows(self.config, {n: t.to(device) for n, t in batch.items()}, self.carries_state)
+
+    def _put(self, fresh: RolloutRows, slots: Tensor) -> None:
+        length = max(self.rows.clean_ids.shape[1], fresh.clean_ids.shape[1])
+        rows = self.rows.fit(length).map(lambda kept, new: kept.index_copy(0, slots, new), fresh.fit(length))
+        # Without this the longest row ever seen would set the cost of every later step.
+        self.rows = rows.fit(int(rows.attention_mask.sum(-1).max()))
 
 
-def _map(function: Any, first: RolloutRows, second: RolloutRows) -> RolloutRows:
-    """Applies `function` to each pair of tensors."""
-    pairs = {field.name: (getattr(first, field.name), getattr(second, field.name)) for field in fields(first)}
-    return RolloutRows(**{name: None if a is None else function(a, b) for name, (a, b) in pairs.items()})
+def _unpadded(rows: RolloutRows) -> list[tuple[Tensor, Tensor]]:
+    """Text and what is learned of it, for each row that has something to learn."""
+    lengths = rows.attention_mask.sum(-1).tolist()
+    ids, maskable = rows.clean_ids.cpu(), rows.maskable.cpu()
+    texts = [(ids[row, :length].clone(), maskable[row, :length].clone()) for row, length in enumerate(lengths)]
+    return [(text, learned) for text, learned in texts if bool(learned.any())]

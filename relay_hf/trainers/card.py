@@ -4,27 +4,27 @@ from typing import Any
 
 from ..hub_cards import DatasetFacts, RelayCardData, TrainingFacts, hardware, versions
 from ..modeling import RelayConfig
+from .objectives import RECIPES
 from .relay_config import RelayTrainerConfig
 
-OBJECTIVES = {
-    "relay": "the state is carried between denoising steps, with back-propagation through them",
-    "relay_sg": "the state is carried between denoising steps, without gradients between them",
-    "rollout": "several denoising steps, nothing carried between them but the tokens",
-    "masked": "plain masked diffusion from a uniformly drawn fraction of masks",
-}
 # The arguments that decide what is learned, in the order in which a reader asks for them.
 ARGUMENTS = (
     "objective",
     "rollout_steps",
+    "gradient_window",
     "unmasking_policy",
     "unmasking_threshold",
+    "sub_block_size",
     "threshold_jitter",
     "learning_rate",
     "relay_learning_rate",
     "lr_scheduler_type",
     "weight_decay",
+    "relay_weight_decay",
     "max_grad_norm",
     "ema_decay",
+    "buffer_queue_size",
+    "staggered_start",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "max_length",
@@ -50,7 +50,7 @@ def training_card(
         name=name,
         base_model=getattr(model.config, "_name_or_path", "") or None,
         objective=args.objective,
-        objective_description=OBJECTIVES[args.objective],
+        objective_description=RECIPES[args.objective].description,
         channel=_describe_channel(config),
         training=TrainingFacts(
             datasets=[DatasetFacts(dataset_name, hub_id=dataset_name)] if dataset_name else [],

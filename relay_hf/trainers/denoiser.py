@@ -4,10 +4,13 @@ In block diffusion a noisy block sees itself and the CLEAN blocks before it, and
 The plain way to train that runs the doubled sequence [x_t ; x_0] in every step (`tests/trainers/doubled.py`). The block
 denoiser gives the same numbers for less:
 
-1. the clean text runs once per rollout, and its keys and values are kept with their gradient;
+1. the clean text runs once per rollout, and its embeddings, keys and values are kept with their gradient;
 2. given those, noisy blocks are independent, so a step runs only the blocks that still hold a mask. Blocks that are
    known have the clean pass's own states: same input, same attention;
-3. only masked positions go through the head, in chunks that never hold all their logits.
+3. only masked positions go through the head, in tiles that never hold all their logits.
+
+If a rollout is differentiated in windows, all windows but the last see stand-ins of the clean pass, which collect its
+gradient until the last window is differentiated.
 
 A model without blocks has no clean half: its step is one pass over the noisy row.
 
@@ -47,6 +50,10 @@ class Step(NamedTuple):
 class Denoiser(Protocol):
     """Denoises the rows of one rollout, step by step."""
 
+    def begin_window(self, is_last: bool) -> None:
+        """What follows is differentiated before the next window begins."""
+        ...
+
     def step(self, rows: RolloutRows, state: Tensor | None) -> Step:
         """One denoising step.
 
@@ -76,7 +83,7 @@ def keep_caches_under_checkpointing(model: nn.Module) -> None:
 
 def receives_state(config: RelayConfig, rows: RolloutRows) -> Tensor:
     """(B, L) bool, positions that the state enters; a row that starts from "none" gets it from its second step on."""
-    receives = in_scope(config, rows.masked(config.mask_token_id))
+    receives = in_scope(config, rows.masked)
     return receives & rows.has_state[:, None] if config.relay_initial_state == "none" else receives
 
 
@@ -87,13 +94,16 @@ class SequenceDenoiser:
         self.model = model
         self.config = config
 
+    def begin_window(self, is_last: bool) -> None:
+        """Steps share nothing but the state."""
+
     def step(self, rows: RolloutRows, state: Tensor | None) -> Step:
         output = self.model(
-            input_ids=rows.noisy_ids,
+            input_ids=rows.noisy_ids(self.config.mask_token_id),
             attention_mask=rows.attention_mask,
             relay_state=state,
             relay_mask=receives_state(self.config, rows) if state is not None else None,
-            logits_to_keep=rows.masked(self.config.mask_token_id),
+            logits_to_keep=rows.masked,
             targets=rows.clean_ids,
             use_cache=False,
         )
@@ -101,7 +111,7 @@ class SequenceDenoiser:
 
 
 class CleanText(RelayCache):
-    """Keys, values and raw outputs of the clean pass, with their gradient.
+    """What the clean pass leaves, with its gradient: embeddings, keys, values and raw outputs.
 
     Written once: gradient checkpointing replays the pass during backward, and must then see what it saw the first time.
     """
@@ -110,6 +120,7 @@ class CleanText(RelayCache):
 
     def __init__(self) -> None:
         super().__init__()
+        self.embeds: Tensor | None = None
         self.hidden: Tensor | None = None
         self.read_out: Tensor | None = None
 
@@ -117,11 +128,33 @@ class CleanText(RelayCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         if layer_idx == len(self.layers):
-            super().update(key_states, value_states, layer_idx)
+            self.layers.append(_filled_layer(key_states, value_states))
         return key_states, value_states
 
     def record(self, hidden: Tensor, read_out: Tensor) -> None:
         self.hidden, self.read_out = hidden, read_out
+
+    def stand_in(self) -> "CleanText":
+        """The same numbers cut off from the clean pass; their gradient reaches it when it is differentiated itself."""
+        other = CleanText()
+        other.embeds, other.hidden, other.read_out = map(_stand_in, (self.embeds, self.hidden, self.read_out))
+        source: Any
+        for source in self.layers:
+            other.layers.append(_filled_layer(_stand_in(source.keys), _stand_in(source.values)))
+        return other
+
+
+def _stand_in(tensor: Tensor) -> Tensor:
+    leaf = tensor.detach().requires_grad_(tensor.requires_grad)
+    if tensor.requires_grad:
+        tensor.register_hook(lambda gradient: gradient if leaf.grad is None else gradient + leaf.grad)
+    return leaf
+
+
+def _filled_layer(keys: Tensor, values: Tensor) -> DynamicLayer:
+    layer = DynamicLayer()
+    layer.keys, layer.values, layer.is_initialized = keys, values, True
+    return layer
 
 
 class CleanPrefix(RelayCache):
@@ -143,17 +176,17 @@ class CleanPrefix(RelayCache):
         self.read_out: Tensor | None = None
         source: Any
         for source in clean.layers:
-            layer = DynamicLayer()
-            layer.keys, layer.values = source.keys[..., :length, :], source.values[..., :length, :]
-            layer.is_initialized = True
-            self.layers.append(layer)
+            self.layers.append(_filled_layer(source.keys[..., :length, :], source.values[..., :length, :]))
 
     def record(self, hidden: Tensor, read_out: Tensor) -> None:
         self.read_out = read_out
 
 
 class BlockDenoiser:
-    """Block diffusion: one clean pass, then noisy passes over the active blocks, packed side by side in each row."""
+    """Block diffusion: one clean pass, then noisy passes over the active blocks, packed side by side in each row.
+
+    Every step is one pass, even if no block is active, so that processes which train together stay in step.
+    """
 
     def __init__(self, model: Callable[..., Any], config: RelayConfig, rows: RolloutRows) -> None:
         self.model = model
@@ -161,26 +194,45 @@ class BlockDenoiser:
         self.size: int = config.block_size
         self.length = rows.clean_ids.shape[1]
         self.is_text = self._pad(rows.attention_mask)  # (B, L') with L' a multiple of S
-        self.clean = CleanText()
         self.clean_ids = self._pad(rows.clean_ids)
-        output = model(
-            input_ids=self.clean_ids,
-            attention_mask=None if bool(self.is_text.all()) else self.is_text,
-            past_key_values=self.clean,
-            logits_to_keep=torch.empty(0, dtype=torch.long, device=rows.clean_ids.device),
-            targets=self.clean_ids,
-        )
-        self.nothing = output.token_losses, output.confidence  # no positions, but part of the graph
         self.positions = torch.arange(self.is_text.shape[1], device=self.is_text.device)[None]
-        self.clean_hidden = align_to_positions(self.clean.hidden, self.positions) if config.token_shift else None
+        self.clean_pass = self._run_clean_pass()
+        self.clean = self.clean_pass
+        self.stand_in: CleanText | None = None
+
+    def _run_clean_pass(self) -> CleanText:
+        """Looks up the embeddings of the whole rollout, too: the last column is a [MASK] that nobody sees."""
+        clean = CleanText()
+        width = self.clean_ids.shape[1] + 1
+        ids = torch.cat([self.clean_ids, torch.full_like(self.clean_ids[:, :1], self.config.mask_token_id)], dim=1)
+        output = self.model(
+            input_ids=ids,
+            attention_mask=None if bool(self.is_text.all()) else fit_positions(self.is_text, width),
+            past_key_values=clean,
+            logits_to_keep=torch.empty(0, dtype=torch.long, device=ids.device),
+            targets=ids,
+        )
+        clean.embeds = output.inputs_embeds
+        return clean
+
+    def begin_window(self, is_last: bool) -> None:
+        """The last window carries the gradient of all windows into the clean pass."""
+        if is_last:
+            self.clean = self.clean_pass
+        else:
+            self.stand_in = self.stand_in or self.clean_pass.stand_in()
+            self.clean = self.stand_in
+        # No numbers, but an edge of the graph: whatever the window looks at, the clean pass is differentiated with it.
+        self.edge = self.clean.hidden[:, :0].sum()
+        hidden = self.clean.hidden[:, :-1]
+        self.clean_hidden = align_to_positions(hidden, self.positions) if self.config.token_shift else None
 
     def step(self, rows: RolloutRows, state: Tensor | None) -> Step:
-        masked = self._pad(rows.masked(self.config.mask_token_id))
+        masked = self._pad(rows.masked)
         active = masked.view(len(masked), -1, self.size).any(-1)  # (B, blocks)
-        if not bool(active.any()):
-            return Step(*self.nothing, None if state is None else self._state(self.clean.read_out))
         # Active blocks first, in their order; rows with fewer of them repeat inactive ones, which nobody reads.
-        blocks = active.long().argsort(dim=-1, descending=True, stable=True)[:, : int(active.sum(-1).max())]  # (B, A)
+        count = max(int(active.sum(-1).max()), 1)
+        blocks = active.long().argsort(dim=-1, descending=True, stable=True)[:, :count]  # (B, A)
         columns = (blocks[..., None] * self.size + torch.arange(self.size, device=blocks.device)).flatten(1)  # (B, A*S)
         is_active = active.gather(1, blocks).repeat_interleave(self.size, dim=1)  # (B, A*S)
 
@@ -191,21 +243,24 @@ class BlockDenoiser:
         last_block = int(blocks.where(active.gather(1, blocks), 0).max())
         before = None if self.clean_hidden is None else pack(self.clean_hidden)
         prefix = CleanPrefix(self.clean, last_block * self.size, before)
+        is_masked, clean_ids = pack(masked), pack(self.clean_ids)
         output = self.model(
-            input_ids=pack(self._pad(rows.noisy_ids)),
+            input_ids=clean_ids.masked_fill(is_masked, self.config.mask_token_id),
             attention_mask=self._attention(columns, pack(self.is_text), prefix),
             position_ids=columns,
             past_key_values=prefix,
+            inputs_embeds=torch.where(is_masked[..., None], self.clean.embeds[:, -1:], pack(self.clean.embeds)),
             relay_state=pack(self._pad(state)) if state is not None else None,
             relay_mask=pack(self._pad(receives_state(self.config, rows))) if state is not None else None,
-            logits_to_keep=pack(masked) & is_active,
-            targets=pack(self.clean_ids),
+            logits_to_keep=is_masked & is_active,
+            targets=clean_ids,
         )
+        token_losses = output.token_losses + self.edge
         if state is None:
-            return Step(output.token_losses, output.confidence, None)
+            return Step(token_losses, output.confidence, None)
         active_columns = active.repeat_interleave(self.size, dim=1)[..., None]  # (B, L', 1)
-        read_out = self.clean.read_out.masked_scatter(active_columns, prefix.read_out[is_active])
-        return Step(output.token_losses, output.confidence, self._state(read_out))
+        read_out = self.clean.read_out[:, :-1].masked_scatter(active_columns, prefix.read_out[is_active])
+        return Step(token_losses, output.confidence, self._state(read_out))
 
     def _state(self, read_out: Tensor) -> Tensor:
         """(B, L, D) position-aligned state from the raw outputs of the row."""

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+# Names in the state dictionary.
+AVERAGE, OWN, UPDATES = "average.", "own.", "updates"
+
 
 class WeightAverage:
     """Follows the trainable parameters of a model, in fp32.
@@ -50,12 +53,21 @@ class WeightAverage:
         self._write(self.average)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {**self.average, "updates": torch.tensor(self.updates)}
+        """The average, and the weights themselves, which a checkpoint of the averaged model would lack."""
+        own = {name: parameter.detach().contiguous() for name, parameter in self.parameters.items()}
+        named = {f"{AVERAGE}{name}": tensor for name, tensor in self.average.items()}
+        return {
+            **named,
+            **{f"{OWN}{name}": tensor for name, tensor in own.items()},
+            UPDATES: torch.tensor(self.updates),
+        }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.updates = int(state["updates"])
+        """Restores the average, and the weights into the model."""
+        self.updates = int(state[UPDATES])
         for name, average in self.average.items():
-            average.copy_(state[name])
+            average.copy_(state[AVERAGE + name])
+        self._write({name: state[OWN + name] for name in self.parameters})
 
     @torch.no_grad()
     def _write(self, weights: dict[str, Tensor]) -> None:

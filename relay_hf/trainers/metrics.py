@@ -1,13 +1,15 @@
 """Numbers that tell whether the relay channel is used."""
 
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .rollout import RolloutResult
+from .rollout import Rollout
 
 
 def is_channel_parameter(name: str) -> bool:
@@ -15,14 +17,25 @@ def is_channel_parameter(name: str) -> bool:
     return "relay" in name.split(".")
 
 
-def rollout_metrics(result: RolloutResult, refilled: int) -> dict[str, float]:
-    """Loss, masked fraction and reveals per step, averaged over the rows of the micro-batch, and rows refilled."""
-    rows, learned = len(result.rows.clean_ids), max(int(result.rows.maskable.sum()), 1)
-    metrics = {"buffer_refills": float(refilled), "masked_fraction": float(result.step_masked[0]) / learned}
-    for step, (loss, reveal) in enumerate(zip(result.step_losses, result.step_reveals, strict=True), start=1):
-        metrics[f"loss_step_{step}"] = float(loss)
-        metrics[f"reveals_step_{step}"] = float(reveal.sum()) / rows
-    return metrics
+def rollout_metrics(rollout: Rollout, reveals: bool) -> dict[str, float]:
+    """What one micro-batch of this process showed.
+
+    Args:
+        rollout: when its last window has run.
+        reveals: whether its steps reveal positions.
+
+    Returns:
+        Fraction of the learned positions that was masked first, loss per step, and positions revealed per step and row.
+    """
+    rows = rollout.rows
+    values = {"masked_fraction": rollout.step_masked[0].sum() / rows.maskable.sum().clamp(min=1)}
+    for step, loss in enumerate(rollout.step_losses, start=1):
+        values[f"loss_step_{step}"] = loss
+    if reveals:
+        for step, (before, after) in enumerate(pairwise([*rollout.step_masked, rows.masked]), start=1):
+            values[f"reveals_step_{step}"] = (before & ~after).sum() / len(rows)
+    # One transfer from the device for all.
+    return dict(zip(values, torch.stack([value.float() for value in values.values()]).tolist(), strict=True))
 
 
 class ChannelNorms(TrainerCallback):
@@ -45,11 +58,11 @@ class ChannelNorms(TrainerCallback):
         channel = [(name, p) for name, p in named if is_channel_parameter(name)]
         if not channel:
             return
-        gradient = _norm(p.grad for _, p in channel)
-        backbone = _norm(p.grad for name, p in named if not is_channel_parameter(name))
+        gradient = total_norm(p.grad for _, p in channel)
+        backbone = total_norm(p.grad for name, p in named if not is_channel_parameter(name))
         values = {
-            "relay_weight_norm": _norm(p for name, p in channel if name.endswith("weight")),
-            "relay_bias_norm": _norm(p for name, p in channel if name.endswith("bias")),
+            "relay_weight_norm": total_norm(p for name, p in channel if name.endswith("weight")),
+            "relay_bias_norm": total_norm(p for name, p in channel if name.endswith("bias")),
             "relay_grad_norm": gradient,
             "relay_grad_ratio": gradient / max(backbone, torch.finfo(torch.float32).tiny),
         }
@@ -57,6 +70,8 @@ class ChannelNorms(TrainerCallback):
             self.metrics[name].append(value)
 
 
-def _norm(tensors: Iterable[Tensor | None]) -> float:
+def total_norm(tensors: Iterable[Tensor | None]) -> float:
+    """Norm of all tensors that are there, taken as one vector; 0 if none is."""
     present = [tensor.detach() for tensor in tensors if tensor is not None]
-    return float(torch.nn.utils.get_total_norm(present)) if present else 0.0
+    norm = torch.nn.utils.get_total_norm(present)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

@@ -1,4 +1,4 @@
-"""Random masks of plain masked diffusion."""
+"""Random masks: of plain masked diffusion, of complementary pairs, and of a rollout buffer's cold start."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,24 +24,32 @@ def mask_uniformly(
         generators: one source of randomness per row; None = torch's global one, which the Trainer saves and restores.
 
     Returns:
-        The rows with at least one mask each, where there is anything to learn. Source: Algorithm 1, "MLM" baseline.
+        The rows with at least one mask each, where there is anything to learn. A row's masks do not depend on its
+        padding. Source: Algorithm 1, "MLM" baseline.
     """
     count, length = rows.clean_ids.shape
-    device = rows.clean_ids.device
+    # Drawn on the CPU: the same numbers on every device. In pairs, so that longer padding only adds numbers at the end.
+    if generators is None:
+        draws = torch.rand(count, length, 2)
+    else:
+        draws = torch.stack([torch.rand(length, 2, generator=generator) for generator in generators])
+    draw, time = draws.to(rows.clean_ids.device).unbind(-1)  # (B, L)
     width = config.block_size or length
+    time = time[:, ::width].repeat_interleave(width, dim=1)[:, :length]
+    return _hide(rows, (1 - MINIMUM_MASK_PROBABILITY) * time + MINIMUM_MASK_PROBABILITY, draw)
 
-    def uniform(columns: int) -> Tensor:
-        # Drawn on the CPU: the same numbers on every device.
-        if generators is None:
-            return torch.rand(count, columns).to(device)
-        return torch.stack([torch.rand(columns, generator=generator) for generator in generators]).to(device)
 
-    time = uniform(-(-length // width)).repeat_interleave(width, dim=1)[:, :length]  # (B, L)
-    probability = (1 - MINIMUM_MASK_PROBABILITY) * time + MINIMUM_MASK_PROBABILITY
-    draw = uniform(length)
+def stagger(rows: RolloutRows) -> RolloutRows:
+    """Rows as if they had come in one after the other: row i of B with about (B - i) / B of its positions hidden."""
+    count = len(rows)
+    fraction = torch.arange(count, 0, -1, device=rows.masked.device)[:, None] / count
+    return _hide(rows, fraction, torch.rand(rows.masked.shape).to(rows.masked.device))
+
+
+def _hide(rows: RolloutRows, probability: Tensor, draw: Tensor) -> RolloutRows:
+    """Hides learned positions whose uniform draw, (B, L), is below the probability; at least one of each row."""
     hidden = rows.maskable & (draw < probability)
     # A row without a mask would teach nothing: hide the position that came closest.
     closest = (draw - probability).masked_fill(~rows.maskable, torch.inf).argmin(-1, keepdim=True)
     lucky = torch.zeros_like(hidden).scatter(-1, closest, ~hidden.any(-1, keepdim=True)) & rows.maskable
-    noisy_ids = torch.where(hidden | lucky, config.mask_token_id, rows.clean_ids)
-    return replace(rows, noisy_ids=noisy_ids)
+    return replace(rows, masked=hidden | lucky)

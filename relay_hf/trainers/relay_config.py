@@ -8,7 +8,7 @@ from trl import SFTConfig
 
 from ..modeling import make_policy
 
-Objective = Literal["relay", "relay_sg", "rollout", "masked"]
+Objective = Literal["relay", "relay_sg", "rollout", "masked", "complementary"]
 
 
 @dataclass
@@ -21,26 +21,51 @@ class RelayTrainerConfig(SFTConfig):
             `"relay_sg"`: the state is carried, gradients stop between steps.
             `"rollout"`: K denoising steps without a state.
             `"masked"`: plain masked diffusion, one step from a uniformly drawn fraction of masks.
-        rollout_steps: K, denoising steps per optimizer micro-batch; their losses are summed. `"masked"` has one.
+            `"complementary"`: the plain fine-tuning of Fast-dLLM v2 (arXiv 2509.26328): such a mask and its complement,
+            so that every position is learned once.
+        rollout_steps: K, denoising steps per micro-batch; their losses are summed. The last two objectives have one
+            and two steps, whatever is set here.
+        gradient_window: number of steps that are differentiated together; None = all. Gradients do not cross the
+            border of a window, and no more than one window of activations is in memory. Where no gradient flows
+            between steps (every objective but `"relay"`), 1 saves memory and changes nothing else.
         unmasking_policy: reveal rule of the rollout, the same objects as in `generate`.
         unmasking_threshold: what the policy compares with.
+        sub_block_size: positions of a block revealed before the next ones are looked at, as in `generate`; None = a
+            step may reveal any position of a block (the published rule for training; 8 would be its
+            "decode_aligned").
         threshold_jitter: standard deviation of Gaussian noise on the threshold, drawn per step (Sudoku recipe: 0.1).
             Evaluation uses the threshold as it is.
+        buffer_queue_size: rows of text (per process) that may wait for a place in the rollout buffer. A row needs many
+            rollouts, each batch brings new ones, and what comes when the queue is full is dropped. 0 drops every row
+            that finds no place at once, as the published reference does.
+        staggered_start: whether the first rows of the buffer start with different fractions revealed, so that they do
+            not all finish together.
         relay_learning_rate: learning rate of the channel; `None` = `learning_rate`.
+        relay_weight_decay: weight decay of the channel; `None` = none, as for every norm and bias.
         ema_decay: decay of an exponential moving average of the weights, ramped up as (1 + n) / (10 + n). The average
-            is used for evaluation and left in the model when training ends; checkpoints in between hold the weights
-            themselves, and the average in a file beside them. `None` = no average.
+            is what is evaluated, saved and left in the model when training ends; checkpoints keep the weights that
+            training goes on from in a file beside it. `None` = no average.
+
+    Gradient accumulation and processes: the loss of a step is a mean over the masked positions of its micro-batch. With
+    `average_tokens_across_devices` (the default) the micro-batch counts as one over all processes, so that n processes
+    with b rows each equal one process with n * b rows. Micro-batches that are accumulated are averaged with equal
+    weight: in what order their rows are revealed depends on the model, so their counts are not known beforehand.
 
     Raises:
         ValueError: a value that cannot be trained with.
     """
 
-    objective: Objective = field(default="relay", metadata={"help": "relay, relay_sg, rollout or masked."})
+    objective: Objective = field(default="relay", metadata={"help": f"One of {', '.join(get_args(Objective))}."})
     rollout_steps: int = field(default=2, metadata={"help": "K, denoising steps per rollout."})
+    gradient_window: int | None = field(default=None, metadata={"help": "Steps differentiated together; all."})
     unmasking_policy: str = field(default="confidence_threshold", metadata={"help": "Reveal rule of the rollout."})
     unmasking_threshold: float = field(default=0.85, metadata={"help": "What the reveal rule compares with."})
+    sub_block_size: int | None = field(default=None, metadata={"help": "Part of a block revealed first; all of it."})
     threshold_jitter: float = field(default=0.0, metadata={"help": "Standard deviation of noise on the threshold."})
+    buffer_queue_size: int = field(default=4096, metadata={"help": "Rows that may wait for the rollout buffer."})
+    staggered_start: bool = field(default=True, metadata={"help": "Start rows with different fractions revealed."})
     relay_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the channel."})
+    relay_weight_decay: float | None = field(default=None, metadata={"help": "Weight decay of the channel."})
     ema_decay: float | None = field(default=None, metadata={"help": "Decay of the moving average of the weights."})
 
     def __post_init__(self) -> None:
@@ -53,6 +78,12 @@ class RelayTrainerConfig(SFTConfig):
             raise ValueError(f"`objective={self.objective!r}` is unknown: choose one of {list(get_args(Objective))}.")
         if self.rollout_steps < 1:
             raise ValueError(f"`rollout_steps={self.rollout_steps}` must be at least 1: a rollout has K >= 1 steps.")
+        for name in ("gradient_window", "sub_block_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}={value}` must be at least 1; `None` leaves it open.")
+        if self.buffer_queue_size < 0:
+            raise ValueError(f"`buffer_queue_size={self.buffer_queue_size}` is negative: 0 means no queue.")
         make_policy(self.unmasking_policy, self.unmasking_threshold)
         if not self.threshold_jitter >= 0:
             raise ValueError(f"`threshold_jitter={self.threshold_jitter}` is a standard deviation: it must be >= 0.")
@@ -72,8 +103,10 @@ class RelayTrainerConfig(SFTConfig):
             raise ValueError(
                 f"`label_smoothing_factor={self.label_smoothing_factor}` has no effect on these losses: leave it out."
             )
-        if self.relay_learning_rate is not None and not self.relay_learning_rate >= 0:
-            raise ValueError(f"`relay_learning_rate={self.relay_learning_rate}` is negative: give 0 or more, or None.")
+        for name in ("relay_learning_rate", "relay_weight_decay"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"`{name}={value}` is negative: give 0 or more, or None.")
         if self.loss_type != "nll":
             raise ValueError(
                 f"`loss_type={self.loss_type!r}` has no meaning here: `objective` names the loss; leave it out."
@@ -83,3 +116,8 @@ class RelayTrainerConfig(SFTConfig):
     def carries_state(self) -> bool:
         """Whether the objective uses the relay channel."""
         return self.objective in ("relay", "relay_sg")
+
+    @property
+    def has_channel_groups(self) -> bool:
+        """Whether the optimizer treats the channel in a way of its own."""
+        return self.relay_learning_rate is not None or self.relay_weight_decay is not None

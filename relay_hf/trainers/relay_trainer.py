@@ -6,33 +6,32 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from trl import SFTTrainer
 
 from ..hub_cards import save_card
-from ..modeling import RelayConfig, RelayForMaskedDiffusion, make_policy
-from ..modeling.reveal_relay import UnmaskingPolicy
-from .buffer import RolloutBuffer, fresh_rows
+from ..modeling import RelayConfig, RelayForMaskedDiffusion
+from .buffer import RolloutBuffer
 from .card import training_card
+from .checkpoints import ResumableTrainer
 from .dataset_checks import check_dataset
-from .denoiser import keep_caches_under_checkpointing, make_denoiser
+from .denoiser import keep_caches_under_checkpointing
 from .ema import WeightAverage
 from .metrics import ChannelNorms, is_channel_parameter, rollout_metrics
-from .noise import mask_uniformly
+from .model_checks import check_arguments, check_special_tokens, relay_model
+from .non_finite import StopOnNonFiniteGradient, check_loss
+from .objectives import RECIPES, mean_of_positions, mean_of_rows, random_masks, rollout_advances
 from .relay_config import RelayTrainerConfig
-from .rollout import mean_loss, run_rollout
+from .rollout import Rollout
+from .rows import fresh_rows
 
 # PEFT looks up default targets by model type; ours are those of the usual backbones.
 TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(RelayConfig.model_type, ["q_proj", "v_proj"])
 
-WEIGHT_AVERAGE_FILE = "weight_average.safetensors"
 
-
-class RelayTrainer(SFTTrainer):
+class RelayTrainer(ResumableTrainer):
     r"""Trains masked diffusion models with a relay channel (arXiv 2605.22967).
 
     Data sets are those of `SFTTrainer`: prompt-completion, conversational, plain text or pre-tokenised; what has a
@@ -82,13 +81,13 @@ class RelayTrainer(SFTTrainer):
         **kwargs: Any,
     ) -> None:
         args = args if args is not None else RelayTrainerConfig("relay-model")
-        _check_arguments(args, kwargs)
+        check_arguments(args, kwargs)
         options = cast(dict[str, Any] | None, args.model_init_kwargs)
         if isinstance(model, str):
             # TRL resolves a path by `architectures`, which only knows classes inside transformers.
             model = RelayForMaskedDiffusion.from_pretrained(model, **{"dtype": "float32", **(options or {})})
             args.model_init_kwargs = None  # used up; TRL would warn
-        base = _relay_model(model, args)
+        base = relay_model(model, args)
         config = base.config
         if not args.carries_state and config.relay_channel != "none" and args.ddp_find_unused_parameters is None:
             # The channel gets no gradient then, which DDP has to be told.
@@ -110,7 +109,12 @@ class RelayTrainer(SFTTrainer):
                 f"`objective={args.objective!r}` trains the relay channel, but it is frozen: pass the plain model with "
                 "`peft_config`, or a PeftModel with `modules_to_save=['relay']` and `is_trainable=True`."
             )
-        _check_special_tokens(self.processing_class, config)
+        if self.is_deepspeed_enabled and args.gradient_window is not None:
+            raise ValueError(
+                "`gradient_window` needs several backward passes per step, each of which DeepSpeed takes for a step: "
+                "set `gradient_window=None`, or train with FSDP."
+            )
+        check_special_tokens(self.processing_class, config)
         check_dataset(self.train_dataset, "training set", config.mask_token_id)
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         for name, dataset in evaluated.items():
@@ -118,8 +122,10 @@ class RelayTrainer(SFTTrainer):
         keep_caches_under_checkpointing(self.model)
 
         self.relay_config = config
-        self.buffer = RolloutBuffer(config, args.carries_state)
+        self.recipe = RECIPES[args.objective]
+        self.buffer = RolloutBuffer(config, args.carries_state, args.buffer_queue_size, args.staggered_start)
         self.weight_average = WeightAverage(self.model, args.ema_decay) if args.ema_decay is not None else None
+        self.add_callback(StopOnNonFiniteGradient())
         self.add_callback(ChannelNorms(self._metrics["train"]))
         if self.weight_average is not None:
             self.add_callback(_FollowWeights(self.weight_average))
@@ -135,68 +141,78 @@ class RelayTrainer(SFTTrainer):
     ) -> Tensor:
         """The objective's loss on one micro-batch; in training, rollouts go on from the buffer.
 
-        Evaluation starts every row from all masks and draws no random thresholds, so that two evaluations of the same
-        weights give the same number.
+        All windows of the rollout but the last are differentiated here, which leaves one to the Trainer. Evaluation
+        starts every row from all masks, draws no random thresholds and gives every row the same weight, so that two
+        evaluations of the same weights give the same number, whatever the batch size.
 
         Raises:
             ValueError: outputs were asked for, as `predict` does.
+            FloatingPointError: the loss is infinite or NaN.
         """
         if return_outputs:
             raise ValueError("A rollout has no single set of logits: call `evaluate`, or `generate` of the model.")
-        if self.args.objective == "masked":
-            return self._masked_loss(model, inputs)
         is_training = model.training
+        rollout = self._begin_rollout(model, inputs, is_training)
+        earlier = torch.zeros((), device=self.args.device)
+        while rollout.windows_left > 1:
+            # Processes exchange gradients once, when the Trainer differentiates the last window.
+            with self.accelerator.no_sync(model):
+                loss = rollout.run_window()
+                check_loss(loss, rollout.step_losses, self.state.global_step)
+                with torch.autocast(self.args.device.type, enabled=False):
+                    self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
+            earlier += loss.detach()
+        loss = rollout.run_window()
         if is_training:
-            refilled = self.buffer.refill(inputs)
-            rows = self.buffer.rows
+            check_loss(loss, rollout.step_losses, self.state.global_step)
+            if self.recipe.is_rollout:
+                self.buffer.store(rollout.rows)
+        self._record(is_training, rollout_metrics(rollout, reveals=self.recipe.is_rollout))
+        return earlier + loss
+
+    def _begin_rollout(self, model: Any, inputs: dict[str, Tensor], is_training: bool) -> Rollout:
+        args, config, recipe = self.args, self.relay_config, self.recipe
+        if recipe.is_rollout:
+            if is_training:
+                refilled = self.buffer.refill(inputs, self.state.train_batch_size)
+                self._record(True, {"buffer_refills": float(refilled), "buffer_queue": float(len(self.buffer.queue))})
+                rows = self.buffer.rows
+            else:
+                rows = fresh_rows(config, inputs, args.carries_state)
+            advances = rollout_advances(args, config, jitter=is_training)
         else:
-            rows = fresh_rows(self.relay_config, inputs, self.args.carries_state)
-            refilled = len(rows.clean_ids)
-        result = run_rollout(model, self.relay_config, rows, self._policies(jitter=is_training), self.args.objective)
-        if is_training:
-            self.buffer.store(result.rows)
-        self._record(is_training, rollout_metrics(result, refilled))
-        return result.loss
-
-    def _masked_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
-        rows = fresh_rows(self.relay_config, inputs, carries_state=False)
-        generators = None
-        if not model.training:
-            # The same masks for a row in whatever order rows are evaluated (among rows padded to one length).
-            seeds = (self.args.seed + (rows.clean_ids * rows.attention_mask).sum(-1)).tolist()
-            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        rows = mask_uniformly(rows, self.relay_config, generators)
-        masked = rows.masked(self.relay_config.mask_token_id)
-        self._record(model.training, {"masked_fraction": float(masked.sum()) / max(int(rows.maskable.sum()), 1)})
-        return mean_loss(make_denoiser(model, self.relay_config, rows).step(rows, None).token_losses)
-
-    def _policies(self, jitter: bool) -> list[UnmaskingPolicy]:
-        """The reveal rule of every step; with jitter, each has its own threshold, moved back into the valid range."""
-        name, threshold = self.args.unmasking_policy, self.args.unmasking_threshold
-        noise = torch.zeros(self.args.rollout_steps)
-        if jitter and self.args.threshold_jitter:
-            noise = torch.randn(self.args.rollout_steps) * self.args.threshold_jitter
-        highest = 1.0 if name == "confidence_threshold" else float("inf")
-        return [make_policy(name, min(max(threshold + float(n), 0.0), highest)) for n in noise]
+            rows = fresh_rows(config, inputs, carries_state=False)
+            rows, advances = random_masks(args, config, rows, seeded=not is_training)
+        reduce_loss = mean_of_positions(recipe, self._share) if is_training else mean_of_rows(recipe)
+        window = args.gradient_window if is_training else None
+        return Rollout(model, config, rows, advances, recipe.carry, reduce_loss, window)
 
     def _record(self, is_training: bool, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
             self._metrics["train" if is_training else "eval"][name].append(value)
 
+    def _share(self, count: Tensor) -> Tensor:
+        """This process's share of a count over all processes, which makes the mean of their losses exact."""
+        if self.accelerator.num_processes == 1 or not self.args.average_tokens_across_devices:
+            return count
+        return self.accelerator.reduce(count, reduction="mean")
+
     # -- optimizer and averages ---------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The Trainer's optimizer, with the channel in groups of its own if it has its own learning rate."""
+        """The Trainer's optimizer, with the channel in a group of its own if it is treated in its own way."""
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        if is_new and self.args.relay_learning_rate is not None:
+        if is_new and self.args.has_channel_groups:
+            own = {"lr": self.args.relay_learning_rate, "weight_decay": self.args.relay_weight_decay}
+            own = {name: value for name, value in own.items() if value is not None}
             named = (self.model if model is None else model).named_parameters()
             channel = {id(parameter) for name, parameter in named if is_channel_parameter(name)}
             for group in list(optimizer.param_groups):
                 moved = [p for p in group["params"] if id(p) in channel]
                 if moved:
                     group["params"] = [p for p in group["params"] if id(p) not in channel]
-                    optimizer.add_param_group({**group, "params": moved, "lr": self.args.relay_learning_rate})
+                    optimizer.add_param_group({**group, "params": moved, **own})
         return optimizer
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -216,84 +232,6 @@ class RelayTrainer(SFTTrainer):
         card = training_card(name, self.args, self.relay_config, self.model, self.state.global_step, dataset_name)
         extra = [tags] if isinstance(tags, str) else list(tags or [])
         save_card(replace(card, tags=extra), self.args.output_dir)
-
-    # -- checkpoints ------------------------------------------------------------------------------------------------
-
-    # The Trainer has no public hook for state that belongs to a checkpoint; `tests/trainers/test_resume.py` fails if
-    # these three move.
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if tensors := self.buffer.state_dict():
-            save_file(tensors, self._buffer_file(output_dir))
-        if self.weight_average is not None and self.is_world_process_zero():
-            save_file(self.weight_average.state_dict(), Path(output_dir) / WEIGHT_AVERAGE_FILE)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        if (path := self._buffer_file(checkpoint)).exists():
-            self.buffer.load_state_dict(load_file(path, device=str(self.args.device)))
-        self._load_weight_average(checkpoint)
-
-    def _load_best_model(self) -> None:
-        # The best score was measured with the average, and training ends by putting the average into the model.
-        super()._load_best_model()
-        self._load_weight_average(self.state.best_model_checkpoint)
-
-    def _load_weight_average(self, checkpoint: str) -> None:
-        """Every process has the average; a checkpoint without one starts it anew from the weights just loaded."""
-        if self.weight_average is None:
-            return
-        if (path := Path(checkpoint) / WEIGHT_AVERAGE_FILE).exists():
-            self.weight_average.load_state_dict(load_file(path, device=str(self.args.device)))
-        else:
-            self.weight_average.restart()
-
-    def _buffer_file(self, folder: str) -> Path:
-        """Each process has rows of its own."""
-        return Path(folder) / f"rollout_buffer_{self.args.process_index}.safetensors"
-
-
-def _check_arguments(args: Any, others: dict[str, Any]) -> None:
-    """Refuses arguments of `SFTTrainer` that have no meaning for a relay model."""
-    for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"):
-        if others.get(name) is not None:
-            raise ValueError(f"`{name}` is not supported: a rollout has no single set of logits; leave it out.")
-    if not isinstance(args, RelayTrainerConfig):
-        raise ValueError(f"`args` is a {type(args).__name__}, which names no objective: pass a RelayTrainerConfig.")
-    if args.relay_learning_rate is not None and any(others.get("optimizers") or ()):
-        raise ValueError(
-            "`relay_learning_rate` is not applied to a given optimizer: give its groups their rates, or leave one "
-            "of the two out."
-        )
-
-
-def _relay_model(model: Any, args: RelayTrainerConfig) -> RelayForMaskedDiffusion:
-    """The relay model itself, without PEFT around it, if the objective can be trained on it."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not isinstance(base, RelayForMaskedDiffusion):
-        raise ValueError(
-            f"`model` is a {type(base).__name__}, which has no relay channel: load it with "
-            "`RelayForMaskedDiffusion.from_pretrained(path, mask_token_id=...)`."
-        )
-    if args.carries_state and base.config.relay_channel == "none":
-        raise ValueError(
-            f"`objective={args.objective!r}` trains a relay channel, but the model has `relay_channel='none'`: "
-            "load it with `relay_channel='layer_norm'`, or choose `objective='rollout'` or `'masked'`."
-        )
-    return base
-
-
-def _check_special_tokens(tokenizer: Any, config: RelayConfig) -> None:
-    """The trainer writes the tokenizer's ids into the model, which could then be saved but not loaded."""
-    for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
-        token_id = getattr(tokenizer, name, None)
-        if token_id is not None and token_id >= config.text_config.vocab_size:
-            raise ValueError(
-                f"The tokenizer's `{name}` is {token_id}, but the model has {config.text_config.vocab_size} tokens: "
-                "pass the model's own tokenizer, or call `model.resize_token_embeddings`."
-            )
 
 
 class _FollowWeights(TrainerCallback):

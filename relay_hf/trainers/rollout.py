@@ -1,97 +1,139 @@
-"""K denoising steps on training text, with ground truth revealed where the policy would reveal (teacher forcing).
+"""Denoising steps on training text, differentiated in windows. How a step is computed is `denoiser.py`'s business.
 
-How a step is computed is `denoiser.py`'s business.
-
-Legend: B rows, L positions, D hidden size, V vocabulary, N masked positions.
+Legend: B rows, L positions, N masked positions, K steps.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..modeling import RelayConfig
-from ..modeling.reveal_relay import UnmaskingPolicy
-from .denoiser import make_denoiser
+from ..modeling.reveal_relay import UnmaskingPolicy, in_earliest_sub_block
+from .denoiser import Denoiser, make_denoiser
 from .rows import RolloutRows
 
-Carry = Literal["relay", "relay_sg", "rollout"]
+Carry = Literal["gradient", "state", "nothing"]
+
+
+class Advance(Protocol):
+    """What changes between two steps."""
+
+    def __call__(self, rows: RolloutRows, confidence: Tensor) -> RolloutRows:
+        """Rows after a step, given the (B, L) probability of the best token at masked positions."""
+        ...
 
 
 @dataclass(frozen=True)
-class RolloutResult:
-    """What K steps gave.
+class Reveal:
+    """Ground truth is revealed where decoding would reveal its own token (teacher forcing).
 
     Args:
-        loss: scalar, sum of the step losses.
-        step_losses: K detached scalars, each the mean cross-entropy over all positions masked in that step.
-        step_masked: K counts of masked positions before the step.
-        step_reveals: K bool tensors (B, L), positions revealed after the step.
-        rows: the rows after the last reveal, state detached.
+        policy: the rule; it decides for each block by itself.
+        block_size: of the model.
+        sub_block_size: only the first such part of a block that holds a mask takes part, as in decoding (the
+            reference calls this "decode_aligned"); None = the whole block does.
     """
 
-    loss: Tensor
-    step_losses: list[Tensor]
-    step_masked: list[Tensor]
-    step_reveals: list[Tensor]
-    rows: RolloutRows
+    policy: UnmaskingPolicy
+    block_size: int | None
+    sub_block_size: int | None = None
+
+    @torch.no_grad()
+    def __call__(self, rows: RolloutRows, confidence: Tensor) -> RolloutRows:
+        count, length = rows.masked.shape
+        width = self.block_size or length
+        padding = (0, -length % width)
+        masked = F.pad(rows.masked, padding).view(-1, width)
+        if self.sub_block_size is not None:
+            masked = masked & in_earliest_sub_block(masked, self.sub_block_size)
+        reveal = self.policy(F.pad(confidence, padding).view(-1, width), masked)
+        return replace(rows, masked=rows.masked & ~reveal.view(count, -1)[:, :length])
 
 
-def run_rollout(
-    model: Callable[..., Any],
-    config: RelayConfig,
-    rows: RolloutRows,
-    policies: list[UnmaskingPolicy],
-    carry: Carry,
-) -> RolloutResult:
-    """Algorithm 1 of arXiv 2605.22967: one window of K = `len(policies)` steps.
+def complement(rows: RolloutRows, confidence: Tensor) -> RolloutRows:
+    """Hides just what was visible of the learned positions, and shows the others."""
+    return replace(rows, masked=rows.maskable & ~rows.masked)
+
+
+def stay(rows: RolloutRows, confidence: Tensor) -> RolloutRows:
+    """Nothing changes: there is no step behind this one."""
+    return rows
+
+
+class Rollout:
+    """K steps of denoising, and the loss of each (Algorithm 1 of arXiv 2605.22967).
+
+    The loss of a window of steps must be differentiated before the next window runs: then no more than one window of
+    activations is alive, and gradients never cross the border between two (truncated backpropagation through time).
+
+        while rollout.windows_left:
+            rollout.run_window().backward()
 
     Args:
         model: a `RelayForMaskedDiffusion`, possibly wrapped (PEFT, DDP).
         config: its configuration.
         rows: where to start.
-        policies: the reveal rule of each step.
-        carry: `"relay"` lets gradients flow through the state, `"relay_sg"` cuts them between steps, `"rollout"`
+        advances: K changes of the rows, one after each step.
+        carry: `"gradient"` lets gradients flow through the state, `"state"` cuts them between steps, `"nothing"`
             carries no state.
+        reduce_loss: the scalar loss of a step, from its (N,) losses and the rows before it.
+        window: steps per window; None = K. The last window may be shorter.
+
+    Attributes:
+        rows: as the last step left them, state detached.
+        step_losses: detached scalars, one for each step so far.
+        step_masked: (B, L) bool, what was masked in each step.
     """
-    mask_token_id: int = config.mask_token_id
-    denoiser = make_denoiser(model, config, rows)
-    state = None if carry == "rollout" else rows.relay_state
-    loss = torch.zeros((), device=rows.clean_ids.device)
-    step_losses, step_masked, step_reveals = [], [], []
-    for policy in policies:
-        masked = rows.masked(mask_token_id)
-        token_losses, confidence, next_state = denoiser.step(rows, state)
-        step_loss = mean_loss(token_losses)
-        loss = loss + step_loss
-        reveal = _reveal(confidence, masked, policy, config)
-        step_losses.append(step_loss.detach())
-        step_masked.append(masked.sum())
-        step_reveals.append(reveal)
-        rows = replace(rows, noisy_ids=torch.where(reveal, rows.clean_ids, rows.noisy_ids))
-        if carry != "rollout":
-            state = next_state.detach() if carry == "relay_sg" else next_state
-            rows = replace(rows, has_state=torch.ones_like(rows.has_state))
-    if state is not None:
-        rows = replace(rows, relay_state=state.detach().float())
-    return RolloutResult(loss, step_losses, step_masked, step_reveals, rows)
 
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        config: RelayConfig,
+        rows: RolloutRows,
+        advances: Sequence[Advance],
+        carry: Carry,
+        reduce_loss: Callable[[Tensor, RolloutRows], Tensor],
+        window: int | None = None,
+    ) -> None:
+        self._make_denoiser = partial(make_denoiser, model, config, rows)
+        self._denoiser: Denoiser | None = None
+        self.rows = rows
+        self.advances = advances
+        self.carry = carry
+        self.reduce_loss = reduce_loss
+        self.window = window or len(advances)
+        self.step_losses: list[Tensor] = []
+        self.step_masked: list[Tensor] = []
 
-def mean_loss(token_losses: Tensor) -> Tensor:
-    """Mean of (N,) losses; zero, with a gradient of zero, if N = 0."""
-    return token_losses.sum() / max(len(token_losses), 1)
+    @property
+    def windows_left(self) -> int:
+        """Number of windows that have not run yet."""
+        return -(-(len(self.advances) - len(self.step_losses)) // self.window)
 
-
-@torch.no_grad()
-def _reveal(probability: Tensor, masked: Tensor, policy: UnmaskingPolicy, config: RelayConfig) -> Tensor:
-    """(B, L) bool, where the policy reveals, given the (N,) confidence at `masked`; it decides per block."""
-    confidence = torch.zeros(masked.shape, device=masked.device).masked_scatter(masked, probability)
-    rows, length = masked.shape
-    width = config.block_size or length
-    padding = (0, -length % width)
-    groups = F.pad(masked, padding).view(-1, width)
-    reveal = policy(F.pad(confidence, padding).view(-1, width), groups)
-    return reveal.view(rows, -1)[:, :length]
+    def run_window(self) -> Tensor:
+        """Runs the steps of the next window; returns the sum of their losses, with its graph."""
+        done = len(self.step_losses)
+        if self._denoiser is None:  # not earlier: it may run the model, which belongs to the first window
+            self._denoiser = self._make_denoiser()
+        self._denoiser.begin_window(is_last=self.windows_left == 1)
+        state = None if self.carry == "nothing" else self.rows.relay_state
+        losses = []
+        for advance in self.advances[done : done + self.window]:
+            masked = self.rows.masked
+            token_losses, probability, next_state = self._denoiser.step(self.rows, state)
+            losses.append(self.reduce_loss(token_losses, self.rows))
+            confidence = torch.zeros(masked.shape, device=masked.device).masked_scatter(masked, probability)
+            self.rows = advance(self.rows, confidence)
+            if self.carry != "nothing":
+                state = next_state.detach() if self.carry == "state" else next_state
+                self.rows = replace(self.rows, has_state=torch.ones_like(self.rows.has_state))
+            self.step_losses.append(losses[-1].detach())
+            self.step_masked.append(masked)
+        if state is not None:
+            self.rows = replace(self.rows, relay_state=state.detach().float())
+        return torch.stack(losses).sum()

@@ -1,9 +1,15 @@
 """Rows of training text in the middle of being denoised. Legend: B rows, L positions, D hidden size."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from ..modeling import RelayConfig
+from .dataset_checks import check_labels
 
 
 def fit_positions(tensor: Tensor, length: int) -> Tensor:
@@ -22,7 +28,7 @@ class RolloutRows:
         clean_ids: (B, L) the text.
         maskable: (B, L) bool, positions that are learned; the others are always visible.
         attention_mask: (B, L) bool, False at padding, which is on the right.
-        noisy_ids: (B, L) the text with the positions that are still hidden replaced by [MASK].
+        masked: (B, L) bool, positions that are still hidden, a subset of `maskable`.
         relay_state: (B, L, D) fp32, detached state of the last step, or None if the objective carries none.
         has_state: (B,) bool, False for rows that have not been denoised yet.
     """
@@ -30,15 +36,72 @@ class RolloutRows:
     clean_ids: Tensor
     maskable: Tensor
     attention_mask: Tensor
-    noisy_ids: Tensor
+    masked: Tensor
     relay_state: Tensor | None
     has_state: Tensor
 
-    def masked(self, mask_token_id: int) -> Tensor:
-        """(B, L) bool, positions that are still hidden."""
-        return self.maskable & (self.noisy_ids == mask_token_id)
+    def __len__(self) -> int:
+        return len(self.clean_ids)
+
+    @property
+    def is_finished(self) -> Tensor:
+        """(B,) bool, rows with nothing left to reveal."""
+        return ~self.masked.any(-1)
+
+    def noisy_ids(self, mask_token_id: int) -> Tensor:
+        """(B, L) the text with [MASK] at the positions that are still hidden."""
+        return torch.where(self.masked, mask_token_id, self.clean_ids)
+
+    def map(self, function: Callable[..., Tensor], *others: "RolloutRows") -> "RolloutRows":
+        """Applies `function` to each tensor (and those of other rows at its place) that is there."""
+        tensors: dict[str, Any] = {}
+        for name in FIELDS:
+            first, *rest = (getattr(rows, name) for rows in (self, *others))
+            tensors[name] = None if first is None else function(first, *rest)
+        return RolloutRows(**tensors)
 
     def fit(self, length: int) -> "RolloutRows":
         """The rows at another length; what is added is neither seen nor learned."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return RolloutRows(**{n: None if t is None else fit_positions(t, length) for n, t in tensors.items()})
+        return self.map(lambda tensor: fit_positions(tensor, length))
+
+
+FIELDS = tuple(field.name for field in fields(RolloutRows))
+
+
+def fresh_rows(config: RelayConfig, batch: dict[str, Tensor], carries_state: bool) -> RolloutRows:
+    """Rows in which everything to be learned is masked.
+
+    Args:
+        config: the model's configuration.
+        batch: `input_ids` (B, L), `labels` (B, L) with -100 outside the response, `attention_mask` (B, L) or nothing.
+        carries_state: whether the objective uses the relay channel.
+
+    Raises:
+        ValueError: all labels are -100, one differs from the token at its position or is [MASK], or the padding is on
+            the left.
+    """
+    clean_ids = batch["input_ids"]
+    if batch.get("labels") is None:
+        raise ValueError("The batch has no `labels`: mark what to learn, with -100 everywhere else.")
+    maskable = batch["labels"] != -100
+    if not bool(maskable.any()):
+        raise ValueError(
+            "All labels of the batch are -100, so there is nothing to learn: check the response of each row."
+        )
+    check_labels(clean_ids, batch["labels"], maskable, "batch", config.mask_token_id)
+    attention_mask = batch.get("attention_mask", torch.ones_like(clean_ids)).bool()
+    if not bool(attention_mask[:, 0].all()):
+        raise ValueError("The batch is padded on the left: blocks are counted from the first column; pad on the right.")
+    rows, length = clean_ids.shape
+    state = None
+    if carries_state:
+        # Zeros also stand for "no state yet": `has_state` tells the two apart.
+        state = torch.zeros(rows, length, config.text_config.hidden_size, device=clean_ids.device)
+    return RolloutRows(
+        clean_ids=clean_ids,
+        maskable=maskable,
+        attention_mask=attention_mask,
+        masked=maskable,
+        relay_state=state,
+        has_state=torch.zeros(rows, dtype=torch.bool, device=clean_ids.device),
+    )

@@ -15,8 +15,8 @@ def plain(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, mas
 
 
 @settings(max_examples=40, deadline=None)
-@given(count=st.integers(0, 20), vocab=st.integers(2, 30), chunk=st.integers(1, 200), seed=st.integers(0, 1000))
-def test_score_positions_any_chunk_equals_full_logits(count: int, vocab: int, chunk: int, seed: int) -> None:
+@given(count=st.integers(0, 20), vocab=st.integers(2, 30), tile=st.integers(1, 200), seed=st.integers(0, 1000))
+def test_score_positions_any_tile_equals_full_logits(count: int, vocab: int, tile: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     leaves = [torch.randn(count, 5, generator=generator), torch.randn(vocab, 5, generator=generator)]
     targets = torch.randint(0, vocab, (count,), generator=generator)
@@ -25,7 +25,7 @@ def test_score_positions_any_chunk_equals_full_logits(count: int, vocab: int, ch
     for function in (plain, score_positions):
         hidden, weight = (leaf.clone().requires_grad_() for leaf in leaves)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(head_relay, "CHUNK_NUMBERS", chunk)
+            patch.setitem(head_relay.TILE_NUMBERS, "cpu", tile)
             losses, confidence = function(hidden, weight, targets, vocab - 1)
             (losses * slope).sum().backward()
         results.append((losses, confidence, hidden.grad, weight.grad))

@@ -116,9 +116,17 @@ def test_attention_mask_without_cached_prefix_raises(make_model: Callable, ids: 
         model(ids[:, 8:], attention_mask=torch.ones(2, 8), past_key_values=cache)
 
 
-def test_inputs_embeds_raises(make_model: Callable, ids: Tensor) -> None:
+def test_inputs_embeds_replace_the_lookup(make_model: Callable, ids: Tensor) -> None:
+    model = make_model()
+    plain = model(ids)
+    again = model(ids, inputs_embeds=plain.inputs_embeds)
+    assert torch.equal(again.logits, plain.logits)
+    assert not torch.equal(model(ids, inputs_embeds=plain.inputs_embeds + 1).logits, plain.logits)
+
+
+def test_inputs_embeds_without_tokens_raises(make_model: Callable) -> None:
     with pytest.raises(ValueError, match="`inputs_embeds` do not tell which positions are masked"):
-        make_model()(ids, inputs_embeds=torch.zeros(2, 16, 16))
+        make_model()(inputs_embeds=torch.zeros(2, 16, 16))
 
 
 def test_model_without_mask_token_raises(tiny_text_config: Any) -> None:

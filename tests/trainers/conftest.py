@@ -9,7 +9,11 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from relay_hf import RelayConfig, RelayForMaskedDiffusion
+from relay_hf.modeling.reveal_relay import UnmaskingPolicy
 from relay_hf.trainers import RelayTrainer, RelayTrainerConfig
+from relay_hf.trainers.objectives import RECIPES, mean_of_positions
+from relay_hf.trainers.rollout import Reveal, Rollout, complement, stay
+from relay_hf.trainers.rows import RolloutRows
 
 from ..conftest import make_byte_tokenizer, text_config
 
@@ -35,6 +39,28 @@ def build_rows(count: int, length: int = 12, prompt: int = 3, seed: int = 0) -> 
     labels = input_ids.clone()
     labels[:, :prompt] = -100
     return {"input_ids": input_ids, "labels": labels, "attention_mask": torch.ones_like(input_ids)}
+
+
+def begin_rollout(
+    model: RelayForMaskedDiffusion,
+    rows: RolloutRows,
+    policies: list[UnmaskingPolicy],
+    objective: str,
+    window: int | None = None,
+) -> Rollout:
+    """A rollout as the trainer begins it; the policies say nothing to objectives with random masks."""
+    recipe = RECIPES[objective]
+    advances = [Reveal(policy, model.config.block_size) for policy in policies]
+    if not recipe.is_rollout:
+        advances = [complement, stay] if objective == "complementary" else [stay]
+    reduce_loss = mean_of_positions(recipe, share=lambda count: count)
+    return Rollout(model, model.config, rows, advances, recipe.carry, reduce_loss, window)
+
+
+def run_rollout(*args: Any) -> tuple[torch.Tensor, Rollout]:
+    """All steps in one window: their loss, with its graph, and the rollout behind it."""
+    rollout = begin_rollout(*args)
+    return rollout.run_window(), rollout
 
 
 @pytest.fixture(scope="session")

@@ -34,9 +34,12 @@ class DoubledDenoiser:
             and_mask_function=sees,
         )
 
+    def begin_window(self, is_last: bool) -> None:
+        """Every step has its own clean half."""
+
     def step(self, rows: RolloutRows, state: Tensor | None) -> Step:
         length = rows.clean_ids.shape[1]
-        masked = rows.masked(self.config.mask_token_id)
+        masked = rows.masked
         receives = None
         if state is not None:
             # The clean half is committed text, and so is a block without masks: neither gets a state.
@@ -46,7 +49,7 @@ class DoubledDenoiser:
             receives = F.pad(receives_state(self.config, rows) & is_open, (0, length))
             state = F.pad(state, (0, 0, 0, length))
         output = self.model(
-            input_ids=torch.cat([rows.noisy_ids, rows.clean_ids], dim=1),
+            input_ids=torch.cat([rows.noisy_ids(self.config.mask_token_id), rows.clean_ids], dim=1),
             attention_mask=self.attention_mask,
             position_ids=self.position_ids[None],
             relay_state=state,

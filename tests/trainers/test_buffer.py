@@ -3,7 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relay_hf.trainers.buffer import RolloutBuffer, fresh_rows
+from relay_hf.trainers.buffer import RolloutBuffer
+from relay_hf.trainers.rows import fresh_rows
 
 from .conftest import MASK, build_model, build_rows
 
@@ -12,7 +13,7 @@ CONFIG = build_model().config
 
 def finish(buffer: RolloutBuffer, rows: list[int]) -> None:
     """Reveals everything in some rows and leaves a state in all of them."""
-    buffer.rows.noisy_ids[rows] = buffer.rows.clean_ids[rows]
+    buffer.rows.masked[rows] = False
     buffer.rows.relay_state.fill_(1.0)
     buffer.rows.has_state.fill_(True)
 
@@ -46,7 +47,7 @@ def test_refill_any_shapes_replaces_finished_rows_in_order(
 def test_refill_first_batch_masks_everything_to_be_learned() -> None:
     buffer, batch = RolloutBuffer(CONFIG, carries_state=True), build_rows(3)
     assert buffer.refill(batch) == 3
-    assert torch.equal(buffer.rows.noisy_ids == MASK, batch["labels"] != -100)
+    assert torch.equal(buffer.rows.noisy_ids(MASK) == MASK, batch["labels"] != -100)
     assert buffer.rows.relay_state.dtype == torch.float32
 
 
@@ -80,7 +81,7 @@ def test_refill_longest_row_gone_narrows_the_buffer() -> None:
     buffer.refill(build_rows(2, length=14))
     finish(buffer, [0, 1])
     buffer.refill(build_rows(2, length=6))
-    assert buffer.rows.noisy_ids.shape == (2, 6)
+    assert buffer.rows.masked.shape == (2, 6)
     assert buffer.rows.relay_state.shape == (2, 6, 16)
 
 

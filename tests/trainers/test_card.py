@@ -6,13 +6,13 @@ import pytest
 from huggingface_hub import ModelCard
 
 from relay_hf.trainers import Objective, RelayTrainer
-from relay_hf.trainers.card import OBJECTIVES
+from relay_hf.trainers.objectives import RECIPES
 
 from .conftest import build_model
 
 
 def test_card_describes_every_objective() -> None:
-    assert set(OBJECTIVES) == set(get_args(Objective))
+    assert set(RECIPES) == set(get_args(Objective))
 
 
 @pytest.mark.parametrize("objective", ["relay", "masked"])

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 
 from relay_hf.trainers import RelayTrainer
-from relay_hf.trainers.buffer import fresh_rows
+from relay_hf.trainers.rows import fresh_rows
 
 from .conftest import MASK, build_model, build_rows
 

@@ -1,7 +1,7 @@
 """The block denoiser gives what the doubled sequence gives: losses, gradients, reveals and states."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -10,34 +10,38 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from relay_hf.modeling import make_policy
-from relay_hf.trainers import rollout
-from relay_hf.trainers.buffer import fresh_rows
+from relay_hf.trainers import Objective, rollout
 from relay_hf.trainers.denoiser import BlockDenoiser, keep_caches_under_checkpointing
 from relay_hf.trainers.noise import mask_uniformly
-from relay_hf.trainers.rollout import RolloutResult, run_rollout
+from relay_hf.trainers.objectives import RECIPES
+from relay_hf.trainers.rollout import Rollout
+from relay_hf.trainers.rows import fresh_rows
 
-from .conftest import build_model, build_rows
+from .conftest import begin_rollout, build_model, build_rows, run_rollout
 from .doubled import DoubledDenoiser
 
 
-def run(model: Any, rows: Any, denoiser: type, carry: str, steps: int, threshold: float) -> tuple[RolloutResult, dict]:
+def run(
+    model: Any, rows: Any, denoiser: type, objective: str, steps: int, threshold: float, window: int | None = None
+) -> tuple[Rollout, dict]:
     """One rollout with either denoiser, and the gradients it leaves."""
     policy = make_policy("confidence_threshold", threshold)
     model.zero_grad()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rollout, "make_denoiser", denoiser)
-        result = run_rollout(model, model.config, rows, [policy] * steps, carry)
-    result.loss.backward()
-    return result, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        rollout_ = begin_rollout(model, rows, [policy] * steps, objective, window)
+        while rollout_.windows_left:
+            rollout_.run_window().backward()
+    return rollout_, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_equal_rollouts(model: Any, rows: Any, carry: str, steps: int, threshold: float) -> None:
-    expected, expected_gradients = run(model, rows, DoubledDenoiser, carry, steps, threshold)
-    result, gradients = run(model, rows, BlockDenoiser, carry, steps, threshold)
+def assert_equal_rollouts(model: Any, rows: Any, objective: str, *options: Any) -> None:
+    expected, expected_gradients = run(model, rows, DoubledDenoiser, objective, *options)
+    result, gradients = run(model, rows, BlockDenoiser, objective, *options)
     torch.testing.assert_close(result.step_losses, expected.step_losses, rtol=1e-5, atol=1e-6)
-    assert all(torch.equal(a, b) for a, b in zip(result.step_reveals, expected.step_reveals, strict=True))
-    assert torch.equal(result.rows.noisy_ids, expected.rows.noisy_ids)
-    if carry != "rollout":
+    assert all(torch.equal(a, b) for a, b in zip(result.step_masked, expected.step_masked, strict=True))
+    assert torch.equal(result.rows.masked, expected.rows.masked)
+    if RECIPES[objective].carry != "nothing":
         text = rows.attention_mask[..., None]
         torch.testing.assert_close(result.rows.relay_state * text, expected.rows.relay_state * text, rtol=0, atol=1e-5)
     scale = max(float(g.norm()) for g in expected_gradients.values())
@@ -61,14 +65,15 @@ def partly_denoised(model: Any, lengths: list[int], prompt: int, seed: int, fres
     return replace(rows, relay_state=state, has_state=torch.ones_like(rows.has_state))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     block_size=st.sampled_from([1, 2, 4, 5]),
     lengths=st.lists(st.integers(4, 15), min_size=1, max_size=4),
     # At least one known token: positions of a first block of nothing but masks are equal, and so tie.
     prompt=st.integers(1, 3),
     steps=st.integers(1, 4),
-    carry=st.sampled_from(["relay", "relay_sg", "rollout"]),
+    window=st.integers(1, 4),
+    objective=st.sampled_from(get_args(Objective)),
     threshold=st.sampled_from([0.0, 0.1, 0.3, 1.0]),
     seed=st.integers(0, 1000),
     fresh=st.booleans(),
@@ -78,8 +83,8 @@ def partly_denoised(model: Any, lengths: list[int], prompt: int, seed: int, fres
     initial_state=st.sampled_from(["zeros", "none"]),
 )
 def test_block_denoiser_any_rollout_equals_the_doubled_sequence(
-    block_size: int, lengths: list[int], prompt: int, steps: int, carry: str, threshold: float, seed: int, fresh: bool,
-    scope: str, shift: bool, read_out: tuple[str, int], initial_state: str,
+    block_size: int, lengths: list[int], prompt: int, steps: int, window: int, objective: str, threshold: float,
+    seed: int, fresh: bool, scope: str, shift: bool, read_out: tuple[str, int], initial_state: str,
 ) -> None:  # fmt: skip
     model = build_model(
         seed=seed,
@@ -91,7 +96,7 @@ def test_block_denoiser_any_rollout_equals_the_doubled_sequence(
         relay_initial_state=initial_state,
     )
     rows = partly_denoised(model, lengths, prompt, seed, fresh)
-    assert_equal_rollouts(model, rows, carry, steps, threshold)
+    assert_equal_rollouts(model, rows, objective, steps, threshold, window)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -105,7 +110,7 @@ def test_block_denoiser_attention_and_checkpointing_give_the_same(implementation
         model.gradient_checkpointing_enable()
         keep_caches_under_checkpointing(model)
     result, gradients = run(model, rows, BlockDenoiser, "relay", 3, 0.3)
-    torch.testing.assert_close(result.loss, plain.loss)
+    torch.testing.assert_close(result.step_losses, plain.step_losses)
     for name, gradient in plain_gradients.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5)
 
@@ -117,14 +122,14 @@ def test_block_denoiser_runs_only_active_blocks() -> None:
     model.model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
     )
-    run_rollout(model, model.config, rows, [make_policy("confidence_threshold", 0.5)], "rollout")
-    assert [embeds.shape[1] for embeds in seen] == [16, 8], "the clean text, then the two blocks that hold a mask"
+    run_rollout(model, rows, [make_policy("confidence_threshold", 0.5)], "rollout")
+    assert [embeds.shape[1] for embeds in seen] == [17, 8], "the clean text and a [MASK], then two blocks with masks"
 
 
 def test_block_denoiser_nothing_masked_has_zero_loss_and_gradient() -> None:
     model = build_model()
     rows = fresh_rows(model.config, build_rows(2), carries_state=True)
-    done = replace(rows, noisy_ids=rows.clean_ids)
+    done = replace(rows, masked=torch.zeros_like(rows.masked))
     result, gradients = run(model, done, BlockDenoiser, "relay", 2, 0.5)
-    assert float(result.loss.detach()) == 0.0
+    assert [float(loss) for loss in result.step_losses] == [0.0, 0.0]
     assert all(not gradient.any() for gradient in gradients.values())

@@ -2,8 +2,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relay_hf.trainers.buffer import fresh_rows
 from relay_hf.trainers.noise import mask_uniformly
+from relay_hf.trainers.rows import fresh_rows
 
 from .conftest import MASK, build_model, build_rows
 
@@ -23,16 +23,16 @@ def test_mask_uniformly_masks_only_labels_and_at_least_one_a_row(
     batch = build_rows(count, length, prompt)
     for config in (BLOCKS, WHOLE):
         rows = mask_uniformly(fresh_rows(config, batch, False), config, seeded(seed, count))
-        masked = rows.masked(MASK)
+        masked = rows.masked
         assert masked.any(-1).all()
         assert not (masked & (batch["labels"] == -100)).any()
-        assert torch.equal(rows.noisy_ids[~masked], batch["input_ids"][~masked])
+        assert torch.equal(rows.noisy_ids(MASK)[~masked], batch["input_ids"][~masked])
 
 
 def test_mask_uniformly_fraction_is_uniform() -> None:
     batch = build_rows(4000, 40, 0)
     rows = mask_uniformly(fresh_rows(WHOLE, batch, False), WHOLE, seeded(0, 4000))
-    fractions = rows.masked(MASK).float().mean(-1)
+    fractions = rows.masked.float().mean(-1)
     quartiles = torch.quantile(fractions, torch.tensor([0.25, 0.5, 0.75]))
     # 4000 draws of U(0, 1): a quartile has a standard error below 0.01.
     torch.testing.assert_close(quartiles, torch.tensor([0.25, 0.5, 0.75]), rtol=0, atol=0.04)
@@ -40,7 +40,7 @@ def test_mask_uniformly_fraction_is_uniform() -> None:
 
 def test_mask_uniformly_same_generator_same_masks() -> None:
     rows = fresh_rows(BLOCKS, build_rows(4), False)
-    draws = [mask_uniformly(rows, BLOCKS, seeded(s, 4)).noisy_ids for s in (1, 1, 2)]
+    draws = [mask_uniformly(rows, BLOCKS, seeded(s, 4)).masked for s in (1, 1, 2)]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
 
@@ -48,6 +48,6 @@ def test_mask_uniformly_same_generator_same_masks() -> None:
 def test_mask_uniformly_block_model_draws_per_block() -> None:
     batch = build_rows(2000, 8, 0)
     rows = mask_uniformly(fresh_rows(BLOCKS, batch, False), BLOCKS, seeded(0, 2000))
-    per_block = rows.masked(MASK).float().view(2000, 2, 4).mean(-1)
+    per_block = rows.masked.float().view(2000, 2, 4).mean(-1)
     correlation = torch.corrcoef(per_block.T)[0, 1]
     assert abs(float(correlation)) < 0.1

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from relay_hf import RelayForMaskedDiffusion
 from relay_hf.modeling import make_policy
 from relay_hf.trainers.buffer import RolloutBuffer
-from relay_hf.trainers.rollout import run_rollout
+
+from .conftest import run_rollout
 
 REFERENCE = Path(os.environ.get("RELAY_HF_REFERENCE", Path(__file__).parents[1] / "reference"))
 CASES = json.loads((REFERENCE / "vectors.json").read_text())["rollout"]
@@ -37,6 +38,7 @@ def our_name(name: str) -> str:
 def test_rollout_of_the_reference_equal_in_every_call(mode: str, vectors: dict[str, torch.Tensor]) -> None:
     # The reference trains from a zero state, whatever it decodes from.
     model = RelayForMaskedDiffusion.from_pretrained(REFERENCE / "checkpoint", relay_initial_state="zeros").train()
+    mask = model.config.mask_token_id
     buffer = RolloutBuffer(model.config, carries_state=mode != "rollout")
     for case in (case for case in CASES if case["mode"] == mode):
         given = {
@@ -44,18 +46,19 @@ def test_rollout_of_the_reference_equal_in_every_call(mode: str, vectors: dict[s
         }
         model.zero_grad()
         assert buffer.refill({"input_ids": given["input_ids"], "labels": given["labels"]}) == case["refilled"]
-        assert torch.equal(buffer.rows.noisy_ids, given["x1"])
+        assert torch.equal(buffer.rows.noisy_ids(mask), given["x1"])
 
         policy = make_policy("confidence_threshold", case["threshold"])
-        result = run_rollout(model, model.config, buffer.rows, [policy, policy], mode)
-        result.loss.backward()
+        loss, result = run_rollout(model, buffer.rows, [policy, policy], mode)
+        loss.backward()
         buffer.store(result.rows)
 
-        assert torch.equal(result.step_reveals[0], given["u1"])
-        assert torch.equal(result.step_reveals[1], given["u2"])
-        assert torch.equal(result.rows.noisy_ids, given["xn"])
+        steps = [*result.step_masked, result.rows.masked]
+        assert torch.equal(steps[0] & ~steps[1], given["u1"])
+        assert torch.equal(steps[1] & ~steps[2], given["u2"])
+        assert torch.equal(result.rows.noisy_ids(mask), given["xn"])
         assert [float(loss) for loss in result.step_losses] == pytest.approx([case["L1"], case["L2"]], rel=1e-5)
-        assert result.loss.item() == pytest.approx(case["loss"], rel=1e-5)
+        assert loss.item() == pytest.approx(case["loss"], rel=1e-5)
         if mode != "rollout":
             torch.testing.assert_close(result.rows.relay_state, shift(given["h2"]), rtol=0, atol=1e-5)
 

@@ -1,6 +1,6 @@
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -10,7 +10,8 @@ from transformers import Qwen2ForCausalLM
 from trl import SFTConfig
 
 from relay_hf import RelayConfig, RelayForMaskedDiffusion
-from relay_hf.trainers import RelayTrainer
+from relay_hf.trainers import Objective, RelayTrainer
+from relay_hf.trainers.objectives import rollout_advances
 
 from ..conftest import text_config
 from .conftest import build_model, build_rows
@@ -24,7 +25,7 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("objective", ["relay", "relay_sg", "rollout", "masked"])
+@pytest.mark.parametrize("objective", get_args(Objective))
 @pytest.mark.parametrize("overrides", [{}, {"block_size": None, "token_shift": False, "relay_scope": "all"}])
 def test_train_each_objective_loss_falls(
     make_trainer: Callable[..., RelayTrainer], objective: str, overrides: dict
@@ -80,10 +81,12 @@ def test_accumulation_equals_the_mean_of_its_micro_batches(make_trainer: Callabl
             gradient_accumulation_steps=accumulation,
             learning_rate=0.1,
             optim="sgd",
+            staggered_start=False,
         )
         if size == 1:
             # One slot lives through four micro-batches here: start each of them afresh.
             trainer.buffer.store = lambda rows, buffer=trainer.buffer: setattr(buffer, "rows", None)
+            trainer.buffer.queue_size = 0
         trainer.train()
         results.append(weights(trainer.model))
     for name in results[0]:
@@ -91,7 +94,7 @@ def test_accumulation_equals_the_mean_of_its_micro_batches(make_trainer: Callabl
 
 
 def test_evaluation_twice_gives_the_same_loss(make_trainer: Callable[..., RelayTrainer], dataset: Dataset) -> None:
-    for objective in ("relay", "masked"):
+    for objective in get_args(Objective):
         trainer = make_trainer(objective=objective, threshold_jitter=0.3, trainer_options={"eval_dataset": dataset})
         torch.manual_seed(1)
         first = trainer.evaluate()["eval_loss"]
@@ -102,10 +105,17 @@ def test_evaluation_twice_gives_the_same_loss(make_trainer: Callable[..., RelayT
 
 def test_threshold_jitter_stays_in_range_and_varies(make_trainer: Callable[..., RelayTrainer]) -> None:
     trainer = make_trainer(threshold_jitter=2.0, rollout_steps=50)
-    thresholds = [policy.threshold for policy in trainer._policies(jitter=True)]
-    assert min(thresholds) == 0.0
-    assert max(thresholds) == 1.0
-    assert {policy.threshold for policy in trainer._policies(jitter=False)} == {0.3}
+
+    def thresholds(jitter: bool) -> list[float]:
+        return [reveal.policy.threshold for reveal in rollout_advances(trainer.args, trainer.relay_config, jitter)]
+
+    drawn = thresholds(jitter=True)
+    assert min(drawn) == 0.0
+    assert max(drawn) == 1.0
+    assert len(set(drawn)) > 5
+    before = torch.get_rng_state()
+    assert set(thresholds(jitter=False)) == {0.3}
+    assert torch.equal(torch.get_rng_state(), before), "evaluation must draw no random numbers"
 
 
 def test_weight_average_is_evaluated_and_left_in_the_model(
@@ -266,13 +276,6 @@ def test_channel_norms_are_logged_whatever_the_unit_of_logging_steps(
     assert len(logged(trainer, "relay_grad_norm")) == len(logged(trainer, "learning_rate"))
 
 
-def test_evaluation_draws_no_random_numbers(make_trainer: Callable[..., RelayTrainer]) -> None:
-    trainer = make_trainer(threshold_jitter=0.5)
-    before = torch.get_rng_state()
-    trainer._policies(jitter=False)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 @pytest.mark.parametrize("overrides", [{}, {"block_size": None, "token_shift": False}])
 def test_masked_evaluation_does_not_depend_on_the_order_of_rows(
     make_trainer: Callable[..., RelayTrainer], dataset: Dataset, overrides: dict
@@ -289,7 +292,9 @@ def test_trainer_tokenizer_with_ids_outside_the_vocabulary_raises(
         make_trainer(trainer_options={"processing_class": tokenizer})
 
 
-@pytest.mark.parametrize(("objective", "expected"), [("rollout", True), ("masked", True), ("relay", None)])
+@pytest.mark.parametrize(
+    ("objective", "expected"), [("rollout", True), ("masked", True), ("complementary", True), ("relay", None)]
+)
 def test_trainer_tells_ddp_of_an_unused_channel(
     make_trainer: Callable[..., RelayTrainer], objective: str, expected: bool | None
 ) -> None:

@@ -56,7 +56,9 @@ def test_best_model_at_the_end_is_the_average_that_scored_best(
     trainer = make_trainer(
         ema_decay=0.9,
         max_steps=6,
-        learning_rate=0.5,  # diverges, so that the best model is not the last
+        learning_rate=0.5,
+        # The worst loss counts as the best here, so that the best model is the first and not the last.
+        greater_is_better=True,
         save_strategy="steps",
         save_steps=2,
         eval_strategy="steps",
@@ -66,8 +68,8 @@ def test_best_model_at_the_end_is_the_average_that_scored_best(
     )
     trainer.train()
     scores = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert min(scores) < scores[-1]
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(scores))
+    assert max(scores) > scores[-1]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(max(scores))
 
 
 def test_resume_without_an_average_starts_it_from_the_loaded_weights(

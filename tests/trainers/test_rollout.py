@@ -1,23 +1,24 @@
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 
 from relay_hf.modeling import make_policy
-from relay_hf.trainers.buffer import fresh_rows
-from relay_hf.trainers.rollout import RolloutResult, run_rollout
+from relay_hf.trainers.rollout import Rollout
+from relay_hf.trainers.rows import fresh_rows
 
-from .conftest import MASK, build_model, build_rows
+from .conftest import MASK, build_model, build_rows, run_rollout
 
 WHOLE_SEQUENCE = {"block_size": None, "token_shift": False, "relay_scope": "all", "relay_readout": "pre_norm"}
 
 
 def rollout(
     model: Any, carry: str = "relay", steps: int = 2, threshold: float = 0.2, **rows_options: Any
-) -> RolloutResult:
+) -> tuple[torch.Tensor, Rollout]:
     rows = fresh_rows(model.config, build_rows(3, **rows_options), carries_state=carry != "rollout")
     policy = make_policy("confidence_threshold", threshold)
-    return run_rollout(model, model.config, rows, [policy] * steps, carry)
+    return run_rollout(model, rows, [policy] * steps, carry)
 
 
 def states_fed(carry: str, **overrides: Any) -> list[torch.Tensor]:
@@ -33,7 +34,7 @@ def states_fed(carry: str, **overrides: Any) -> list[torch.Tensor]:
         return forward(embeds, receives, state)
 
     model.relay.forward = record
-    rollout(model, carry).loss.backward()
+    rollout(model, carry)[0].backward()
     return fed
 
 
@@ -61,41 +62,44 @@ def test_relay_and_relay_sg_closed_channel_have_equal_gradients() -> None:
     gradients = []
     for carry in ("relay", "relay_sg"):
         model = build_model(channel_scale=0.0)
-        rollout(model, carry).loss.backward()
+        rollout(model, carry)[0].backward()
         gradients.append([p.grad for name, p in model.named_parameters() if "relay" not in name])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])
 def test_rollout_any_number_of_steps_sums_their_losses(steps: int) -> None:
-    result = rollout(build_model(), steps=steps)
-    assert len(result.step_losses) == len(result.step_reveals) == steps
-    assert float(result.loss) == pytest.approx(sum(map(float, result.step_losses)))
+    loss, result = rollout(build_model(), steps=steps)
+    assert len(result.step_losses) == len(result.step_masked) == steps
+    assert loss.item() == pytest.approx(sum(map(float, result.step_losses)))
 
 
 def test_rollout_two_windows_equal_one_long_one_without_gradient() -> None:
     model = build_model().eval()
     policy = make_policy("confidence_threshold", 0.2)
     rows = fresh_rows(model.config, build_rows(3), carries_state=True)
-    once = run_rollout(model, model.config, rows, [policy] * 4, "relay_sg")
-    first = run_rollout(model, model.config, rows, [policy] * 2, "relay_sg")
-    second = run_rollout(model, model.config, first.rows, [policy] * 2, "relay_sg")
-    assert torch.equal(once.rows.noisy_ids, second.rows.noisy_ids)
+    _, once = run_rollout(model, rows, [policy] * 4, "relay_sg")
+    _, first = run_rollout(model, rows, [policy] * 2, "relay_sg")
+    _, second = run_rollout(model, first.rows, [policy] * 2, "relay_sg")
+    assert torch.equal(once.rows.masked, second.rows.masked)
     assert [float(x) for x in once.step_losses] == [float(x) for x in first.step_losses + second.step_losses]
 
 
 def test_rollout_reveals_only_ground_truth_at_masked_positions() -> None:
     batch = build_rows(3)
-    result = rollout(build_model(), steps=3)
-    revealed = result.rows.noisy_ids != MASK
-    assert torch.equal(result.rows.noisy_ids[revealed], batch["input_ids"][revealed])
-    assert not any((reveal & ~result.rows.maskable).any() for reveal in result.step_reveals)
-    assert not (result.step_reveals[0] & result.step_reveals[1]).any()
+    _, result = rollout(build_model(), steps=3)
+    noisy_ids = result.rows.noisy_ids(MASK)
+    revealed = noisy_ids != MASK
+    assert torch.equal(noisy_ids[revealed], batch["input_ids"][revealed])
+    steps = [*result.step_masked, result.rows.masked]
+    assert torch.equal(steps[0], batch["labels"] != -100)
+    assert all((after < before).any() and not (after > before).any() for before, after in pairwise(steps))
 
 
 def test_rollout_every_unfinished_block_reveals_at_least_one() -> None:
-    result = rollout(build_model(), steps=1, threshold=1.0)
-    assert torch.equal(result.step_reveals[0].view(3, 3, 4).sum(-1), torch.ones(3, 3, dtype=torch.long))
+    _, result = rollout(build_model(), steps=1, threshold=1.0)
+    revealed = result.step_masked[0] & ~result.rows.masked
+    assert torch.equal(revealed.view(3, 3, 4).sum(-1), torch.ones(3, 3, dtype=torch.long))
 
 
 def test_rollout_noisy_half_equals_decoding_the_block_behind_its_clean_prefix() -> None:
@@ -105,19 +109,19 @@ def test_rollout_noisy_half_equals_decoding_the_block_behind_its_clean_prefix() 
     model = build_model().eval()
     batch = build_rows(1)
     rows = fresh_rows(model.config, batch, carries_state=True)
-    result = run_rollout(model, model.config, rows, [make_policy("confidence_threshold", 1.0)], "relay_sg")
+    _, result = run_rollout(model, rows, [make_policy("confidence_threshold", 1.0)], "relay_sg")
     cache = RelayCache(config=model.config.text_config)
     model(batch["input_ids"][:, :8], past_key_values=cache)
     with cache.drafting():
-        output = model(rows.noisy_ids[:, 8:], past_key_values=cache, relay_state=torch.zeros(1, 4, 16))
+        output = model(rows.noisy_ids(MASK)[:, 8:], past_key_values=cache, relay_state=torch.zeros(1, 4, 16))
     # Position 0 of the block differs by design: training aligns it with the noisy block before.
     torch.testing.assert_close(result.rows.relay_state[:, 9:], output.relay_state[:, 1:], rtol=0, atol=1e-5)
 
 
 def test_rollout_initial_state_none_feeds_nothing_to_fresh_rows() -> None:
     without, plain = build_model(relay_initial_state="none"), build_model()
-    assert float(rollout(without, steps=1).loss) == pytest.approx(float(rollout(plain, "rollout", steps=1).loss))
-    assert float(rollout(without, steps=1).loss) != pytest.approx(float(rollout(plain, steps=1).loss))
+    assert rollout(without, steps=1)[0].item() == pytest.approx(rollout(plain, "rollout", steps=1)[0].item())
+    assert rollout(without, steps=1)[0].item() != pytest.approx(rollout(plain, steps=1)[0].item())
 
 
 def test_rollout_right_padding_changes_nothing() -> None:
@@ -126,19 +130,17 @@ def test_rollout_right_padding_changes_nothing() -> None:
         name: torch.nn.functional.pad(t, (0, 5), value=-100 if name == "labels" else 0) for name, t in batch.items()
     }
     policy = make_policy("confidence_threshold", 0.2)
-    results = [
-        run_rollout(model, model.config, fresh_rows(model.config, b, True), [policy] * 2, "relay")
-        for b in (batch, padded)
-    ]
-    assert float(results[0].loss) == pytest.approx(float(results[1].loss), rel=1e-6)
-    assert torch.equal(results[0].rows.noisy_ids, results[1].rows.noisy_ids[:, :10])
+    results = [run_rollout(model, fresh_rows(model.config, b, True), [policy] * 2, "relay") for b in (batch, padded)]
+    (loss, rollout_), (padded_loss, padded_rollout) = results
+    assert loss.item() == pytest.approx(float(padded_loss), rel=1e-6)
+    assert torch.equal(rollout_.rows.masked, padded_rollout.rows.masked[:, :10])
 
 
 def test_rollout_eager_and_sdpa_attention_agree() -> None:
     model = build_model()
-    expected = rollout(model).loss
+    expected, _ = rollout(model)
     model.set_attn_implementation("eager")
-    torch.testing.assert_close(rollout(model).loss, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(rollout(model)[0], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_fresh_rows_all_labels_ignored_raises() -> None:

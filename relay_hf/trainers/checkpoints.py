@@ -1,0 +1,111 @@
+"""Checkpoints that hold everything a run needs to go on, and are only used if they are whole."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+from transformers.utils import logging
+from trl import SFTTrainer
+
+from .buffer import RolloutBuffer
+from .ema import WeightAverage
+
+WEIGHT_AVERAGE_FILE = "weight_average.safetensors"
+# The Trainer writes this file last.
+TRAINER_STATE_FILE = "trainer_state.json"
+
+logger = logging.get_logger(__name__)
+
+
+class ResumableTrainer(SFTTrainer):
+    """Adds the rollout buffer and the moving average of the weights to checkpoints.
+
+    The model in a checkpoint is what is evaluated: the average, if there is one. The weights that training goes on from
+    are in a file beside it. The Trainer has no public hook for state that belongs to a checkpoint;
+    `tests/trainers/test_resume.py` fails if the methods with an underscore move.
+    """
+
+    buffer: RolloutBuffer
+    weight_average: WeightAverage | None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in the Trainer, but a checkpoint whose writing was interrupted is passed over for the last whole one.
+
+        Raises:
+            ValueError: there is no whole checkpoint to resume from.
+        """
+        if resume_from_checkpoint:
+            resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in the Trainer; saves the averaged weights, if there are any."""
+        with nullcontext() if self.weight_average is None else self.weight_average.applied():
+            super().save_model(output_dir, _internal_call=_internal_call)
+
+    def _whole_checkpoint(self, asked: str | bool) -> str:
+        folder = self.args.output_dir
+        if isinstance(asked, str):
+            if _is_whole(asked) or not Path(asked).exists():
+                return asked
+            folder = str(Path(asked).parent)
+        for checkpoint in reversed(sort_checkpoints(folder) if Path(folder).exists() else []):
+            if _is_whole(checkpoint):
+                if isinstance(asked, str):
+                    logger.warning(f"{asked} was not written to its end: going on from {checkpoint} instead.")
+                return checkpoint
+        raise ValueError(f"{folder} has no checkpoint that was written to its end: leave out `resume_from_checkpoint`.")
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.is_world_process_zero():
+            # If the folder is written a second time, it is not whole meanwhile.
+            (Path(self._get_output_dir(trial=trial)) / name / TRAINER_STATE_FILE).unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # Next, the first process writes the file that makes the checkpoint whole, and may delete older ones.
+        self.accelerator.wait_for_everyone()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if tensors := self.buffer.state_dict():
+            save_file(tensors, self._buffer_file(output_dir))
+        if self.weight_average is not None and self.is_world_process_zero():
+            save_file(self.weight_average.state_dict(), Path(output_dir) / WEIGHT_AVERAGE_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        if (path := self._buffer_file(checkpoint)).exists():
+            self.buffer.load_state_dict(load_file(path, device=str(self.args.device)))
+        if self.weight_average is None:
+            return
+        if (path := Path(checkpoint) / WEIGHT_AVERAGE_FILE).exists():
+            self.weight_average.load_state_dict(load_file(path, device=str(self.args.device)))
+        else:
+            self.weight_average.restart()
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.weight_average is not None:
+            # The best score was measured with the average just loaded, which training puts into the model at its end.
+            self.weight_average.restart()
+
+    def _buffer_file(self, folder: str) -> Path:
+        """Each process has rows of its own."""
+        return Path(folder) / f"rollout_buffer_{self.args.process_index}.safetensors"
+
+
+def _is_whole(checkpoint: str) -> bool:
+    try:
+        TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_FILE))
+    except (OSError, ValueError):
+        return False
+    return True
