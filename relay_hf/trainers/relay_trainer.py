@@ -174,7 +174,8 @@ class RelayTrainer(ResumableTrainer):
         args, config, recipe = self.args, self.relay_config, self.recipe
         if recipe.is_rollout:
             if is_training:
-                refilled = self.buffer.refill(inputs, self.state.train_batch_size)
+                # The public `args.train_batch_size` is not the one that `auto_find_batch_size` found.
+                refilled = self.buffer.refill(inputs, slots=self._train_batch_size)
                 self._record(True, {"buffer_refills": float(refilled), "buffer_queue": float(len(self.buffer.queue))})
                 rows = self.buffer.rows
             else:

@@ -1,6 +1,7 @@
 """A tiny model and tiny data for training: two layers of width 16, rows of two to three blocks of four."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,42 +64,54 @@ def run_rollout(*args: Any) -> tuple[torch.Tensor, Rollout]:
     return rollout.run_window(), rollout
 
 
-@pytest.fixture(scope="session")
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Its special ids are inside the tiny vocabulary; only there because SFTTrainer insists on a tokenizer."""
-    return make_byte_tokenizer(pad_token="!", eos_token='"')
-
-
-@pytest.fixture
-def dataset() -> Dataset:
+def build_dataset() -> Dataset:
+    """64 rows that are learned but for their first three tokens."""
     rows = build_rows(64)
     return Dataset.from_dict({name: rows[name].tolist() for name in ("input_ids", "labels")})
 
 
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Its special ids are inside the tiny vocabulary; only there because SFTTrainer insists on a tokenizer."""
+    return make_byte_tokenizer(pad_token="!", eos_token='"')
+
+
+def build_trainer(
+    output_dir: Any, model: Any = None, data: Dataset | None = None, trainer_options: dict | None = None, **options: Any
+) -> RelayTrainer:
+    """A trainer of four quick steps that writes nothing; `options` are training arguments."""
+    defaults = {
+        "output_dir": str(output_dir),
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "unmasking_threshold": 0.3,
+    }
+    return RelayTrainer(
+        build_model() if model is None else model,
+        RelayTrainerConfig(**{**defaults, **options}),
+        train_dataset=build_dataset() if data is None else data,
+        **{"processing_class": build_tokenizer(), **(trainer_options or {})},
+    )
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    return build_tokenizer()
+
+
 @pytest.fixture
-def make_trainer(
-    tmp_path: Any, dataset: Dataset, byte_tokenizer: PreTrainedTokenizerFast
-) -> Callable[..., RelayTrainer]:
-    def make(
-        model: Any = None, data: Dataset | None = None, trainer_options: dict | None = None, **options: Any
-    ) -> RelayTrainer:
-        defaults = {
-            "output_dir": str(tmp_path / "run"),
-            "max_steps": 4,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-3,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": [],
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "unmasking_threshold": 0.3,
-        }
-        return RelayTrainer(
-            build_model() if model is None else model,
-            RelayTrainerConfig(**{**defaults, **options}),
-            train_dataset=dataset if data is None else data,
-            **{"processing_class": byte_tokenizer, **(trainer_options or {})},
-        )
+def dataset() -> Dataset:
+    return build_dataset()
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path) -> Callable[..., RelayTrainer]:
+    def make(*args: Any, output_dir: Any = None, **options: Any) -> RelayTrainer:
+        return build_trainer(output_dir or tmp_path / "run", *args, **options)
 
     return make

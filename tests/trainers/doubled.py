@@ -1,4 +1,7 @@
-"""The plain doubled-sequence step, oracle of the block denoiser: [x_t ; x_0] in every step, as published."""
+"""The plain doubled-sequence step, oracle of the block denoiser: [x_t ; x_0] in every step, as published.
+
+Like the published one it computes the logits of every noisy position, and the softmax of all of them.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,13 +12,14 @@ from torch.nn import functional as F
 from transformers.masking_utils import create_bidirectional_mask
 
 from relay_hf import RelayConfig
-from relay_hf.modeling.reveal_relay import best_token
 from relay_hf.trainers.denoiser import Step, receives_state
 from relay_hf.trainers.rows import RolloutRows
 
 
 class DoubledDenoiser:
     """A noisy position sees its noisy block and the clean blocks before it; a clean one, clean blocks up to its own."""
+
+    scores_all = True
 
     def __init__(self, model: Callable[..., Any], config: RelayConfig, rows: RolloutRows) -> None:
         self.model, self.config = model, config
@@ -40,6 +44,7 @@ class DoubledDenoiser:
     def step(self, rows: RolloutRows, state: Tensor | None) -> Step:
         length = rows.clean_ids.shape[1]
         masked = rows.masked
+        scored = torch.ones_like(masked) if self.scores_all else masked
         receives = None
         if state is not None:
             # The clean half is committed text, and so is a block without masks: neither gets a state.
@@ -54,10 +59,18 @@ class DoubledDenoiser:
             position_ids=self.position_ids[None],
             relay_state=state,
             relay_mask=receives,
-            logits_to_keep=F.pad(masked, (0, length)),
+            logits_to_keep=F.pad(scored, (0, length)),
             use_cache=False,
         )
         next_state = None if output.relay_state is None else output.relay_state[:, :length]
-        losses = F.cross_entropy(output.logits.float(), rows.clean_ids[masked], reduction="none")
-        confidence, _ = best_token(output.logits.detach().clone(), self.config.mask_token_id)
-        return Step(losses, confidence, next_state)
+        logits = output.logits.float()  # (N, V) with N the number of scored positions
+        losses = F.cross_entropy(logits, rows.clean_ids[scored], reduction="none")
+        probability = logits.detach().softmax(-1)
+        probability[:, self.config.mask_token_id] = 0.0
+        return Step(losses[masked[scored]], probability.amax(-1)[masked[scored]], next_state)
+
+
+class FrugalDoubledDenoiser(DoubledDenoiser):
+    """Only masked positions go through the head."""
+
+    scores_all = False

@@ -91,3 +91,89 @@ def test_load_state_dict_of_another_objective_raises(carries_state: bool) -> Non
     saved.refill(build_rows(2))
     with pytest.raises(ValueError, match="of another objective"):
         RolloutBuffer(CONFIG, not carries_state).load_state_dict(saved.state_dict())
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    slots=st.integers(1, 4),
+    batches=st.lists(st.tuples(st.integers(1, 5), st.integers(4, 14)), min_size=1, max_size=6),
+    queue_size=st.integers(0, 12),
+    seed=st.integers(0, 1000),
+)
+def test_queue_rows_come_in_the_order_of_the_data(
+    slots: int, batches: list[tuple[int, int]], queue_size: int, seed: int
+) -> None:
+    """A model of the queue in plain Python: first come, first served; what comes when it is full is dropped."""
+    buffer = RolloutBuffer(CONFIG, carries_state=True, queue_size=queue_size)
+    generator = torch.Generator().manual_seed(seed)
+    waiting: list[list[int]] = []
+    held: list[list[int] | None] = [None] * slots
+    for number, (count, length) in enumerate(batches):
+        batch = build_rows(count, length, seed=number)
+        waiting += batch["input_ids"].tolist()
+        free = [slot for slot in range(slots) if held[slot] is None]
+        taken = list(zip(free, waiting, strict=False))
+        for slot, text in taken:
+            held[slot] = text
+        waiting = waiting[len(taken) :][:queue_size]
+
+        assert buffer.refill(batch, slots) == len(taken)
+        assert [ids.tolist() for ids, _ in buffer.queue] == waiting
+        for slot, text in enumerate(held):
+            if text is not None:
+                assert buffer.rows.clean_ids[slot, : len(text)].tolist() == text
+                assert not buffer.rows.attention_mask[slot, len(text) :].any()
+        done = [slot for slot in range(slots) if torch.rand((), generator=generator) < 0.5]
+        finish(buffer, done)
+        held = [None if slot in done else text for slot, text in enumerate(held)]
+
+
+def test_state_dict_with_queue_restored_goes_on_equally() -> None:
+    buffer, other = (RolloutBuffer(CONFIG, True, queue_size=9) for _ in range(2))
+    buffer.refill(build_rows(3, length=9), slots=2)
+    buffer.refill(build_rows(2, length=12, seed=1))
+    other.load_state_dict({name: tensor.clone() for name, tensor in buffer.state_dict().items()})
+    for one in (buffer, other):
+        finish(one, [0, 1])
+        assert one.refill(build_rows(1, length=5, seed=2)) == 2
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in buffer.state_dict().items())
+    assert len(buffer.queue) == 2
+
+
+def test_refill_fewer_slots_lets_unfinished_rows_begin_again() -> None:
+    buffer = RolloutBuffer(CONFIG, carries_state=True, queue_size=9)
+    batch = build_rows(4)
+    buffer.refill(batch)
+    finish(buffer, [2])
+    assert buffer.refill(build_rows(1, seed=1), slots=2) == 0
+    assert torch.equal(buffer.rows.clean_ids, batch["input_ids"][:2])
+    assert torch.equal(buffer.queue[0][0], batch["input_ids"][3])
+    assert len(buffer.queue) == 2
+
+
+def test_refill_more_slots_takes_rows_from_the_queue() -> None:
+    buffer = RolloutBuffer(CONFIG, carries_state=True, queue_size=9)
+    buffer.refill(build_rows(2))
+    incoming = build_rows(3, length=14, seed=1)
+    assert buffer.refill(incoming, slots=4) == 2
+    assert torch.equal(buffer.rows.clean_ids[2:], incoming["input_ids"][:2])
+    assert len(buffer.queue) == 1
+
+
+def test_refill_row_without_labels_is_passed_over() -> None:
+    buffer, batch = RolloutBuffer(CONFIG, carries_state=True, queue_size=9), build_rows(3)
+    batch["labels"][1] = -100
+    assert buffer.refill(batch) == 2
+    assert torch.equal(buffer.rows.clean_ids[:2], batch["input_ids"][[0, 2]])
+    assert bool(buffer.rows.is_finished[2])
+
+
+def test_staggered_buffer_starts_out_of_phase_only_once() -> None:
+    buffer = RolloutBuffer(CONFIG, carries_state=True, queue_size=9, staggered=True)
+    buffer.refill(build_rows(4))
+    masked = buffer.rows.masked.sum(-1)
+    assert masked[0] == 9
+    assert masked[3] < 9
+    finish(buffer, [0, 1, 2, 3])
+    buffer.refill(build_rows(4, seed=1))
+    assert torch.equal(buffer.rows.masked, buffer.rows.maskable)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM, TrainerCallback
 from trl import SFTConfig
 
 from relay_hf import RelayConfig, RelayForMaskedDiffusion
@@ -299,3 +299,83 @@ def test_trainer_tells_ddp_of_an_unused_channel(
     make_trainer: Callable[..., RelayTrainer], objective: str, expected: bool | None
 ) -> None:
     assert make_trainer(objective=objective).args.ddp_find_unused_parameters is expected
+
+
+def test_relay_weight_decay_shrinks_only_the_channel(make_trainer: Callable[..., RelayTrainer]) -> None:
+    trainer = make_trainer(relay_weight_decay=0.5, weight_decay=0.25)
+    groups = trainer.create_optimizer().param_groups
+    channel = {id(parameter) for parameter in trainer.model.relay.parameters()}
+    for group in groups:
+        own = [id(parameter) in channel for parameter in group["params"]]
+        assert all(own) or not any(own)
+        assert group["lr"] == 1e-3
+        assert group["weight_decay"] == 0.5 if any(own) else group["weight_decay"] in (0.0, 0.25)
+
+
+@pytest.mark.parametrize("objective", get_args(Objective))
+def test_evaluation_does_not_depend_on_the_batch_size(
+    make_trainer: Callable[..., RelayTrainer], objective: str
+) -> None:
+    rows = build_rows(7, length=14)
+    data = Dataset.from_list(
+        [
+            {"input_ids": ids[: 6 + row].tolist(), "labels": labels[: 6 + row].tolist()}
+            for row, (ids, labels) in enumerate(zip(rows["input_ids"], rows["labels"], strict=True))
+        ]
+    )
+    scores = [
+        make_trainer(objective=objective, per_device_eval_batch_size=size).evaluate(data)["eval_loss"]
+        for size in (1, 3, 7)
+    ]
+    assert scores == pytest.approx([scores[0]] * 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 1])
+def test_train_non_finite_loss_stops_before_the_weights_change(
+    make_trainer: Callable[..., RelayTrainer], window: int | None
+) -> None:
+    trainer = make_trainer(gradient_window=window)
+    before: list[dict[str, torch.Tensor]] = []
+
+    class Spoil(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                before.append(weights(model))
+                trainer.buffer.rows.relay_state.fill_(float("nan"))
+
+    trainer.add_callback(Spoil())
+    with pytest.raises(FloatingPointError, match=r"loss of training step 3 is nan.*lower `learning_rate`"):
+        trainer.train()
+    assert all(torch.equal(tensor, before[0][name]) for name, tensor in weights(trainer.model).items())
+
+
+def test_train_non_finite_gradient_stops_before_the_weights_change(make_trainer: Callable[..., RelayTrainer]) -> None:
+    trainer = make_trainer()
+    before = weights(trainer.model)
+    trainer.model.lm_head.weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(FloatingPointError, match="gradient of training step 1"):
+        trainer.train()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(trainer.model).items())
+
+
+@pytest.mark.parametrize("objective", ["relay", "complementary"])
+def test_train_in_windows_with_accumulation_is_the_sum_of_its_windows(
+    make_trainer: Callable[..., RelayTrainer], objective: str
+) -> None:
+    """For `relay`, one window of both steps differs from two windows only by the gradient of the state."""
+    results = {}
+    for window in (None, 1):
+        trainer = make_trainer(
+            build_model(channel_scale=0.0),  # a closed channel passes no gradient on
+            objective=objective,
+            gradient_window=window,
+            gradient_accumulation_steps=2,
+            optim="sgd",
+            max_steps=1,
+            learning_rate=0.1,
+        )
+        trainer.train()
+        results[window] = (weights(trainer.model), logged(trainer, "loss") + logged(trainer, "grad_norm"))
+    for name, expected in results[None][0].items():
+        torch.testing.assert_close(results[1][0][name], expected, rtol=1e-4, atol=1e-6)
+    assert results[1][1] == pytest.approx(results[None][1], rel=1e-4)

@@ -132,7 +132,7 @@ def test_rollout_right_padding_changes_nothing() -> None:
     policy = make_policy("confidence_threshold", 0.2)
     results = [run_rollout(model, fresh_rows(model.config, b, True), [policy] * 2, "relay") for b in (batch, padded)]
     (loss, rollout_), (padded_loss, padded_rollout) = results
-    assert loss.item() == pytest.approx(float(padded_loss), rel=1e-6)
+    assert loss.item() == pytest.approx(padded_loss.item(), rel=1e-6)
     assert torch.equal(rollout_.rows.masked, padded_rollout.rows.masked[:, :10])
 
 

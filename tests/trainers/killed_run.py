@@ -1,0 +1,53 @@
+"""A training run that is killed: `python -m tests.trainers.killed_run FOLDER MOMENT`, MOMENT "step" or "save"."""
+
+import os
+import signal
+import sys
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from .conftest import build_trainer
+
+SETTINGS: dict[str, Any] = {
+    "max_steps": 6,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "threshold_jitter": 0.2,
+    "ema_decay": 0.9,
+    "relay_learning_rate": 1e-2,
+    "rollout_steps": 3,
+    "gradient_window": 2,
+    "gradient_accumulation_steps": 2,
+}
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KillAfterStep(TrainerCallback):
+    """Dies after the fifth step, between two checkpoints."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 5:
+            kill()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder, moment = sys.argv[1:]
+    trainer = build_trainer(folder, **SETTINGS)
+    if moment == "step":
+        trainer.add_callback(KillAfterStep())
+    else:
+        save = trainer.buffer.state_dict
+
+        def die_while_saving() -> dict[str, torch.Tensor]:
+            if trainer.state.global_step == 4:  # model and optimizer of the second checkpoint are on disk
+                kill()
+            return save()
+
+        trainer.buffer.state_dict = die_while_saving
+    trainer.train()
