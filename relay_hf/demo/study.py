@@ -128,6 +128,9 @@ def _train(
         unmasking_policy="confidence_budget",
         unmasking_threshold=TRAINING_THRESHOLD,
         threshold_jitter=THRESHOLD_JITTER,
+        # As published, so that the demo stays comparable with the paper.
+        buffer_queue_size=0,
+        staggered_start=False,
         learning_rate=WARMUP_LEARNING_RATE if is_warmup else ADAPTATION_LEARNING_RATE,
         relay_learning_rate=CHANNEL_LEARNING_RATE if objective.startswith("relay") else None,
         lr_scheduler_type="cosine",
