@@ -76,14 +76,19 @@ class RelayTrainerConfig(SFTConfig):
         super().__post_init__()
         if self.objective not in get_args(Objective):
             raise ValueError(f"`objective={self.objective!r}` is unknown: choose one of {list(get_args(Objective))}.")
-        if self.rollout_steps < 1:
-            raise ValueError(f"`rollout_steps={self.rollout_steps}` must be at least 1: a rollout has K >= 1 steps.")
+        if not isinstance(self.rollout_steps, int) or self.rollout_steps < 1:
+            raise ValueError(
+                f"`rollout_steps={self.rollout_steps}` must be at least 1, and whole: a rollout has K >= 1 steps."
+            )
         for name in ("gradient_window", "sub_block_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}={value}` must be at least 1; `None` leaves it open.")
         if self.buffer_queue_size < 0:
             raise ValueError(f"`buffer_queue_size={self.buffer_queue_size}` is negative: 0 means no queue.")
+        if self.max_length is not None and self.max_length < 1:
+            # TRL would take a negative one for a number of tokens to cut off at the end.
+            raise ValueError(f"`max_length={self.max_length}` must be at least 1; `None` keeps texts whole.")
         make_policy(self.unmasking_policy, self.unmasking_threshold)
         if not self.threshold_jitter >= 0:
             raise ValueError(f"`threshold_jitter={self.threshold_jitter}` is a standard deviation: it must be >= 0.")
