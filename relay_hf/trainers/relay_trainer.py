@@ -92,6 +92,8 @@ class RelayTrainer(ResumableTrainer):
         if not args.carries_state and config.relay_channel != "none" and args.ddp_find_unused_parameters is None:
             # The channel gets no gradient then, which DDP has to be told.
             args.ddp_find_unused_parameters = True
+        # `model.to(torch.bfloat16)` takes the channel along, whose small weights would then lose updates.
+        base.relay.float()
         if peft_config is not None and config.relay_channel != "none":
             # A channel has a few thousand parameters: adapters would only get in its way.
             modules = sorted({*(peft_config.modules_to_save or []), "relay"})
