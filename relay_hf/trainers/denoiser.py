@@ -212,7 +212,8 @@ class BlockDenoiser:
             logits_to_keep=torch.empty(0, dtype=torch.long, device=ids.device),
             targets=ids,
         )
-        clean.embeds = output.inputs_embeds
+        # Under autocast, accelerate turns every output of a wrapped model into fp32, whatever the backbone's dtype.
+        clean.embeds = output.inputs_embeds.to(clean.hidden.dtype)
         return clean
 
     def begin_window(self, is_last: bool) -> None:
