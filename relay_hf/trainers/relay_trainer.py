@@ -16,7 +16,7 @@ from ..modeling import RelayConfig, RelayForMaskedDiffusion
 from .buffer import RolloutBuffer
 from .card import training_card
 from .checkpoints import ResumableTrainer
-from .dataset_checks import check_dataset
+from .dataset_checks import check_dataset, check_source
 from .denoiser import keep_caches_under_checkpointing
 from .ema import WeightAverage
 from .metrics import ChannelNorms, is_channel_parameter, rollout_metrics
@@ -99,6 +99,8 @@ class RelayTrainer(ResumableTrainer):
             modules = sorted({*(peft_config.modules_to_save or []), "relay"})
             peft_config = copy.copy(peft_config)  # the caller's stays as it is
             peft_config.modules_to_save = modules
+        for name, dataset in _data_sets(kwargs.get("train_dataset"), kwargs.get("eval_dataset")).items():
+            check_source(dataset, name, args, kwargs)
         own_forward = vars(base).get("forward")
         super().__init__(model, args, peft_config=peft_config, **kwargs)
         args.model_init_kwargs = options
@@ -117,10 +119,8 @@ class RelayTrainer(ResumableTrainer):
                 "set `gradient_window=None`, or train with FSDP."
             )
         check_special_tokens(self.processing_class, config)
-        check_dataset(self.train_dataset, "training set", config.mask_token_id)
-        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
-        for name, dataset in evaluated.items():
-            check_dataset(dataset, f"data set `{name}`", config.mask_token_id)
+        for name, dataset in _data_sets(self.train_dataset, self.eval_dataset).items():
+            check_dataset(dataset, name, config)
         keep_caches_under_checkpointing(self.model)
 
         self.relay_config = config
@@ -235,6 +235,12 @@ class RelayTrainer(ResumableTrainer):
         card = training_card(name, self.args, self.relay_config, self.model, self.state.global_step, dataset_name)
         extra = [tags] if isinstance(tags, str) else list(tags or [])
         save_card(replace(card, tags=extra), self.args.output_dir)
+
+
+def _data_sets(train: Any, evaluated: Any) -> dict[str, Any]:
+    """All data sets, under the names that messages give them."""
+    named = evaluated if isinstance(evaluated, dict) else {"eval": evaluated}
+    return {"training set": train, **{f"data set `{name}`": dataset for name, dataset in named.items()}}
 
 
 class _FollowWeights(TrainerCallback):
