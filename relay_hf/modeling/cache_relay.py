@@ -24,6 +24,8 @@ class RelayCache(DynamicCache):
 
     # Whether gradient checkpointing may replay a forward with this cache.
     survives_checkpointing = False
+    # (B, L) bool, new positions that are aligned with `last_hidden` although their predecessor is in the column before.
+    is_cut: Tensor | None = None
     _ROW_TENSORS = ("relay_state", "last_hidden", "last_read_out")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

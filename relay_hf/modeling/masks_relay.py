@@ -72,7 +72,9 @@ def block_attention_mask(
     )
 
 
-def align_to_positions(raw: Tensor, position_ids: Tensor, before: Tensor | None = None) -> Tensor:
+def align_to_positions(
+    raw: Tensor, position_ids: Tensor, before: Tensor | None = None, is_cut: Tensor | None = None
+) -> Tensor:
     """Turns the outputs of a token-shift model into position-aligned ones: entry i is what position i - 1 produced.
 
     Args:
@@ -80,10 +82,13 @@ def align_to_positions(raw: Tensor, position_ids: Tensor, before: Tensor | None 
         position_ids: (B or 1, L). Position 0 has nothing before it and keeps its own output, as in Fast-dLLM v2.
         before: (B, 1 or L, D) output of the position before each one whose predecessor is not in the column before,
             for instance because it is cached. None: such positions keep their own output.
+        is_cut: (B, L) bool, positions that are treated so although their predecessor is in the column before.
 
     Returns:
         (B, L, D).
     """
-    follows = F.pad(position_ids[:, 1:] == position_ids[:, :-1] + 1, (1, 0))[..., None]  # (B or 1, L, 1)
+    follows = F.pad(position_ids[:, 1:] == position_ids[:, :-1] + 1, (1, 0))  # (B or 1, L)
+    if is_cut is not None:
+        follows = follows & ~is_cut
     elsewhere = raw if before is None else torch.where((position_ids == 0)[..., None], raw, before.to(raw.dtype))
-    return torch.where(follows, F.pad(raw[:, :-1], (0, 0, 1, 0)), elsewhere)
+    return torch.where(follows[..., None], F.pad(raw[:, :-1], (0, 0, 1, 0)), elsewhere)

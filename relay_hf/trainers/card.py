@@ -15,6 +15,7 @@ ARGUMENTS = (
     "unmasking_policy",
     "unmasking_threshold",
     "sub_block_size",
+    "clean_block_starts",
     "threshold_jitter",
     "learning_rate",
     "relay_learning_rate",

@@ -65,9 +65,21 @@ class Denoiser(Protocol):
         ...
 
 
-def make_denoiser(model: Callable[..., Any], config: RelayConfig, rows: RolloutRows) -> Denoiser:
-    """The denoiser for `model` (possibly wrapped by PEFT or DDP) and the text of `rows`."""
-    return SequenceDenoiser(model, config) if config.block_size is None else BlockDenoiser(model, config, rows)
+def make_denoiser(
+    model: Callable[..., Any], config: RelayConfig, rows: RolloutRows, clean_block_starts: bool = False
+) -> Denoiser:
+    """The denoiser for a model and the text of some rows.
+
+    Args:
+        model: a `RelayForMaskedDiffusion`, possibly wrapped by PEFT or DDP.
+        config: its configuration.
+        rows: whose text is denoised.
+        clean_block_starts: with token shift, position 0 of a block is scored by the position before it. That is clean
+            text in decoding, but the noisy block before in the published training; True trains what decoding does.
+    """
+    if config.block_size is None:
+        return SequenceDenoiser(model, config)
+    return BlockDenoiser(model, config, rows, clean_block_starts)
 
 
 def keep_caches_under_checkpointing(model: nn.Module) -> None:
@@ -188,9 +200,12 @@ class BlockDenoiser:
     Every step is one pass, even if no block is active, so that processes which train together stay in step.
     """
 
-    def __init__(self, model: Callable[..., Any], config: RelayConfig, rows: RolloutRows) -> None:
+    def __init__(
+        self, model: Callable[..., Any], config: RelayConfig, rows: RolloutRows, clean_block_starts: bool = False
+    ) -> None:
         self.model = model
         self.config = config
+        self.clean_block_starts = clean_block_starts
         self.size: int = config.block_size
         self.length = rows.clean_ids.shape[1]
         self.is_text = self._pad(rows.attention_mask)  # (B, L') with L' a multiple of S
@@ -244,6 +259,7 @@ class BlockDenoiser:
         last_block = int(blocks.where(active.gather(1, blocks), 0).max())
         before = None if self.clean_hidden is None else pack(self.clean_hidden)
         prefix = CleanPrefix(self.clean, last_block * self.size, before)
+        prefix.is_cut = self._is_cut(columns)
         is_masked, clean_ids = pack(masked), pack(self.clean_ids)
         output = self.model(
             input_ids=clean_ids.masked_fill(is_masked, self.config.mask_token_id),
@@ -265,8 +281,16 @@ class BlockDenoiser:
 
     def _state(self, read_out: Tensor) -> Tensor:
         """(B, L, D) position-aligned state from the raw outputs of the row."""
-        aligned = align_to_positions(read_out, self.positions) if self.config.token_shift else read_out
-        return aligned[:, : self.length]
+        if self.config.token_shift:
+            before = (
+                align_to_positions(self.clean.read_out[:, :-1], self.positions) if self.clean_block_starts else None
+            )
+            read_out = align_to_positions(read_out, self.positions, before, self._is_cut(self.positions))
+        return read_out[:, : self.length]
+
+    def _is_cut(self, positions: Tensor) -> Tensor | None:
+        """Positions that are aligned with clean text, whatever stands before them."""
+        return positions % self.size == 0 if self.clean_block_starts else None
 
     def _attention(self, columns: Tensor, is_text: Tensor, prefix: CleanPrefix) -> Any:
         """A packed position sees its own block, and the clean text of the blocks before it."""

@@ -33,6 +33,9 @@ class RelayTrainerConfig(SFTConfig):
         sub_block_size: positions of a block revealed before the next ones are looked at, as in `generate`; None = a
             step may reveal any position of a block (the published rule for training; 8 would be its
             "decode_aligned").
+        clean_block_starts: for token-shift models, whether the first token of a block is learned from the clean text
+            before it, which is what decoding reads it from. The published training reads it from the noisy block
+            before, and leaves the first tokens of blocks to what the base model knows.
         threshold_jitter: standard deviation of Gaussian noise on the threshold, drawn per step (Sudoku recipe: 0.1).
             Evaluation uses the threshold as it is.
         buffer_queue_size: rows of text (per process) that may wait for a place in the rollout buffer. A row needs many
@@ -61,6 +64,7 @@ class RelayTrainerConfig(SFTConfig):
     unmasking_policy: str = field(default="confidence_threshold", metadata={"help": "Reveal rule of the rollout."})
     unmasking_threshold: float = field(default=0.85, metadata={"help": "What the reveal rule compares with."})
     sub_block_size: int | None = field(default=None, metadata={"help": "Part of a block revealed first; all of it."})
+    clean_block_starts: bool = field(default=False, metadata={"help": "Learn block starts as decoding reads them."})
     threshold_jitter: float = field(default=0.0, metadata={"help": "Standard deviation of noise on the threshold."})
     buffer_queue_size: int = field(default=4096, metadata={"help": "Rows that may wait for the rollout buffer."})
     staggered_start: bool = field(default=True, metadata={"help": "Start rows with different fractions revealed."})

@@ -188,7 +188,7 @@ class RelayTrainer(ResumableTrainer):
             rows, advances = random_masks(args, config, rows, seeded=not is_training)
         reduce_loss = mean_of_positions(recipe, self._share) if is_training else mean_of_rows(recipe)
         window = args.gradient_window if is_training else None
-        return Rollout(model, config, rows, advances, recipe.carry, reduce_loss, window)
+        return Rollout(model, config, rows, advances, recipe.carry, reduce_loss, window, args.clean_block_starts)
 
     def _record(self, is_training: bool, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():

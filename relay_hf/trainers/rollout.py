@@ -83,6 +83,7 @@ class Rollout:
             carries no state.
         reduce_loss: the scalar loss of a step, from its (N,) losses and the rows before it.
         window: steps per window; None = K. The last window may be shorter.
+        clean_block_starts: see `make_denoiser`.
 
     Attributes:
         rows: as the last step left them, state detached.
@@ -99,8 +100,9 @@ class Rollout:
         carry: Carry,
         reduce_loss: Callable[[Tensor, RolloutRows], Tensor],
         window: int | None = None,
+        clean_block_starts: bool = False,
     ) -> None:
-        self._make_denoiser = partial(make_denoiser, model, config, rows)
+        self._make_denoiser = partial(make_denoiser, model, config, rows, clean_block_starts)
         self._denoiser: Denoiser | None = None
         self.rows = rows
         self.advances = advances

@@ -71,6 +71,9 @@ FIELDS = tuple(field.name for field in fields(RolloutRows))
 def fresh_rows(config: RelayConfig, batch: dict[str, Tensor], carries_state: bool) -> RolloutRows:
     """Rows in which everything to be learned is masked.
 
+    The last block of a row is filled up with [MASK]s that are seen but not learned: decoding has them there too, and
+    without them their number would tell the model where the text ends.
+
     Args:
         config: the model's configuration.
         batch: `input_ids` (B, L), `labels` (B, L) with -100 outside the response, `attention_mask` (B, L) or nothing.
@@ -92,6 +95,12 @@ def fresh_rows(config: RelayConfig, batch: dict[str, Tensor], carries_state: boo
     attention_mask = batch.get("attention_mask", torch.ones_like(clean_ids)).bool()
     if not bool(attention_mask[:, 0].all()):
         raise ValueError("The batch is padded on the left: blocks are counted from the first column; pad on the right.")
+    if config.block_size is not None:
+        blocks = -(-attention_mask.sum(-1) // config.block_size)  # (B,)
+        length = max(int(blocks.max()) * config.block_size, clean_ids.shape[1])
+        maskable, is_text = fit_positions(maskable, length), fit_positions(attention_mask, length)
+        clean_ids = fit_positions(clean_ids, length).where(is_text, config.mask_token_id)
+        attention_mask = torch.arange(length, device=blocks.device) < blocks[:, None] * config.block_size
     rows, length = clean_ids.shape
     state = None
     if carries_state:

@@ -48,6 +48,7 @@ def begin_rollout(
     policies: list[UnmaskingPolicy],
     objective: str,
     window: int | None = None,
+    **options: Any,
 ) -> Rollout:
     """A rollout as the trainer begins it; the policies say nothing to objectives with random masks."""
     recipe = RECIPES[objective]
@@ -55,7 +56,7 @@ def begin_rollout(
     if not recipe.is_rollout:
         advances = [complement, stay] if objective == "complementary" else [stay]
     reduce_loss = mean_of_positions(recipe, share=lambda count: count)
-    return Rollout(model, model.config, rows, advances, recipe.carry, reduce_loss, window)
+    return Rollout(model, model.config, rows, advances, recipe.carry, reduce_loss, window, **options)
 
 
 def run_rollout(*args: Any) -> tuple[torch.Tensor, Rollout]:

@@ -21,7 +21,7 @@ class DoubledDenoiser:
 
     scores_all = True
 
-    def __init__(self, model: Callable[..., Any], config: RelayConfig, rows: RolloutRows) -> None:
+    def __init__(self, model: Callable[..., Any], config: RelayConfig, rows: RolloutRows, *_: Any) -> None:
         self.model, self.config = model, config
         count, length = rows.clean_ids.shape
         self.position_ids = torch.arange(length).repeat(2)  # (2L,)

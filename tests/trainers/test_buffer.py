@@ -11,6 +11,15 @@ from .conftest import MASK, build_model, build_rows
 CONFIG = build_model().config
 
 
+def whole_blocks(length: int) -> int:
+    """Rows are filled up with visible [MASK]s to whole blocks of four."""
+    return -(-length // 4) * 4
+
+
+def filled(text: list[int]) -> list[int]:
+    return text + [MASK] * (whole_blocks(len(text)) - len(text))
+
+
 def finish(buffer: RolloutBuffer, rows: list[int]) -> None:
     """Reveals everything in some rows and leaves a state in all of them."""
     buffer.rows.masked[rows] = False
@@ -38,7 +47,7 @@ def test_refill_any_shapes_replaces_finished_rows_in_order(
     for row in range(slots):
         source, index, length = (new, replaced.index(row), lengths[1]) if row in replaced else (old, row, lengths[0])
         assert torch.equal(buffer.rows.clean_ids[row, :length], source["input_ids"][index])
-        assert int(buffer.rows.attention_mask[row].sum()) == length
+        assert int(buffer.rows.attention_mask[row].sum()) == whole_blocks(length)
         # A new row never inherits the state of the row before it.
         assert bool(buffer.rows.has_state[row]) == (row not in replaced)
         assert float(buffer.rows.relay_state[row].abs().sum()) == 0 or row not in replaced
@@ -81,8 +90,8 @@ def test_refill_longest_row_gone_narrows_the_buffer() -> None:
     buffer.refill(build_rows(2, length=14))
     finish(buffer, [0, 1])
     buffer.refill(build_rows(2, length=6))
-    assert buffer.rows.masked.shape == (2, 6)
-    assert buffer.rows.relay_state.shape == (2, 6, 16)
+    assert buffer.rows.masked.shape == (2, 8)
+    assert buffer.rows.relay_state.shape == (2, 8, 16)
 
 
 @pytest.mark.parametrize("carries_state", [True, False])
@@ -118,11 +127,11 @@ def test_queue_rows_come_in_the_order_of_the_data(
         waiting = waiting[len(taken) :][:queue_size]
 
         assert buffer.refill(batch, slots) == len(taken)
-        assert [ids.tolist() for ids, _ in buffer.queue] == waiting
+        assert [ids.tolist() for ids, _ in buffer.queue] == [filled(text) for text in waiting]
         for slot, text in enumerate(held):
             if text is not None:
-                assert buffer.rows.clean_ids[slot, : len(text)].tolist() == text
-                assert not buffer.rows.attention_mask[slot, len(text) :].any()
+                assert buffer.rows.clean_ids[slot, : whole_blocks(len(text))].tolist() == filled(text)
+                assert not buffer.rows.attention_mask[slot, whole_blocks(len(text)) :].any()
         done = [slot for slot in range(slots) if torch.rand((), generator=generator) < 0.5]
         finish(buffer, done)
         held = [None if slot in done else text for slot, text in enumerate(held)]
@@ -156,7 +165,7 @@ def test_refill_more_slots_takes_rows_from_the_queue() -> None:
     buffer.refill(build_rows(2))
     incoming = build_rows(3, length=14, seed=1)
     assert buffer.refill(incoming, slots=4) == 2
-    assert torch.equal(buffer.rows.clean_ids[2:], incoming["input_ids"][:2])
+    assert torch.equal(buffer.rows.clean_ids[2:, :14], incoming["input_ids"][:2])
     assert len(buffer.queue) == 1
 
 

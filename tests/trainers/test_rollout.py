@@ -4,11 +4,12 @@ from typing import Any
 import pytest
 import torch
 
+from relay_hf import RelayCache
 from relay_hf.modeling import make_policy
 from relay_hf.trainers.rollout import Rollout
 from relay_hf.trainers.rows import fresh_rows
 
-from .conftest import MASK, build_model, build_rows, run_rollout
+from .conftest import MASK, begin_rollout, build_model, build_rows, run_rollout
 
 WHOLE_SEQUENCE = {"block_size": None, "token_shift": False, "relay_scope": "all", "relay_readout": "pre_norm"}
 
@@ -102,20 +103,31 @@ def test_rollout_every_unfinished_block_reveals_at_least_one() -> None:
     assert torch.equal(revealed.view(3, 3, 4).sum(-1), torch.ones(3, 3, dtype=torch.long))
 
 
-def test_rollout_noisy_half_equals_decoding_the_block_behind_its_clean_prefix() -> None:
-    """The doubled sequence is only a way to train all blocks at once: each sees what it sees in decoding."""
-    from relay_hf import RelayCache
-
-    model = build_model().eval()
+@pytest.mark.parametrize("clean_block_starts", [False, True])
+@pytest.mark.parametrize("read_out", [{}, {"relay_readout": "pre_norm"}], ids=["post_norm", "pre_norm"])
+def test_rollout_equals_decoding_the_block_behind_its_clean_prefix(clean_block_starts: bool, read_out: dict) -> None:
+    """Training all blocks at once is only a shortcut: each sees what it sees in decoding."""
+    model = build_model(**read_out).eval()
     batch = build_rows(1)
     rows = fresh_rows(model.config, batch, carries_state=True)
-    _, result = run_rollout(model, rows, [make_policy("confidence_threshold", 1.0)], "relay_sg")
+    result = begin_rollout(
+        model, rows, [make_policy("confidence_threshold", 1.0)], "relay_sg", clean_block_starts=clean_block_starts
+    )
+    losses: list[torch.Tensor] = []
+    result.reduce_loss = lambda token_losses, rows: losses.append(token_losses) or token_losses.sum()
+    result.run_window()
     cache = RelayCache(config=model.config.text_config)
     model(batch["input_ids"][:, :8], past_key_values=cache)
     with cache.drafting():
         output = model(rows.noisy_ids(MASK)[:, 8:], past_key_values=cache, relay_state=torch.zeros(1, 4, 16))
-    # Position 0 of the block differs by design: training aligns it with the noisy block before.
-    torch.testing.assert_close(result.rows.relay_state[:, 9:], output.relay_state[:, 1:], rtol=0, atol=1e-5)
+    # Published training aligns position 0 of the block with the noisy block before; decoding has only clean text there.
+    first = 0 if clean_block_starts else 1
+    torch.testing.assert_close(
+        result.rows.relay_state[:, 8 + first :], output.relay_state[:, first:], rtol=0, atol=1e-5
+    )
+    expected = torch.nn.functional.cross_entropy(output.logits[0], batch["input_ids"][0, 8:], reduction="none")
+    torch.testing.assert_close(losses[0][-4 + first :], expected[first:], rtol=0, atol=1e-5)
+    assert clean_block_starts or not torch.isclose(losses[0][-4], expected[0], atol=1e-3)
 
 
 def test_rollout_initial_state_none_feeds_nothing_to_fresh_rows() -> None:
@@ -133,7 +145,7 @@ def test_rollout_right_padding_changes_nothing() -> None:
     results = [run_rollout(model, fresh_rows(model.config, b, True), [policy] * 2, "relay") for b in (batch, padded)]
     (loss, rollout_), (padded_loss, padded_rollout) = results
     assert loss.item() == pytest.approx(padded_loss.item(), rel=1e-6)
-    assert torch.equal(rollout_.rows.masked, padded_rollout.rows.masked[:, :10])
+    assert torch.equal(rollout_.rows.masked, padded_rollout.rows.masked[:, :12])
 
 
 def test_rollout_eager_and_sdpa_attention_agree() -> None:
@@ -159,3 +171,17 @@ def test_fresh_rows_left_padding_raises() -> None:
 def test_fresh_rows_without_labels_raises() -> None:
     with pytest.raises(ValueError, match="no `labels`"):
         fresh_rows(build_model().config, {"input_ids": torch.ones(1, 4, dtype=torch.long)}, True)
+
+
+def test_fresh_rows_fill_the_last_block_with_visible_masks_that_nobody_learns() -> None:
+    """As in decoding, where the number of [MASK]s in a block says nothing of the length of the text."""
+    batch = build_rows(2, length=10)
+    batch["attention_mask"][1, 7:], batch["labels"][1, 7:] = 0, -100
+    rows = fresh_rows(build_model().config, batch, carries_state=False)
+    assert rows.attention_mask.sum(-1).tolist() == [12, 8]
+    assert rows.clean_ids[0, 10:].tolist() == [MASK] * 2
+    assert rows.clean_ids[1, 7].item() == MASK
+    assert not rows.maskable[0, 10:].any()
+    assert not rows.maskable[1, 7:].any()
+    whole = fresh_rows(build_model(block_size=None).config, batch, carries_state=False)
+    assert torch.equal(whole.clean_ids, batch["input_ids"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig
+from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer, TrainerCallback
 
 from relay_hf import RelayForMaskedDiffusion
@@ -174,8 +175,11 @@ def test_loss_is_the_mean_over_the_response(text_trainer: Callable[..., RelayTra
     trainer = text_trainer(rows, model, {"eval_dataset": Dataset.from_list(rows)}, rollout_steps=1)
     batch = next(iter(trainer.get_eval_dataloader()))
     # The response has positions 8 to 10, which lie in one block: it is denoised behind nothing but clean text.
-    noisy = torch.where(batch["labels"] != -100, 258, batch["input_ids"])
-    expected = model.eval()(noisy, labels=batch["labels"]).loss.item()
+    # Position 11, which fills the block up, is a [MASK] as well; nobody learns it.
+    labels = batch["labels"] if block_size is None else F.pad(batch["labels"], (0, 1), value=-100)
+    noisy = F.pad(batch["input_ids"], (0, labels.shape[1] - batch["input_ids"].shape[1]), value=258)
+    noisy = noisy.where(labels == -100, 258)
+    expected = model.eval()(noisy, labels=labels).loss.item()
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
