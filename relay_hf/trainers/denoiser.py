@@ -211,12 +211,16 @@ class BlockDenoiser:
         self.is_text = self._pad(rows.attention_mask)  # (B, L') with L' a multiple of S
         self.clean_ids = self._pad(rows.clean_ids)
         self.positions = torch.arange(self.is_text.shape[1], device=self.is_text.device)[None]
-        self.clean_pass = self._run_clean_pass()
+        self.clean_pass, self.clean_losses = self._run_clean_pass()
         self.clean = self.clean_pass
         self.stand_in: CleanText | None = None
 
-    def _run_clean_pass(self) -> CleanText:
-        """Looks up the embeddings of the whole rollout, too: the last column is a [MASK] that nobody sees."""
+    def _run_clean_pass(self) -> tuple[CleanText, Tensor]:
+        """Looks up the embeddings of the whole rollout, too: the last column is a [MASK] that nobody sees.
+
+        Returns:
+            What the pass leaves, and the (0,) losses of no position, which are part of its graph.
+        """
         clean = CleanText()
         width = self.clean_ids.shape[1] + 1
         ids = torch.cat([self.clean_ids, torch.full_like(self.clean_ids[:, :1], self.config.mask_token_id)], dim=1)
@@ -229,17 +233,20 @@ class BlockDenoiser:
         )
         # Under autocast, accelerate turns every output of a wrapped model into fp32, whatever the backbone's dtype.
         clean.embeds = output.inputs_embeds.to(clean.hidden.dtype)
-        return clean
+        return clean, output.token_losses
 
     def begin_window(self, is_last: bool) -> None:
         """The last window carries the gradient of all windows into the clean pass."""
         if is_last:
             self.clean = self.clean_pass
+            # No numbers, but an edge of the graph: whatever the window looks at, the clean pass is differentiated with
+            # it, and from its output on. That is where FSDP gathers weights: the head's, too, which share a group with
+            # those of the last norm.
+            self.edge = self.clean_losses.sum()
         else:
             self.stand_in = self.stand_in or self.clean_pass.stand_in()
             self.clean = self.stand_in
-        # No numbers, but an edge of the graph: whatever the window looks at, the clean pass is differentiated with it.
-        self.edge = self.clean.hidden[:, :0].sum()
+            self.edge = torch.zeros((), device=self.clean_ids.device)
         hidden = self.clean.hidden[:, :-1]
         self.clean_hidden = align_to_positions(hidden, self.positions) if self.config.token_shift else None
 
