@@ -1,6 +1,7 @@
 """RelayTrainer: TRL's SFTTrainer with the loss of a relay model. Wiring only; the work is in its siblings."""
 
 import copy
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -9,6 +10,7 @@ import torch
 from peft import PeftConfig
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..hub_cards import save_card
@@ -158,7 +160,7 @@ class RelayTrainer(ResumableTrainer):
         earlier = torch.zeros((), device=self.args.device)
         while rollout.windows_left > 1:
             # Processes exchange gradients once, when the Trainer differentiates the last window.
-            with self.accelerator.no_sync(model):
+            with self._without_exchange(model):
                 loss = rollout.run_window()
                 check_loss(loss, rollout.step_losses, self.state.global_step)
                 with torch.autocast(self.args.device.type, enabled=False):
@@ -189,6 +191,11 @@ class RelayTrainer(ResumableTrainer):
         reduce_loss = mean_of_positions(recipe, self._share) if is_training else mean_of_rows(recipe)
         window = args.gradient_window if is_training else None
         return Rollout(model, config, rows, advances, recipe.carry, reduce_loss, window, args.clean_block_starts)
+
+    def _without_exchange(self, model: Any) -> AbstractContextManager[None]:
+        """Processes exchange no gradients inside."""
+        # That of accelerate does nothing around a single process, where DDP minds several backward passes, too.
+        return model.no_sync() if isinstance(model, DistributedDataParallel) else self.accelerator.no_sync(model)
 
     def _record(self, is_training: bool, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
