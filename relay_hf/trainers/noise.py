@@ -14,7 +14,11 @@ MINIMUM_MASK_PROBABILITY = 1e-3
 
 
 def mask_uniformly(
-    rows: RolloutRows, config: RelayConfig, generators: Sequence[torch.Generator] | None = None
+    rows: RolloutRows,
+    config: RelayConfig,
+    generators: Sequence[torch.Generator] | None = None,
+    process: int = 0,
+    processes: int = 1,
 ) -> RolloutRows:
     """Masks each learned position with a probability drawn uniformly per row, or per block if the model has blocks.
 
@@ -22,6 +26,8 @@ def mask_uniformly(
         rows: fresh rows (their own masks are replaced).
         config: the model's configuration.
         generators: one source of randomness per row; None = torch's global one, which the Trainer saves and restores.
+        process, processes: index of this process, and how many there are. All start from one seed, so each draws for
+            all of them and takes its own part; else their rows would have the same masks.
 
     Returns:
         The rows with at least one mask each, where there is anything to learn. A row's masks do not depend on its
@@ -30,7 +36,7 @@ def mask_uniformly(
     count, length = rows.clean_ids.shape
     # Drawn on the CPU: the same numbers on every device. In pairs, so that longer padding only adds numbers at the end.
     if generators is None:
-        draws = torch.rand(count, length, 2)
+        draws = torch.rand(processes, count, length, 2)[process]
     else:
         draws = torch.stack([torch.rand(length, 2, generator=generator) for generator in generators])
     draw, time = draws.to(rows.clean_ids.device).unbind(-1)  # (B, L)

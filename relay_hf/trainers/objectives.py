@@ -93,7 +93,7 @@ def random_masks(
         seeds = (args.seed + (rows.clean_ids * rows.attention_mask).sum(-1)).tolist()
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     advances: list[Advance] = [complement, stay] if args.objective == "complementary" else [stay]
-    return mask_uniformly(rows, config, generators), advances
+    return mask_uniformly(rows, config, generators, args.process_index, args.world_size), advances
 
 
 def mean_of_positions(recipe: Recipe, share: Callable[[Tensor], Tensor]) -> Callable[[Tensor, RolloutRows], Tensor]:
