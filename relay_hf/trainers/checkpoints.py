@@ -74,6 +74,7 @@ class ResumableTrainer(SFTTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        Path(output_dir).mkdir(parents=True, exist_ok=True)  # this process may be here before the first one
         if tensors := self.buffer.state_dict():
             save_file(tensors, self._buffer_file(output_dir))
         if self.weight_average is not None and self.is_world_process_zero():
@@ -84,11 +85,12 @@ class ResumableTrainer(SFTTrainer):
         if checkpoint is None:
             return
         if (path := self._buffer_file(checkpoint)).exists():
-            self.buffer.load_state_dict(load_file(path, device=str(self.args.device)))
+            # Not straight onto the device: safetensors does not know "cpu:0".
+            self.buffer.load_state_dict({name: t.to(self.args.device) for name, t in load_file(path).items()})
         if self.weight_average is None:
             return
         if (path := Path(checkpoint) / WEIGHT_AVERAGE_FILE).exists():
-            self.weight_average.load_state_dict(load_file(path, device=str(self.args.device)))
+            self.weight_average.load_state_dict(load_file(path))
         else:
             self.weight_average.restart()
 
