@@ -210,18 +210,22 @@ class RelayTrainer(ResumableTrainer):
     # -- optimizer and averages ---------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The Trainer's optimizer, with the channel in a group of its own if it is treated in its own way."""
+        """The Trainer's optimizer, with the channel in a group of its own if it is treated in its own way.
+
+        A channel that the objective does not use is left out: it would have no state to save, which FSDP2 refuses to
+        load again.
+        """
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        if is_new and self.args.has_channel_groups:
+        if is_new and (self.args.has_channel_groups or not self.args.carries_state):
             own = {"lr": self.args.relay_learning_rate, "weight_decay": self.args.relay_weight_decay}
             own = {name: value for name, value in own.items() if value is not None}
             named = (self.model if model is None else model).named_parameters()
             channel = {id(parameter) for name, parameter in named if is_channel_parameter(name)}
             for group in list(optimizer.param_groups):
                 moved = [p for p in group["params"] if id(p) in channel]
-                if moved:
-                    group["params"] = [p for p in group["params"] if id(p) not in channel]
+                group["params"] = [p for p in group["params"] if id(p) not in channel]
+                if moved and self.args.carries_state:
                     optimizer.add_param_group({**group, "params": moved, **own})
         return optimizer
 
