@@ -77,8 +77,10 @@ class ResumableTrainer(SFTTrainer):
         Path(output_dir).mkdir(parents=True, exist_ok=True)  # this process may be here before the first one
         if tensors := self.buffer.state_dict():
             save_file(tensors, self._buffer_file(output_dir))
-        if self.weight_average is not None and self.is_world_process_zero():
-            save_file(self.weight_average.state_dict(), Path(output_dir) / WEIGHT_AVERAGE_FILE)
+        if self.weight_average is not None:
+            state = self.weight_average.state_dict()  # by all processes together
+            if self.is_world_process_zero():
+                save_file(state, Path(output_dir) / WEIGHT_AVERAGE_FILE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -97,8 +99,10 @@ class ResumableTrainer(SFTTrainer):
     def _load_best_model(self) -> None:
         super()._load_best_model()
         if self.weight_average is not None:
-            # The best score was measured with the average just loaded, which training puts into the model at its end.
-            self.weight_average.restart()
+            # The best score was measured with the average, which training puts into the model at its end. What was just
+            # loaded is the average or, under FSDP, the weights themselves.
+            path = Path(self.state.best_model_checkpoint) / WEIGHT_AVERAGE_FILE
+            self.weight_average.load_state_dict(load_file(path))
 
     def _buffer_file(self, folder: str) -> Path:
         """Each process has rows of its own."""
