@@ -11,13 +11,15 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 # Names in the state dictionary.
 AVERAGE, OWN, UPDATES = "average.", "own.", "updates"
+# What FSDP's own activation checkpointing inserts into names of parameters.
+CHECKPOINTED = "_checkpoint_wrapped_module."
 
 
 class WeightAverage:
     """Follows the trainable parameters of a model, in fp32. Under FSDP2 each process follows its part of them.
 
     Args:
-        model: parameters that require a gradient now are followed; it may be sharded later, if `restart` follows.
+        model: its parameters that require a gradient are followed; it may be sharded later, if `restart` follows.
         decay: final decay; early on it is ramped up as (1 + n) / (10 + n) with n updates, so that the random
             initialisation is soon forgotten.
     """
@@ -25,7 +27,6 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model = model
         self.decay = decay
-        self.names = {name for name, p in model.named_parameters() if p.requires_grad}
         self.restart()
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -33,7 +34,8 @@ class WeightAverage:
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # else a module may hold, and go on with, a gathered copy of old weights
-        return {name: p for name, p in self.model.named_parameters() if name in self.names}
+        named = ((name.replace(CHECKPOINTED, ""), p) for name, p in self.model.named_parameters())
+        return {name: p for name, p in named if p.requires_grad}
 
     def restart(self) -> None:
         """Forgets everything but the current weights."""
