@@ -120,6 +120,10 @@ class RelayTrainer(ResumableTrainer):
                 "`gradient_window` needs several backward passes per step, each of which DeepSpeed takes for a step: "
                 "set `gradient_window=None`, or train with FSDP."
             )
+        fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if fsdp is not None and fsdp.fsdp_version == 2 and fsdp.mixed_precision_policy is not None:
+            # accelerate would have the model return everything in half precision: losses and confidences are fp32.
+            fsdp.mixed_precision_policy = replace(fsdp.mixed_precision_policy, output_dtype=None)
         check_special_tokens(self.processing_class, config)
         for name, dataset in _data_sets(self.train_dataset, self.eval_dataset).items():
             check_dataset(dataset, name, config)
