@@ -115,6 +115,11 @@ class RelayTrainer(ResumableTrainer):
                 f"`objective={args.objective!r}` trains the relay channel, but it is frozen: pass the plain model with "
                 "`peft_config`, or a PeftModel with `modules_to_save=['relay']` and `is_trainable=True`."
             )
+        if self.is_deepspeed_enabled and args.ema_decay is not None:
+            raise ValueError(
+                "`ema_decay` needs the weights, which DeepSpeed keeps to itself: set `ema_decay=None`, or train with "
+                "FSDP."
+            )
         if self.is_deepspeed_enabled and args.gradient_window is not None:
             raise ValueError(
                 "`gradient_window` needs several backward passes per step, each of which DeepSpeed takes for a step: "
