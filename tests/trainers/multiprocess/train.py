@@ -39,6 +39,7 @@ DEFAULTS = {
     "per_device_train_batch_size": 2,
     "per_device_eval_batch_size": 2,
     "unmasking_threshold": 0.5,
+    "staggered_start": False,
     "logging_steps": 1,
     "save_strategy": "no",
     "report_to": [],
@@ -82,6 +83,7 @@ def dataset(count: int, seed: int = 0) -> Dataset:
 
 
 def run(name: str, folder: Path, options: dict[str, Any]) -> None:
+    options = dict(options)
     resume, evaluate = options.pop("resume", None), options.pop("evaluate", 0)
     model = build_model(**options.pop("model", {}))
     if options.pop("pretend_gpus", "ACCELERATE_USE_FSDP" in os.environ):
