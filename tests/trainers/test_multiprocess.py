@@ -30,6 +30,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "relay_sg_tied": {"objective": "relay_sg", "gradient_window": 1, "model": {"tie_word_embeddings": True}},
     # One process is done with its rows long before the other.
     "rollout": {"objective": "rollout", "rollout_steps": 8, "model": {"token_shift": False}},
+    "block_starts": {"clean_block_starts": True, "rollout_steps": 3, "gradient_window": 2},
     "masked": {"objective": "masked"},
     "complementary": {"objective": "complementary", "gradient_checkpointing": True},
     "sequence": {"model": {"block_size": None, "token_shift": False}},

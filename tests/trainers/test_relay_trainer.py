@@ -125,7 +125,7 @@ def test_weight_average_is_evaluated_and_left_in_the_model(
     trainer.train()
     averaged = trainer.evaluate()["eval_loss"]
     for name, average in trainer.weight_average.average.items():
-        assert torch.equal(trainer.weight_average.parameters[name], average)
+        assert torch.equal(trainer.weight_average.parameters()[name], average)
     trainer.weight_average = None
     assert trainer.evaluate()["eval_loss"] == averaged
 
