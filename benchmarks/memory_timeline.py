@@ -20,7 +20,7 @@ import psutil
 from rollout_workload import Workload
 
 CURVES = {
-    "relay, doubled sequence as published": Workload(denoiser="plain"),
+    "relay, doubled sequence as published": Workload(denoiser="published"),
     "relay, our engine": Workload(),
     "relay, our engine, gradient checkpointing": Workload(checkpointing=True),
     "relay_sg, our engine, gradient_window=1": Workload(objective="relay_sg", window=1),

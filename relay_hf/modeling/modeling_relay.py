@@ -85,6 +85,14 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         """As in transformers, but always under our parameter names, wherever the checkpoint came from."""
         super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
 
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Takes any linear layer without bias; `resize_token_embeddings` makes a plain one."""
+        if not isinstance(new_embeddings, RelayHead):
+            head = RelayHead(new_embeddings.in_features, new_embeddings.out_features, bias=False, device="meta")
+            head.weight = new_embeddings.weight
+            new_embeddings = head
+        super().set_output_embeddings(new_embeddings)
+
     @can_return_tuple
     def forward(
         self,

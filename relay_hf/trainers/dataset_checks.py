@@ -4,9 +4,12 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, IterableDataset
+from transformers.utils import logging
 from trl import SFTConfig, is_conversational
 
 from ..modeling import RelayConfig
+
+logger = logging.get_logger(__name__)
 
 
 def check_source(dataset: Any, name: str, args: SFTConfig, others: dict[str, Any]) -> None:
@@ -89,6 +92,21 @@ def check_dataset(dataset: Any, name: str, config: RelayConfig) -> None:
         raise ValueError(
             f"{len(unlabelled)} of {seen} rows of the {name} have no label but -100, the first of them row "
             f"{unlabelled[0]}, so there is nothing to learn from them: remove them."
+        )
+
+
+def warn_of_dropped_rows(given: Any, prepared: Any, name: str) -> None:
+    """Says how many rows `SFTTrainer` left out, which it does without a word.
+
+    Args:
+        given: the data set as the user passed it.
+        prepared: what became of it; streams are not counted.
+        name: what the message calls it.
+    """
+    if isinstance(given, Dataset) and isinstance(prepared, Dataset) and len(prepared) < len(given):
+        dropped = len(given) - len(prepared)
+        logger.warning(
+            f"{dropped} of {len(given)} rows of the {name} are left out: `max_length` leaves no room for a response."
         )
 
 

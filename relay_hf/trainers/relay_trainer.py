@@ -1,7 +1,6 @@
 """RelayTrainer: TRL's SFTTrainer with the loss of a relay model. Wiring only; the work is in its siblings."""
 
 import copy
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -10,7 +9,6 @@ import torch
 from peft import PeftConfig
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..hub_cards import save_card
@@ -18,13 +16,14 @@ from ..modeling import RelayConfig, RelayForMaskedDiffusion
 from .buffer import RolloutBuffer
 from .card import training_card
 from .checkpoints import ResumableTrainer
-from .dataset_checks import check_dataset, check_source
+from .dataset_checks import check_dataset, check_source, warn_of_dropped_rows
 from .denoiser import keep_caches_under_checkpointing
 from .ema import WeightAverage
 from .metrics import ChannelNorms, is_channel_parameter, rollout_metrics
 from .model_checks import check_arguments, check_special_tokens, relay_model
 from .non_finite import StopOnNonFiniteGradient, check_loss
 from .objectives import RECIPES, mean_of_positions, mean_of_rows, random_masks, rollout_advances
+from .processes import check_deepspeed, mean_over_processes, return_full_precision, without_exchange
 from .relay_config import RelayTrainerConfig
 from .rollout import Rollout
 from .rows import fresh_rows
@@ -101,7 +100,8 @@ class RelayTrainer(ResumableTrainer):
             modules = sorted({*(peft_config.modules_to_save or []), "relay"})
             peft_config = copy.copy(peft_config)  # the caller's stays as it is
             peft_config.modules_to_save = modules
-        for name, dataset in _data_sets(kwargs.get("train_dataset"), kwargs.get("eval_dataset")).items():
+        given = _data_sets(kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
+        for name, dataset in given.items():
             check_source(dataset, name, args, kwargs)
         own_forward = vars(base).get("forward")
         super().__init__(model, args, peft_config=peft_config, **kwargs)
@@ -115,23 +115,13 @@ class RelayTrainer(ResumableTrainer):
                 f"`objective={args.objective!r}` trains the relay channel, but it is frozen: pass the plain model with "
                 "`peft_config`, or a PeftModel with `modules_to_save=['relay']` and `is_trainable=True`."
             )
-        if self.is_deepspeed_enabled and args.ema_decay is not None:
-            raise ValueError(
-                "`ema_decay` needs the weights, which DeepSpeed keeps to itself: set `ema_decay=None`, or train with "
-                "FSDP."
-            )
-        if self.is_deepspeed_enabled and args.gradient_window is not None:
-            raise ValueError(
-                "`gradient_window` needs several backward passes per step, each of which DeepSpeed takes for a step: "
-                "set `gradient_window=None`, or train with FSDP."
-            )
-        fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if fsdp is not None and fsdp.fsdp_version == 2 and fsdp.mixed_precision_policy is not None:
-            # accelerate would have the model return everything in half precision: losses and confidences are fp32.
-            fsdp.mixed_precision_policy = replace(fsdp.mixed_precision_policy, output_dtype=None)
+        if self.is_deepspeed_enabled:
+            check_deepspeed(args)
+        return_full_precision(self.accelerator)
         check_special_tokens(self.processing_class, config)
         for name, dataset in _data_sets(self.train_dataset, self.eval_dataset).items():
             check_dataset(dataset, name, config)
+            warn_of_dropped_rows(given.get(name), dataset, name)
         keep_caches_under_checkpointing(self.model)
 
         self.relay_config = config
@@ -169,7 +159,7 @@ class RelayTrainer(ResumableTrainer):
         earlier = torch.zeros((), device=self.args.device)
         while rollout.windows_left > 1:
             # Processes exchange gradients once, when the Trainer differentiates the last window.
-            with self._without_exchange(model):
+            with without_exchange(self.accelerator, model):
                 loss = rollout.run_window()
                 check_loss(loss, rollout.step_losses, self.state.global_step)
                 with torch.autocast(self.args.device.type, enabled=False):
@@ -201,20 +191,13 @@ class RelayTrainer(ResumableTrainer):
         window = args.gradient_window if is_training else None
         return Rollout(model, config, rows, advances, recipe.carry, reduce_loss, window, args.clean_block_starts)
 
-    def _without_exchange(self, model: Any) -> AbstractContextManager[None]:
-        """Processes exchange no gradients inside."""
-        # That of accelerate does nothing around a single process, where DDP minds several backward passes, too.
-        return model.no_sync() if isinstance(model, DistributedDataParallel) else self.accelerator.no_sync(model)
-
     def _record(self, is_training: bool, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
             self._metrics["train" if is_training else "eval"][name].append(value)
 
     def _share(self, count: Tensor) -> Tensor:
         """This process's share of a count over all processes, which makes the mean of their losses exact."""
-        if self.accelerator.num_processes == 1 or not self.args.average_tokens_across_devices:
-            return count
-        return self.accelerator.reduce(count, reduction="mean")
+        return mean_over_processes(self.accelerator, count) if self.args.average_tokens_across_devices else count
 
     # -- optimizer and averages ---------------------------------------------------------------------------------------
 

@@ -272,6 +272,11 @@ def test_resize_token_embeddings_keeps_old_logits(make_model: Callable, ids: Ten
     after = model(ids).logits
     assert after.shape[-1] == model.config.text_config.vocab_size == VOCAB_SIZE + 6
     torch.testing.assert_close(after[..., :VOCAB_SIZE], before, atol=1e-5, rtol=1e-5)
+    scored = model(ids, targets=ids)
+    torch.testing.assert_close(
+        scored.token_losses, F.cross_entropy(after.flatten(0, 1), ids.flatten(), reduction="none")
+    )
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == model.config.tie_word_embeddings
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

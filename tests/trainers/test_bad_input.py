@@ -150,9 +150,12 @@ def test_row_with_an_empty_response_teaches_to_stop(build: Callable[..., RelayTr
     assert learned(build(rows)) == {"[EOS]", "4.[EOS]", "three[EOS]"}
 
 
-def test_row_whose_prompt_fills_max_length_is_left_out(build: Callable[..., RelayTrainer]) -> None:
+def test_row_whose_prompt_fills_max_length_is_left_out_with_a_warning(
+    build: Callable[..., RelayTrainer], caplog: pytest.LogCaptureFixture
+) -> None:
     trainer = build([LONG, *GOOD], max_length=20)
     assert len(trainer.train_dataset) == 2
+    assert "1 of 3 rows of the training set are left out: `max_length` leaves no room" in caplog.text
     assert learned(trainer) == {"4.[EOS]", "three[EOS]"}
 
 

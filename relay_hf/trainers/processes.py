@@ -1,0 +1,46 @@
+"""What training needs to know of several processes; everything else is Accelerate's business."""
+
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from .relay_config import RelayTrainerConfig
+
+
+def check_deepspeed(args: RelayTrainerConfig) -> None:
+    """Called when DeepSpeed is used.
+
+    Raises:
+        ValueError: an argument cannot be combined with it.
+    """
+    if args.ema_decay is not None:
+        raise ValueError(
+            "`ema_decay` needs the weights, which DeepSpeed keeps to itself: set `ema_decay=None`, or train with FSDP."
+        )
+    if args.gradient_window is not None:
+        raise ValueError(
+            "`gradient_window` needs several backward passes per step, each of which DeepSpeed takes for a step: set "
+            "`gradient_window=None`, or train with FSDP."
+        )
+
+
+def return_full_precision(accelerator: Accelerator) -> None:
+    """Keeps accelerate from making FSDP2 return everything in half precision: losses and confidences are fp32."""
+    fsdp = getattr(accelerator.state, "fsdp_plugin", None)
+    if fsdp is not None and fsdp.fsdp_version == 2 and fsdp.mixed_precision_policy is not None:
+        fsdp.mixed_precision_policy = replace(fsdp.mixed_precision_policy, output_dtype=None)
+
+
+def without_exchange(accelerator: Accelerator, model: Any) -> AbstractContextManager[None]:
+    """Processes exchange no gradients inside."""
+    # That of accelerate does nothing around a single process, where DDP minds several backward passes, too.
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else accelerator.no_sync(model)
+
+
+def mean_over_processes(accelerator: Accelerator, count: Tensor) -> Tensor:
+    """The mean of a number over processes."""
+    return count if accelerator.num_processes == 1 else accelerator.reduce(count, reduction="mean")
