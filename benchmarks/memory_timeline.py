@@ -3,28 +3,27 @@
     python benchmarks/memory_timeline.py docs/memory_timeline.png
 
 Each curve is the resident memory of a process of its own, sampled every millisecond, less what it held before the step:
-model and data. Dots mark where a forward pass begins, diamonds where the backward pass does.
+model and data. Dots mark where a forward pass begins, diamonds where the backward pass reaches the head of a step.
 """
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import psutil
-from rollout_workload import Workload
+from rollout_workload import LIVE_MEMORY, Workload
 
 CURVES = {
-    "relay, doubled sequence as published": Workload(denoiser="published"),
-    "relay, our engine": Workload(),
-    "relay, our engine, gradient checkpointing": Workload(checkpointing=True),
-    "relay_sg, our engine, gradient_window=1": Workload(objective="relay_sg", window=1),
-    "complementary, our engine": Workload(objective="complementary"),
+    "relay, published": Workload(denoiser="published"),
+    "relay, ours": Workload(),
+    "relay, ours, gradient checkpointing": Workload(checkpointing=True),
+    "relay_sg, ours, gradient_window=1": Workload(objective="relay_sg", window=1),
+    "complementary, ours": Workload(objective="complementary"),
 }
 
 
@@ -33,7 +32,7 @@ def record(workload: Workload) -> dict:
     model, rows = workload.build()
     process, samples, begins, is_done = psutil.Process(), [], [], threading.Event()
     model.register_forward_pre_hook(lambda *_: begins.append((time.perf_counter(), "forward")))
-    model.register_forward_hook(lambda *_: begins.append((time.perf_counter(), "backward")))
+    model.lm_head.register_full_backward_pre_hook(lambda *_: begins.append((time.perf_counter(), "backward")))
 
     def sample() -> None:
         while not is_done.is_set():
@@ -46,12 +45,9 @@ def record(workload: Workload) -> dict:
     is_done.set()
     sampler.join()
     start, idle = samples[0]
-    # What follows a forward pass is a backward pass, unless it is the next forward pass.
-    passes = [one for one, following in zip(begins, [*begins[1:], (0, "end")], strict=True)
-              if one[1] == "forward" or following[1] != "forward" or following[0] - one[0] > 0.2]  # fmt: skip
     return {
         "samples": [(at - start, mebibytes - idle) for at, mebibytes in samples],
-        "begins": [(at - start, kind) for at, kind in passes],
+        "begins": [(at - start, kind) for at, kind in begins],
     }
 
 
@@ -59,19 +55,22 @@ def draw(records: dict[str, dict], path: Path) -> None:
     """One curve per record."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
-    for label, one in records.items():
-        times, mebibytes = zip(*one["samples"], strict=True)
-        (line,) = axes.plot(times, mebibytes, label=f"{label}: peak {max(mebibytes):,.0f} MiB", linewidth=1.5)
-        for at, kind in one["begins"]:
-            height = next(value for moment, value in one["samples"] if moment >= at)
-            axes.plot(at, height, "o" if kind == "forward" else "D", color=line.get_color(), markersize=5)
-    axes.set_xlabel("seconds")
-    axes.set_ylabel("live memory of the step (MiB)")
-    axes.set_title("One training step, K = 2, vocabulary 151 936, hidden 256, 6 layers, 2 x 512 tokens")
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+    figure, panels = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    for axes, labels in zip(panels, (list(CURVES)[:2], list(CURVES)[1:]), strict=True):
+        for label in labels:
+            one = records[label]
+            color = f"C{list(CURVES).index(label)}"
+            times, mebibytes = zip(*one["samples"], strict=True)
+            axes.plot(times, mebibytes, color=color, label=f"{label}: peak {max(mebibytes):,.0f} MiB", linewidth=1.5)
+            for at, kind in one["begins"]:
+                height = next(value for moment, value in one["samples"] if moment >= at)
+                axes.plot(at, height, "o" if kind == "forward" else "D", color=color, markersize=5)
+        axes.set_xlabel("seconds")
+        axes.set_ylim(bottom=0, top=1.25 * axes.get_ylim()[1])
+        axes.legend(frameon=False, loc="upper left")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("live memory of the step (MiB)")
+    figure.suptitle("One training step, K = 2, vocabulary 151 936, hidden 256, 6 layers, 2 x 512 tokens")
     figure.savefig(path, dpi=150)
 
 
@@ -81,14 +80,14 @@ if __name__ == "__main__":
         sys.exit()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path)
-    path = parser.parse_args().path
-    # Freed tensors go back to the system at once, so that resident memory is live memory.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    parser.add_argument("--threads", type=int, default=Workload.threads)
+    arguments = parser.parse_args()
     records = {}
     for label, workload in CURVES.items():
-        command = [sys.executable, __file__, "--record", json.dumps(asdict(workload))]
-        output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+        settings = asdict(replace(workload, threads=arguments.threads))
+        command = [sys.executable, __file__, "--record", json.dumps(settings)]
+        output = subprocess.run(command, check=True, capture_output=True, text=True, env=LIVE_MEMORY).stdout
         records[label] = json.loads(output)
-    draw(records, path)
+    draw(records, arguments.path)
     peaks = {label: max(mebibytes for _, mebibytes in one["samples"]) for label, one in records.items()}
     print(json.dumps({"peak_mebibytes": peaks}))

@@ -74,18 +74,23 @@ def scaling(base: Workload, repeats: int, weigh: bool) -> dict:
 
 
 def against_sft(base: Workload, repeats: int, weigh: bool) -> dict:
-    """`relay` with K = 2 against a mask and its complement, on the same tokens."""
+    """`relay` with K = 2 against a mask and its complement, ours and the published one, on the same tokens."""
     sides = {
         "relay": replace(base, objective="relay"),
         "complementary": replace(base, objective="complementary"),
         "complementary, one view at a time": replace(base, objective="complementary", window=1),
+        "complementary, published": replace(base, objective="complementary", denoiser="published"),
     }
     median_seconds({"warm": sides["relay"]}, 1)
     seconds = median_seconds(sides, repeats)
     result: dict = {"time_ratio": seconds["relay"] / seconds["complementary"], "seconds": seconds}
     if weigh:
         peaks = {name: side.peak_mebibytes() for name, side in sides.items()}
-        result |= {"memory_ratio": peaks["relay"] / peaks["complementary"], "mebibytes": peaks}
+        result |= {
+            "memory_ratio": peaks["relay"] / peaks["complementary"],
+            "memory_ratio_against_published": peaks["relay"] / peaks["complementary, published"],
+            "mebibytes": peaks,
+        }
     return result
 
 

@@ -1,6 +1,7 @@
 """A training step to be timed and weighed, shared by the benchmarks of the rollout engine."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -29,6 +30,8 @@ DENOISERS = {
     "plain": DoubledDenoiser,
     "engine": BlockDenoiser,
 }
+# Freed tensors go back to the system at once, so that resident memory is live memory.
+LIVE_MEMORY = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 @dataclass(frozen=True)
@@ -96,8 +99,11 @@ class Workload:
         with self._denoiser():
             began = time.perf_counter()
             run = Rollout(model, model.config, rows, advances, recipe.carry, reduce_loss, self.window)
-            while run.windows_left:
+            while run.windows_left > 1:
                 run.run_window().backward()
+            loss = run.run_window()
+            del run  # as in the trainer, which keeps no more than the loss and the rows
+            loss.backward()
             return time.perf_counter() - began
 
     @contextmanager
@@ -125,7 +131,7 @@ def median_seconds(workloads: dict[str, Workload], repeats: int) -> dict[str, fl
 
 def _peak(workload: dict | None) -> float:
     command = [sys.executable, __file__, json.dumps(workload)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return float(subprocess.run(command, check=True, capture_output=True, text=True, env=LIVE_MEMORY).stdout)
 
 
 if __name__ == "__main__":

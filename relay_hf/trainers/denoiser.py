@@ -94,8 +94,11 @@ def keep_caches_under_checkpointing(model: nn.Module) -> None:
 
 
 def receives_state(config: RelayConfig, rows: RolloutRows) -> Tensor:
-    """(B, L) bool, positions that the state enters; a row that starts from "none" gets it from its second step on."""
-    receives = in_scope(config, rows.masked)
+    """(B, L) bool, positions that the state enters; a row that starts from "none" gets it from its second step on.
+
+    [MASK]s that only fill up the last block are among them, as in decoding.
+    """
+    receives = in_scope(config, rows.noisy_ids(config.mask_token_id) == config.mask_token_id)
     return receives & rows.has_state[:, None] if config.relay_initial_state == "none" else receives
 
 
@@ -258,10 +261,10 @@ class BlockDenoiser:
         blocks = active.long().argsort(dim=-1, descending=True, stable=True)[:, :count]  # (B, A)
         columns = (blocks[..., None] * self.size + torch.arange(self.size, device=blocks.device)).flatten(1)  # (B, A*S)
         is_active = active.gather(1, blocks).repeat_interleave(self.size, dim=1)  # (B, A*S)
+        row = torch.arange(len(columns), device=columns.device)[:, None]  # (B, 1)
 
         def pack(tensor: Tensor) -> Tensor:
-            index = columns if tensor.ndim == 2 else columns[..., None].expand(-1, -1, tensor.shape[-1])
-            return tensor.gather(1, index)
+            return tensor[row, columns]  # `gather` would keep the whole tensor for the backward pass
 
         last_block = int(blocks.where(active.gather(1, blocks), 0).max())
         before = None if self.clean_hidden is None else pack(self.clean_hidden)
