@@ -78,8 +78,9 @@ class _Scores(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, total = ctx.saved_tensors
-        if len(hidden) == 0:  # not worth a gradient as large as the weight
-            return torch.zeros_like(hidden), None, None, None
+        if len(hidden) == 0:
+            # Zeros that take no memory. Not None: processes that train together must have the same gradients to send.
+            return torch.zeros_like(hidden), weight.new_zeros(()).expand_as(weight), None, None
         for_hidden = torch.zeros_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         for_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         for tile in _tiles(hidden, weight):

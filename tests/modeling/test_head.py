@@ -29,9 +29,6 @@ def test_score_positions_any_tile_equals_full_logits(count: int, vocab: int, til
             losses, confidence = function(hidden, weight, targets, vocab - 1)
             (losses * slope).sum().backward()
         results.append((losses, confidence, hidden.grad, weight.grad))
-    if count == 0:  # no gradient is one of zeros
-        assert results[1][-1] is None
-        results = [result[:-1] for result in results]
     for expected, given_ in zip(*results, strict=True):
         torch.testing.assert_close(given_, expected, rtol=1e-4, atol=1e-5)
 
