@@ -3,7 +3,7 @@
 from .cache_relay import RelayCache
 from .configuration_relay import RelayConfig
 from .modeling_relay import RelayForMaskedDiffusion
-from .outputs_relay import RelayGenerateOutput, RelayOutput
+from .outputs_relay import RelayGenerateHistory, RelayGenerateOutput, RelayOutput
 from .reveal_relay import ConfidenceBudget, ConfidenceThreshold, make_policy
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "RelayCache",
     "RelayConfig",
     "RelayForMaskedDiffusion",
+    "RelayGenerateHistory",
     "RelayGenerateOutput",
     "RelayOutput",
     "make_policy",

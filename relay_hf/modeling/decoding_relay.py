@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .cache_relay import RelayCache
-from .outputs_relay import RelayGenerateOutput
+from .history_relay import RevealRecorder
+from .outputs_relay import RelayGenerateHistory, RelayGenerateOutput
 from .reveal_relay import UnmaskingPolicy, best_token, in_earliest_sub_block
 
 
@@ -60,6 +61,7 @@ class BlockDecoder:
         pad_token_id: scalar written behind a row's end, or None (0 is written).
         stopping_criteria: further criteria, asked about every prefix of a row when its block is complete.
         streamer: gets drafts (if it can) and finished blocks of the only row.
+        output_history: note which forward reveals which token.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class BlockDecoder:
         pad_token_id: Tensor | None,
         stopping_criteria: list[Callable[..., Tensor]],
         streamer: Any,
+        output_history: bool,
     ) -> None:
         self.model = model
         self.cache = cache
@@ -86,6 +89,7 @@ class BlockDecoder:
         self.pad_token_id = 0 if pad_token_id is None else int(pad_token_id)
         self.stopping_criteria = stopping_criteria
         self.streamer = streamer
+        self.output_history = output_history
         self.mask_token_id: int = model.config.mask_token_id
         self.block_size: int | None = model.config.block_size
 
@@ -169,6 +173,7 @@ class BlockDecoder:
         self.denoise_forwards, self.commit_forwards, self.prefill_forwards = torch.zeros(
             3, len(lengths), dtype=torch.long, device=device
         )
+        self.recorder = RevealRecorder(self.tokens) if self.output_history else None
 
     def _attention_mask(self, stop: int) -> Tensor | None:
         return self.visible[:, :stop] if self.is_padded else None
@@ -189,8 +194,10 @@ class BlockDecoder:
         """A token-shift model has already scored the first position of a block: at the end of the block before."""
         is_masked = self.tokens[:, column] == self.mask_token_id
         if self.model.config.token_shift and bool(is_masked.any()):
-            _, token = self.chooser(self.model.lm_head(self.cache.last_hidden[:, 0]), self.tokens)
+            probability, token = self.chooser(self.model.lm_head(self.cache.last_hidden[:, 0]), self.tokens)
             self.tokens[:, column] = torch.where(is_masked, token, self.tokens[:, column])
+            if self.recorder is not None:
+                self.recorder.record(self.rows, slice(column, column + 1), is_masked[:, None], probability[:, None])
 
     def _denoise(self, begin: int, stop: int) -> None:
         """Reveals the block's positions step by step; ends rows that reach a stop token.
@@ -233,7 +240,10 @@ class BlockDecoder:
         probability, token = self.chooser(output.logits, self.tokens[candidates.nonzero()[:, 0]])
         confidence = torch.zeros(block.shape, device=block.device).masked_scatter(candidates, probability)
         proposal = block.masked_scatter(candidates, token)
-        self.tokens[:, columns] = torch.where(self.policy(confidence, candidates), proposal, block)
+        revealed = self.policy(confidence, candidates)
+        self.tokens[:, columns] = torch.where(revealed, proposal, block)
+        if self.recorder is not None:
+            self.recorder.record(self.rows, columns, revealed, confidence, self.denoise_forwards[self.rows])
         if hasattr(self.streamer, "put_draft"):
             self.streamer.put_draft(self._shown(columns.start, columns.stop))
 
@@ -282,19 +292,42 @@ class BlockDecoder:
             self.cache.batch_select_indices(alive)
 
     def _collect(self, input_ids: Tensor, is_text: Tensor) -> RelayGenerateOutput:
-        row = is_text.nonzero()[:, 0]
-        prompts = input_ids.masked_scatter(is_text, self.all_tokens[row, self._prompt_columns])
         counts = self.all_end - self.all_prompt_end  # (B,)
-        step = torch.arange(int(counts.max()), device=counts.device)
-        columns = (self.all_prompt_end[:, None] + step).clamp(max=self.all_tokens.shape[1] - 1)
-        new = self.all_tokens.gather(-1, columns).where(step < counts[:, None], self.pad_token_id)
         filled = ((input_ids == self.mask_token_id) & is_text).sum(-1)
         forwards = self.denoise_forwards + self.commit_forwards + self.prefill_forwards
         return RelayGenerateOutput(
-            sequences=torch.cat([prompts, new], dim=-1),
+            sequences=self._align(self.all_tokens, is_text, input_ids, self.pad_token_id),
             denoise_forwards=self.denoise_forwards,
             commit_forwards=self.commit_forwards,
             prefill_forwards=self.prefill_forwards,
             tokens_per_forward=(counts + filled) / forwards.clamp(min=1),
             past_key_values=self.cache,
+            history=None if self.recorder is None else self._collect_history(self.recorder, input_ids, is_text),
         )
+
+    def _collect_history(self, recorder: RevealRecorder, input_ids: Tensor, is_text: Tensor) -> RelayGenerateHistory:
+        revealed_at = self._align(recorder.revealed_at, is_text, torch.full_like(input_ids, -1), -1)
+        no_confidence = torch.zeros_like(input_ids, dtype=torch.float32)
+        given = torch.zeros_like(revealed_at, dtype=torch.bool)
+        given[:, : input_ids.shape[1]] = is_text & (input_ids != self.mask_token_id)
+        return RelayGenerateHistory(
+            revealed_at=revealed_at,
+            confidence=self._align(recorder.confidence, is_text, no_confidence, 0.0),
+            given=given,
+            denoise_forwards=self.denoise_forwards,
+        )
+
+    def _align(self, grid: Tensor, is_text: Tensor, padding: Tensor, behind: float) -> Tensor:
+        """(B, W) columns of all rows as they were given -> (B, L) in the form of `sequences`.
+
+        Args:
+            is_text: (B, P), where the prompts are.
+            padding: (B, P), kept where they are not.
+            behind: written behind a row's end.
+        """
+        prompts = padding.masked_scatter(is_text, grid[is_text.nonzero()[:, 0], self._prompt_columns])
+        counts = self.all_end - self.all_prompt_end  # (B,)
+        step = torch.arange(int(counts.max()), device=counts.device)
+        columns = (self.all_prompt_end[:, None] + step).clamp(max=grid.shape[1] - 1)
+        new = grid.gather(-1, columns).where(step < counts[:, None], behind)
+        return torch.cat([prompts, new], dim=-1)

@@ -44,7 +44,8 @@ class RelayGenerationMixin(GenerationMixin):
     - `unmasking_policy`: `"confidence_threshold"` or `"confidence_budget"`;
     - `unmasking_threshold`: what the policy compares with;
     - `sub_block_size`: positions of a block that are revealed first, left to right; `None` = the whole block;
-    - `use_relay`: carry the state between denoising steps.
+    - `use_relay`: carry the state between denoising steps;
+    - `output_history`: return, as `history`, which forward revealed which token (with `return_dict_in_generate=True`).
 
     A model with `block_size=None` fills in the masks of the given canvas, and of `max_new_tokens` more if asked for.
     """
@@ -61,6 +62,7 @@ class RelayGenerationMixin(GenerationMixin):
             "unmasking_threshold": 0.85 if block_size else 0.15,
             "sub_block_size": 8 if block_size and block_size % 8 == 0 else None,
             "use_relay": True,
+            "output_history": False,
         }
         for name, value in defaults.items():
             if not hasattr(self.generation_config, name):
@@ -100,6 +102,10 @@ class RelayGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"`sub_block_size={sub_block_size}` does not divide the model's `block_size={block_size}`: choose a "
                 "divisor, or `None` for the whole block."
+            )
+        if generation_config.output_history and not generation_config.return_dict_in_generate:
+            raise ValueError(
+                "`output_history=True` has nowhere to go: also set `return_dict_in_generate=True`, and read `history`."
             )
         if generation_config.use_cache is False:
             raise ValueError("`use_cache=False` is not supported: the relay state lives in the cache; leave it on.")
@@ -195,6 +201,7 @@ class RelayGenerationMixin(GenerationMixin):
             # Length and stop tokens are the decoder's own.
             stopping_criteria=[c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria | EosTokenCriteria)],
             streamer=streamer,
+            output_history=generation_config.output_history,
         )
         output = decoder.run(
             input_ids.to(device),

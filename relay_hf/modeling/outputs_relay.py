@@ -34,6 +34,29 @@ class RelayOutput(ModelOutput):
 
 
 @dataclass
+class RelayGenerateHistory(ModelOutput):
+    """Which forward revealed which token of `sequences`; a row's entries do not depend on the rest of the batch.
+
+    Two kinds of positions have `revealed_at == 0`, and `given` tells them apart: what the caller wrote is given; the
+    first token of a block of a token-shift model may be known without a denoise forward of its own, because the prefill
+    or commit before it has scored it. Such a token is known as soon as all positions before it are.
+
+    Args:
+        revealed_at: (B, L) long, number k >= 1 of the row's own denoise forward that revealed the position; 0 if no
+            denoise forward did; -1 at padding, before a prompt or behind a row's end.
+        confidence: (B, L) fp32 probability the token had when it was chosen; 0 where nothing was chosen.
+        given: (B, L) bool, tokens of the prompt and clues of the canvas.
+        denoise_forwards: (B,) long, as in `RelayGenerateOutput`: more than the largest `revealed_at` of a row whose
+            last forwards revealed tokens that a stop string then cut off.
+    """
+
+    revealed_at: Tensor | None = None
+    confidence: Tensor | None = None
+    given: Tensor | None = None
+    denoise_forwards: Tensor | None = None
+
+
+@dataclass
 class RelayGenerateOutput(ModelOutput):
     """Output of `generate(..., return_dict_in_generate=True)`.
 
@@ -44,6 +67,7 @@ class RelayGenerateOutput(ModelOutput):
         prefill_forwards: (B,) forwards that wrote the row's prompt to the cache.
         tokens_per_forward: (B,) tokens the row gained (stop token included) per forward of any kind.
         past_key_values: the cache as the last forward left it, rows that finished earlier removed.
+        history: when each token was revealed, if `output_history=True`.
     """
 
     sequences: Tensor | None = None
@@ -52,3 +76,4 @@ class RelayGenerateOutput(ModelOutput):
     prefill_forwards: Tensor | None = None
     tokens_per_forward: Tensor | None = None
     past_key_values: Cache | None = None
+    history: RelayGenerateHistory | None = None

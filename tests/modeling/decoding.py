@@ -1,6 +1,6 @@
 """A plain decoder to judge `generate` by: one row, no cache, a full forward for every step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,10 +18,15 @@ PAD = 0
 
 @dataclass
 class Alone:
-    """One decoded row: its new tokens, and forwards by kind in the order (denoise, commit, prefill)."""
+    """One decoded row: its new tokens, and forwards by kind in the order (denoise, commit, prefill).
+
+    Of each new token also the denoise forward that revealed it, 0 if none did, and its probability then.
+    """
 
     tokens: list[int]
     forwards: tuple[int, int, int]
+    revealed_at: list[int] = field(default_factory=list, compare=False)
+    confidence: list[float] = field(default_factory=list, compare=False)
 
 
 def prompts_of(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> list[Tensor]:
@@ -68,6 +73,7 @@ def decode_alone(
     size, end = config.block_size, length + new_tokens
     begin = length // size * size
     tokens, denoise, commit = prompt.clone(), 0, 0
+    revealed_at, confidence = torch.zeros(2, end + size)
     while True:
         masks = torch.full((begin + size - len(tokens),), MASK)
         tokens = torch.cat([tokens, masks])
@@ -75,6 +81,7 @@ def decode_alone(
             # The position before has scored it already, and blocks never change what is before them.
             logits = forward(model, tokens, None, begin).logits[0, begin]
             tokens[begin] = logits.index_fill(0, torch.tensor(MASK), -1e9).argmax()
+            confidence[begin] = logits.softmax(-1)[tokens[begin]]
         state = model.initial_relay_state(1, len(tokens)) if use_relay else None
         while True:
             stops = [i for i in range(max(begin, length), len(tokens)) if tokens[i] == eos_token_id]
@@ -87,10 +94,13 @@ def decode_alone(
             output = forward(model, tokens, state, begin)
             denoise += 1
             state = output.relay_state if use_relay else None
-            reveal(tokens, output.logits[0], active, make_policy(policy, threshold))
+            chosen, probability = reveal(tokens, output.logits[0], active, make_policy(policy, threshold))
+            where = chosen.nonzero()[:, 0]
+            revealed_at[where], confidence[where] = float(denoise), probability[where]
         if stop < begin + size or end <= begin + size:
-            last = min(stop + 1, end)
-            return Alone(tokens[length:last].tolist(), (denoise, commit, int(length >= size)))
+            new = slice(length, min(stop + 1, end))
+            forwards = (denoise, commit, int(length >= size))
+            return Alone(tokens[new].tolist(), forwards, revealed_at[new].tolist(), confidence[new].tolist())
         begin, commit = begin + size, commit + 1
 
 
@@ -101,13 +111,14 @@ def forward(model: RelayForMaskedDiffusion, tokens: Tensor, state: Tensor | None
         return model(tokens[None], relay_state=state, relay_mask=receives)
 
 
-def reveal(tokens: Tensor, logits: Tensor, active: Tensor, policy: Any) -> None:
-    """Writes the tokens of one step into `tokens`."""
+def reveal(tokens: Tensor, logits: Tensor, active: Tensor, policy: Any) -> tuple[Tensor, Tensor]:
+    """Writes the tokens of one step into `tokens`; returns which they are and how probable every position's best is."""
     probabilities = logits.float().softmax(-1)
     probabilities[:, MASK] = -1.0
     confidence, best = probabilities.max(-1)
     chosen = policy(confidence[None].clamp(min=0.0), active[None])[0]
     tokens[chosen] = best[chosen]
+    return chosen, confidence
 
 
 def new_tokens_of(output: RelayGenerateOutput, prompt_columns: int, pad: int, eos: int | None) -> list[Alone]:

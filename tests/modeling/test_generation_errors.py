@@ -55,6 +55,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "minimum length": ({"min_new_tokens": 2, "eos_token_id": 1}, "MinLengthLogitsProcessor is not supported"),
     "n-grams": ({"no_repeat_ngram_size": 2}, "NoRepeatNGramLogitsProcessor is not supported"),
     "nothing new": ({"max_new_tokens": 0}, "`max_new_tokens` must be greater than 0"),
+    "history without dict": (
+        {"output_history": True},
+        "`output_history=True` has nowhere to go: also set `return_dict",
+    ),
     "synced gpus": ({"synced_gpus": True}, "`synced_gpus=True` is not supported"),
 }
 
