@@ -3,25 +3,38 @@
 Importing the package registers `RelayConfig` and `RelayForMaskedDiffusion` with the Auto classes of transformers.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from .modeling import RelayCache, RelayConfig, RelayForMaskedDiffusion, RelayGenerateOutput, RelayOutput
+from .modeling import (
+    RelayCache,
+    RelayConfig,
+    RelayForMaskedDiffusion,
+    RelayGenerateHistory,
+    RelayGenerateOutput,
+    RelayOutput,
+)
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .denoising import show_denoising
+    from .denoising_plot import plot_denoising
     from .trainers import RelayTrainer, RelayTrainerConfig
 
 __all__ = [
     "RelayCache",
     "RelayConfig",
     "RelayForMaskedDiffusion",
+    "RelayGenerateHistory",
     "RelayGenerateOutput",
     "RelayOutput",
     "RelayTrainer",
     "RelayTrainerConfig",
     "__version__",
+    "plot_denoising",
+    "show_denoising",
 ]
 
 AutoConfig.register(RelayConfig.model_type, RelayConfig, exist_ok=True)
@@ -29,10 +42,16 @@ for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM):
     _auto_class.register(RelayConfig, RelayForMaskedDiffusion, exist_ok=True)
 
 
-def __getattr__(name: str) -> Any:
-    """The trainer is imported when it is first asked for: who only loads a model does not wait for TRL and PEFT."""
-    if name in ("RelayTrainer", "RelayTrainerConfig"):
-        from . import trainers
+# Imported when first asked for: who only loads a model does not wait for TRL, PEFT and matplotlib.
+_LAZY = {
+    "RelayTrainer": "trainers",
+    "RelayTrainerConfig": "trainers",
+    "plot_denoising": "denoising_plot",
+    "show_denoising": "denoising",
+}
 
-        return getattr(trainers, name)
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
