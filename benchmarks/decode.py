@@ -1,0 +1,148 @@
+"""What decoding costs: `generate` against the reference's loop, against its bare forwards, with and without the relay.
+
+    python benchmarks/decode.py                              # all parts on the small body with Qwen2's vocabulary
+    python benchmarks/decode.py --model 135m --parts loop    # the shape of SmolLM2-135M
+
+Parts, each timed in turns within one process, medians reported:
+
+- `loop`: our `generate` against the reference's loop (`reference_loop` in `decode_workload.py`), whose tokens must be
+  equal: batch 1, batch 8 of different prompt lengths, batch 8 of one length.
+- `overhead`: wall time of `generate` over the sum of the backbone and head forwards that it made, replayed bare.
+- `channel`: a denoise forward with the relay state against the same one without, and bytes of state.
+- `batch`: tokens per second as the batch grows.
+
+Weights are random; `decode_workload.py` says how several tokens per step pass the threshold. The last line is one JSON
+object.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from decode_workload import BLOCK, Recorder, build_model, generate, make_prompts, reference_loop
+from torch import Tensor
+
+from relay_hf import RelayCache, RelayForMaskedDiffusion
+
+SETTINGS = {"batch 1": (1, False), "batch 8 ragged": (8, True), "batch 8 even": (8, False)}
+
+
+def timed(function: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def ratios(numerator: Callable[[], float], denominator: Callable[[], float], repeats: int) -> dict[str, float]:
+    """Medians of both and of their ratio, measured in turns so that both see the same machine."""
+    pairs = [(numerator(), denominator()) for _ in range(repeats)]
+    above, below = (median(seconds) for seconds in zip(*pairs, strict=True))
+    return {"ratio": median(a / b for a, b in pairs), "numerator_s": above, "denominator_s": below}
+
+
+def against_loop(model: RelayForMaskedDiffusion, new_tokens: int, repeats: int) -> dict:
+    result = {}
+    for name, (batch, ragged) in SETTINGS.items():
+        prompts = make_prompts(model, batch, ragged)
+        output, expected = generate(model, prompts, new_tokens), reference_loop(model, prompts, new_tokens)
+        if output.sequences[:, -new_tokens:].tolist() != expected:
+            raise RuntimeError(f"{name}: `generate` and the loop differ, so their times cannot be compared.")
+        times = ratios(
+            lambda prompts=prompts: timed(lambda: reference_loop(model, prompts, new_tokens)),
+            lambda prompts=prompts: timed(lambda: generate(model, prompts, new_tokens)),
+            repeats,
+        )
+        steps = output.denoise_forwards.float().mean().item()
+        result[name] = {
+            "speedup": times["ratio"], "loop_s": times["numerator_s"], "generate_s": times["denominator_s"],
+            "denoise_forwards_per_row": steps, "tokens_per_denoise_forward": new_tokens / steps,
+        }  # fmt: skip
+        print(f"loop, {name}: {json.dumps(result[name])}", flush=True)
+    return result
+
+
+def overhead(model: RelayForMaskedDiffusion, new_tokens: int, repeats: int) -> dict:
+    result = {}
+    for name, (batch, ragged) in SETTINGS.items():
+        prompts = make_prompts(model, batch, ragged)
+        recorder = Recorder(model, prompts, new_tokens)
+        times = ratios(
+            lambda prompts=prompts: timed(lambda: generate(model, prompts, new_tokens)), recorder.replay, repeats
+        )
+        forwards = sum(call[0] is model.model for call in recorder.calls)
+        result[name] = {
+            "overhead": times["ratio"], "generate_s": times["numerator_s"], "forwards_s": times["denominator_s"],
+            "forwards": forwards,
+            "surplus_ms_per_forward": 1e3 * (times["numerator_s"] - times["denominator_s"]) / forwards,
+        }  # fmt: skip
+        print(f"overhead, {name}: {json.dumps(result[name])}", flush=True)
+    return result
+
+
+def channel(model: RelayForMaskedDiffusion, new_tokens: int, repeats: int) -> dict:
+    """Behind a committed prompt, scoring the positions of one sub-block as `generate` does."""
+    result: dict = {}
+    hidden, vocabulary = model.config.text_config.hidden_size, model.config.text_config.vocab_size
+    for batch in (1, 8):
+        cache, scored = RelayCache(config=model.config.text_config), torch.zeros(batch, BLOCK, dtype=torch.bool)
+        scored[:, :8] = True
+        canvas, state = torch.full(scored.shape, model.config.mask_token_id), torch.randn(batch, BLOCK, hidden)
+
+        def denoise(state: Tensor | None, canvas=canvas, cache=cache, scored=scored) -> float:
+            with torch.no_grad(), cache.drafting():
+                return timed(
+                    lambda: model(canvas, past_key_values=cache, relay_state=state, logits_to_keep=scored)
+                )  # fmt: skip
+
+        with torch.no_grad():
+            model(torch.stack(make_prompts(model, batch, ragged=False))[:, : 2 * BLOCK], past_key_values=cache)
+        denoise(None), denoise(state)
+        # A forward is short beside a `generate`, so that more of them are needed for a steady median.
+        times = ratios(lambda d=denoise, s=state: d(s), lambda d=denoise: d(None), 20 * repeats)
+        result[f"batch {batch}"] = {
+            "relay_over_none": times["ratio"], "with_ms": 1e3 * times["numerator_s"],
+            "without_ms": 1e3 * times["denominator_s"],
+        }  # fmt: skip
+        print(f"channel, batch {batch}: {json.dumps(result[f'batch {batch}'])}", flush=True)
+    result["state_bytes_per_sequence"] = BLOCK * hidden * state.element_size()
+    result["logits_bytes_per_sequence"] = BLOCK * vocabulary * state.element_size()
+    return result
+
+
+def growth(model: RelayForMaskedDiffusion, new_tokens: int, repeats: int) -> dict:
+    batches = {batch: make_prompts(model, batch, ragged=False) for batch in (1, 2, 4, 8)}
+    seconds: dict[int, list[float]] = {batch: [] for batch in batches}
+    for _ in range(repeats):
+        for batch, prompts in batches.items():
+            seconds[batch].append(timed(lambda prompts=prompts: generate(model, prompts, new_tokens)))
+    speeds = {batch: batch * new_tokens / median(values) for batch, values in seconds.items()}
+    print("batch, tokens per second:", json.dumps(speeds), flush=True)
+    return {"tokens_per_second": speeds, "batch_8_over_1": speeds[8] / speeds[1]}
+
+
+PARTS = {"loop": against_loop, "overhead": overhead, "channel": channel, "batch": growth}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--model", choices=["small", "135m"], default="small")
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--sharpness", type=float, help="scale of the logits, by default that of the model")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    model = build_model(arguments.model, arguments.sharpness)
+    generate(model, make_prompts(model, 1, ragged=False), BLOCK)  # warm
+    results = {part: PARTS[part](model, arguments.new_tokens, arguments.repeats) for part in arguments.parts}
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+    ).stdout.strip()
+    environment = {"machine": platform.machine(), "torch": torch.__version__, "commit": commit}
+    print(json.dumps({**results, **vars(arguments), **environment}))
