@@ -33,6 +33,7 @@ class TokenChooser:
         self.processors = processors
         self.do_sample = do_sample
         self.mask_token_id = mask_token_id
+        self.needs_logits = do_sample or bool(processors)  # a list of none is false
 
     def __call__(self, logits: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """(N, V) logits and (N, W) rows they belong to -> (N,) fp32 probability and (N,) token."""
@@ -194,7 +195,11 @@ class BlockDecoder:
         """A token-shift model has already scored the first position of a block: at the end of the block before."""
         is_masked = self.tokens[:, column] == self.mask_token_id
         if self.model.config.token_shift and bool(is_masked.any()):
-            probability, token = self.chooser(self.model.lm_head(self.cache.last_hidden[:, 0]), self.tokens)
+            hidden = self.cache.last_hidden[:, 0]
+            if self.chooser.needs_logits:
+                probability, token = self.chooser(self.model.lm_head(hidden), self.tokens)
+            else:
+                probability, token = self.model.best_tokens(hidden)
             self.tokens[:, column] = torch.where(is_masked, token, self.tokens[:, column])
             if self.recorder is not None:
                 self.recorder.record(self.rows, slice(column, column + 1), is_masked[:, None], probability[:, None])
@@ -232,12 +237,15 @@ class BlockDecoder:
                 past_key_values=self.cache,
                 relay_state=state,
                 logits_to_keep=candidates,
+                best_only=not self.chooser.needs_logits,
             )
         if self.use_relay:
             self.cache.write_relay_state(output.relay_state, active)
         self.denoise_forwards[self.rows] += active
 
-        probability, token = self.chooser(output.logits, self.tokens[candidates.nonzero()[:, 0]])
+        probability, token = output.confidence, output.best_tokens
+        if self.chooser.needs_logits:
+            probability, token = self.chooser(output.logits, self.tokens[candidates.nonzero()[:, 0]])
         confidence = torch.zeros(block.shape, device=block.device).masked_scatter(candidates, probability)
         proposal = block.masked_scatter(candidates, token)
         revealed = self.policy(confidence, candidates)

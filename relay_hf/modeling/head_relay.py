@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 # Logits of one tile: on a CPU they should stay in its cache (measured: 2**19 to 2**22 equal, half as fast beyond);
 # an accelerator wants few, large matrix products.
@@ -19,16 +20,21 @@ TILE_NUMBERS_ELSEWHERE = 2**26
 
 
 class RelayHead(nn.Linear):
-    """Linear head that gives logits, or scores targets without them.
+    """Linear head that gives logits, or without them: scores of targets, or the best tokens.
 
-    Both go through the module itself, so that libraries which gather or cast weights around a module's call see it.
+    All go through the module itself, so that libraries which gather or cast weights around a module's call see it.
     """
 
     def forward(self, input: Tensor, targets: Tensor | None = None, mask_token_id: int | None = None) -> Any:
-        """(..., D) -> (..., V) logits; with targets, (N, D) and (N,) -> what `score_positions` returns."""
-        if targets is None:
-            return super().forward(input)
-        return score_positions(input, self.weight, targets, mask_token_id)
+        """(..., D) -> (..., V) logits; with targets, (N, D) and (N,) -> what `score_positions` returns.
+
+        With a mask token only, (N, D) -> what `best_tokens` returns.
+        """
+        if targets is not None:
+            return score_positions(input, self.weight, targets, mask_token_id)
+        if mask_token_id is not None:
+            return best_tokens(input, self.weight, mask_token_id)
+        return super().forward(input)
 
 
 def score_positions(hidden: Tensor, weight: Tensor, targets: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
@@ -50,6 +56,35 @@ def score_positions(hidden: Tensor, weight: Tensor, targets: Tensor, mask_token_
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     with torch.autocast(device, enabled=False):
         return _Scores.apply(hidden, weight, targets, mask_token_id)
+
+
+@torch.no_grad()
+def best_tokens(hidden: Tensor, weight: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
+    """What `best_token` says of the logits, tile by tile: greedy decoding reads each of them once, in the cache.
+
+    Args:
+        hidden: (N, D).
+        weight: (V, D) of the head, which has no bias.
+        mask_token_id: never chosen, but counted in the normalisation.
+
+    Returns:
+        (N,) fp32 probability and (N,) token id.
+    """
+    total = hidden.new_full((len(hidden),), -torch.inf, dtype=torch.float32)  # (N,) log-sum-exp
+    best, token = total.clone(), torch.zeros_like(total, dtype=torch.long)
+    for tile in _tiles(hidden, weight):
+        logits = F.linear(hidden, weight[tile]).float()
+        if tile.start <= mask_token_id < tile.stop:
+            masked = logits[:, mask_token_id - tile.start]
+            total = torch.logaddexp(total, masked)
+            masked.fill_(torch.finfo(logits.dtype).min)  # not -inf: a tile may hold nothing else
+        best_of_tile, column = logits.max(-1)
+        # Not `logsumexp`: on a CPU its exponential is ten times slower where it underflows, as for a sure model.
+        share = logits.softmax(-1).gather(-1, column[:, None])[:, 0]
+        total = torch.logaddexp(total, best_of_tile - share.log())
+        token = torch.where(best_of_tile > best, column + tile.start, token)
+        best = torch.maximum(best, best_of_tile)
+    return (best - total).exp(), token
 
 
 class _Scores(torch.autograd.Function):

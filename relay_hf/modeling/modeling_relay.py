@@ -22,6 +22,7 @@ from .generation_relay import RelayGenerationMixin
 from .head_relay import RelayHead
 from .masks_relay import align_to_positions, block_attention_mask, new_positions
 from .outputs_relay import RelayOutput
+from .reveal_relay import best_token
 
 
 class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
@@ -107,6 +108,7 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         targets: Tensor | None = None,
+        best_only: bool = False,
         **kwargs: Any,
     ) -> RelayOutput:
         """One pass of the network under block-causal attention. Never adds noise.
@@ -126,6 +128,8 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
             logits_to_keep: which positions go through the head: the last n (0 = all), indices, or a (B, L) bool mask.
             targets: (B, L) tokens, instead of `labels`. Kept positions are then scored in chunks, and their losses and
                 confidences returned in place of logits: what training needs, without a vocabulary of numbers for each.
+            best_only: return each kept position's best token and its probability in place of logits: what greedy
+                decoding needs.
 
         Raises:
             ValueError: a shape does not fit, the cache cannot align the first position, or all labels are -100.
@@ -161,7 +165,7 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         )
         hidden, read_out = self._align(backbone_output, position_ids, past_key_values)
         return RelayOutput(
-            **self._score(slice_logits_to_keep(hidden, logits_to_keep), logits_to_keep, labelled, targets),
+            **self._score(slice_logits_to_keep(hidden, logits_to_keep), logits_to_keep, labelled, targets, best_only),
             relay_state=self.relay.next_state(read_out),
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
@@ -170,9 +174,16 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         )
 
     def _score(
-        self, kept: Tensor, logits_to_keep: int | Tensor, labelled: Tensor | None, targets: Tensor | None
+        self,
+        kept: Tensor,
+        logits_to_keep: int | Tensor,
+        labelled: Tensor | None,
+        targets: Tensor | None,
+        best_only: bool,
     ) -> dict[str, Tensor]:
-        """What the head has to say of the kept positions: logits and a loss, or losses and confidences of targets."""
+        """What the head has to say of the kept positions: logits and a loss, or what is asked for instead of logits."""
+        if best_only:
+            return dict(zip(("confidence", "best_tokens"), self.best_tokens(kept.flatten(0, -2)), strict=True))
         if targets is not None:
             chosen = slice_logits_to_keep(targets[..., None], logits_to_keep).flatten()
             losses, confidence = self.lm_head(kept.flatten(0, -2), chosen, self.config.mask_token_id)
@@ -181,6 +192,14 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         if labelled is None:
             return {"logits": logits}
         return {"logits": logits, "loss": F.cross_entropy(logits.flatten(0, -2).float(), labelled)}
+
+    def best_tokens(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, D) inputs of the head -> (N,) fp32 probability of the best token that is not [MASK], and (N,) token."""
+        mask_token_id = self.config.mask_token_id
+        # An adapter or a hook works on logits, so it needs to see them.
+        if type(self.lm_head) is RelayHead and not self.lm_head._forward_hooks:
+            return self.lm_head(hidden, mask_token_id=mask_token_id)
+        return best_token(self.lm_head(hidden), mask_token_id)
 
     def _positions(self, input_ids: Tensor, attention_mask: Tensor | None, cached: int) -> Tensor:
         """Positions of the new tokens, (B or 1, L), counted from a 2-D mask if there is one."""

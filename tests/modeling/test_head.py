@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from relay_hf.modeling import head_relay
-from relay_hf.modeling.head_relay import score_positions
+from relay_hf.modeling.head_relay import best_tokens, score_positions
 from relay_hf.modeling.reveal_relay import best_token
 
 
@@ -31,6 +31,20 @@ def test_score_positions_any_tile_equals_full_logits(count: int, vocab: int, til
         results.append((losses, confidence, hidden.grad, weight.grad))
     for expected, given_ in zip(*results, strict=True):
         torch.testing.assert_close(given_, expected, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(count=st.integers(0, 20), vocab=st.integers(2, 30), tile=st.integers(1, 200), seed=st.integers(0, 1000))
+def test_best_tokens_any_tile_equals_full_logits(count: int, vocab: int, tile: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    hidden, weight = torch.randn(count, 5, generator=generator), torch.randn(vocab, 5, generator=generator)
+    mask = seed % vocab
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(head_relay.TILE_NUMBERS, "cpu", tile)
+        probability, token = best_tokens(hidden, weight, mask)
+    expected, expected_token = best_token(hidden @ weight.T, mask)
+    assert torch.equal(token, expected_token)
+    torch.testing.assert_close(probability, expected)
 
 
 def test_score_positions_frozen_head_gets_no_gradient() -> None:
