@@ -126,7 +126,7 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
             labels: (B, L) tokens, -100 = ignore; the loss is their mean cross-entropy.
             use_cache: store keys and values even if no cache was given.
             logits_to_keep: which positions go through the head: the last n (0 = all), indices, or a (B, L) bool mask.
-            targets: (B, L) tokens, instead of `labels`. Kept positions are then scored in chunks, and their losses and
+            targets: (B, L) tokens, instead of `labels`. Kept positions are then scored in tiles, and their losses and
                 confidences returned in place of logits: what training needs, without a vocabulary of numbers for each.
             best_only: return each kept position's best token and its probability in place of logits: what greedy
                 decoding needs.
