@@ -1,4 +1,4 @@
-"""How one denoising step of a rollout is computed. `rollout.py` knows only `make_denoiser` and `Denoiser.step`.
+"""How one denoising step of a rollout is computed. `rollout.py` knows only `make_denoiser` and `Denoiser`.
 
 In block diffusion a noisy block sees itself and the CLEAN blocks before it, and clean text never looks at noisy text.
 The plain way to train that runs the doubled sequence [x_t ; x_0] in every step (`tests/trainers/doubled.py`). The block

@@ -40,8 +40,10 @@ class StopOnNonFiniteGradient(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Raises:
-        FloatingPointError: a gradient is infinite or NaN.
+        """Looks at the gradients before the optimizer does.
+
+        Raises:
+            FloatingPointError: one is infinite or NaN.
         """
         if args.fp16:  # its loss scaling tries for such gradients, and skips the step by itself
             return

@@ -4,6 +4,7 @@ Legend: B rows, L positions, N masked positions.
 """
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,9 @@ from .noise import mask_uniformly
 from .relay_config import Objective, RelayTrainerConfig
 from .rollout import Advance, Carry, Reveal, complement, stay
 from .rows import RolloutRows
+
+# What a mean is taken over, (B, L) bool of some rows.
+MASKED, LEARNED = attrgetter("masked"), attrgetter("maskable")
 
 
 class Recipe(NamedTuple):
@@ -33,35 +37,27 @@ class Recipe(NamedTuple):
     counted: Callable[[RolloutRows], Tensor]
 
 
-def _masked(rows: RolloutRows) -> Tensor:
-    return rows.masked
-
-
-def _learned(rows: RolloutRows) -> Tensor:
-    return rows.maskable
-
-
 RECIPES: dict[Objective, Recipe] = {
     "relay": Recipe(
         "the state is carried between denoising steps, with back-propagation through them",
-        carry="gradient", is_rollout=True, counted=_masked,
+        carry="gradient", is_rollout=True, counted=MASKED,
     ),
     "relay_sg": Recipe(
         "the state is carried between denoising steps, without gradients between them",
-        carry="state", is_rollout=True, counted=_masked,
+        carry="state", is_rollout=True, counted=MASKED,
     ),
     "rollout": Recipe(
         "several denoising steps, nothing carried between them but the tokens",
-        carry="nothing", is_rollout=True, counted=_masked,
+        carry="nothing", is_rollout=True, counted=MASKED,
     ),
     "masked": Recipe(
         "plain masked diffusion from a uniformly drawn fraction of masks",
-        carry="nothing", is_rollout=False, counted=_masked,
+        carry="nothing", is_rollout=False, counted=MASKED,
     ),
     # A mask and its complement are two halves of one mean.
     "complementary": Recipe(
         "plain masked diffusion from a uniformly drawn fraction of masks and from its complement",
-        carry="nothing", is_rollout=False, counted=_learned,
+        carry="nothing", is_rollout=False, counted=LEARNED,
     ),
 }  # fmt: skip
 
