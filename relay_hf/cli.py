@@ -17,6 +17,7 @@ COMMANDS = {
     "push": "upload a relay model, or an adapter of one, to the Hub in one commit",
     "eval": "answer HumanEval or MBPP problems: accuracy, and the forwards it took, at one or more thresholds",
     "compare": "compare two evaluations problem by problem, and say whether chance explains the difference",
+    "card": "write evaluations into the card of the model that was evaluated",
     "demo": "train Relay and its baselines on Sudoku, compare them, save the model and watch it solve a puzzle",
 }
 

@@ -13,7 +13,7 @@ from ..conversion.mask_token import choose_mask_token
 from ..modeling.configuration_relay import RELAY_FIELDS
 from ..trainers import RelayTrainer
 from .train_arguments import RelayModelConfig, TrainArguments, help_text, parse
-from .train_data import hub_id, load_splits
+from .train_data import hub_ids, load_splits
 
 
 def run(program: str, argv: Sequence[str]) -> None:
@@ -62,10 +62,10 @@ def train(arguments: TrainArguments) -> None:
         raise ValueError("`save_merged=True` needs whole weights, but they are sharded: set it to false, merge later.")
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
-    name = hub_id(data, mixture)
-    trainer.create_model_card(dataset_name=name)
+    names = hub_ids(data, mixture)
+    trainer.create_model_card(dataset_name=names)
     if training.push_to_hub:
-        trainer.push_to_hub(dataset_name=name)
+        trainer.push_to_hub(dataset_name=names)
     if merges and trainer.is_world_process_zero():
         # Adapters alone are of no use without the checkpoint that they started from.
         whole: Any = trainer.accelerator.unwrap_model(trainer.model)

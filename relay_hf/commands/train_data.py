@@ -7,6 +7,7 @@ from datasets import load_dataset
 from datasets.exceptions import DatasetsError
 from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
 
+from ..hub_cards import is_hub_id
 from ..trainers import RelayTrainerConfig
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -47,11 +48,10 @@ def _load_splits(
     return train, _load(data, data.dataset_test_split) if evaluates else None
 
 
-def hub_id(data: ScriptArguments, mixture: DatasetMixtureConfig) -> str | None:
-    """The name that the card can link to, if the rows are those of one data set of the Hub."""
+def hub_ids(data: ScriptArguments, mixture: DatasetMixtureConfig) -> list[str]:
+    """The names of data sets on the Hub, to which the card can link."""
     names = [source.path for source in mixture.datasets] or [data.dataset_name]
-    is_local = Path(str(names[0])).exists() or names[0] in set(BUILDERS.values())
-    return None if len(names) > 1 or is_local else names[0]
+    return [str(name) for name in names if is_hub_id(name)]
 
 
 def _check(data: ScriptArguments, mixture: DatasetMixtureConfig, training: RelayTrainerConfig) -> None:

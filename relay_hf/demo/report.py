@@ -14,6 +14,8 @@ from ..hub_cards import (
     EvaluationRow,
     RelayCardData,
     TrainingFacts,
+    describe_channel,
+    describe_model,
     fill_in_snippet,
     hardware,
     save_card,
@@ -145,7 +147,8 @@ def _card(
         name=model_folder.name,
         objective="relay",
         objective_description="back-propagation through two denoising steps and the state between them",
-        channel="the output of the final norm, added at masked positions through a zero-initialised LayerNorm.",
+        channel=describe_channel(study.model.config),
+        model=describe_model(study.model.config),
         training=TrainingFacts(
             datasets=[DatasetFacts(board, f"{len(train)} {source}, each row under a fresh random symmetry")],
             recipe=f"{arguments.warmup_steps} `masked` steps from scratch at learning rate {WARMUP_LEARNING_RATE:g}, "
@@ -169,16 +172,20 @@ def _card(
             hardware=hardware(),
             versions=versions(),
         ),
-        evaluation=Evaluation(
-            dataset=DatasetFacts(
-                board, f"{len(test)} held-out puzzles, none of them a symmetric twin of a training puzzle", split="test"
-            ),
-            rows=[row for objective_rows in rows.values() for row in objective_rows],
-            highlighted=next(row for row in rows["relay"] if row.threshold == DEFAULT_THRESHOLD),
-            unit="puzzle",
-            picture=PICTURE,
-            comment=" ".join(comparisons),
-        ),
+        evaluations=[
+            Evaluation(
+                dataset=DatasetFacts(
+                    board,
+                    f"{len(test)} held-out puzzles, none of them a symmetric twin of a training puzzle",
+                    split="test",
+                ),
+                rows=[row for objective_rows in rows.values() for row in objective_rows],
+                highlighted=next(row for row in rows["relay"] if row.threshold == DEFAULT_THRESHOLD),
+                unit="puzzle",
+                picture=PICTURE,
+                comment=" ".join(comparisons),
+            )
+        ],
         usage=fill_in_snippet(str(model_folder), test[0]["question"]),
         limits=[
             f"A demonstration of the method: it knows nothing but {board}, and it is not the best solver of its size.",

@@ -6,15 +6,24 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
 from transformers import PreTrainedTokenizerBase
 
 from .. import modeling
-from ..hub_cards import RelayCardData, generate_snippet, is_hub_id, save_card
+from ..hub_cards import (
+    CARD,
+    RelayCardData,
+    is_hub_id,
+    plain_card,
+    read_card,
+    save_card,
+    set_usage,
+    usage_snippet,
+)
 from ..modeling import RelayConfig, RelayForMaskedDiffusion
 from ..modeling.adapter_relay import ADAPTER_BASE_FIELD, complete_adapter
+from ..tokenizer_loading import load_tokenizer
 
-CONFIG, ADAPTER_CONFIG, CARD = "config.json", "adapter_config.json", "README.md"
+CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "adapter_model.safetensors")
 # One kind of model replaces another: what the repository has of these, and the commit does not, goes.
 REPLACED = (*WEIGHTS, "model.safetensors.index.json", ADAPTER_CONFIG, "*_relay.py")
@@ -64,13 +73,20 @@ def gather(source: Any, scratch: Path, tokenizer: PreTrainedTokenizerBase | None
 
 
 def complete(
-    scratch: Path, repo_id: str, *, base_model: str | None, card: RelayCardData | None, write_card: bool
+    scratch: Path,
+    repo_id: str,
+    *,
+    folder: str | None,
+    base_model: str | None,
+    card: RelayCardData | None,
+    write_card: bool,
 ) -> str | None:
     """Adds the code and its register, tells an adapter's loaders where to look, and sees to the card.
 
     Args:
         scratch: with the files of `gather`.
         repo_id: where they will be.
+        folder: where they were, if they were in one; code in the card loads the model from there.
         base_model: Hub id of an adapter's base, if it was trained from elsewhere.
         card: replaces the one in the folder.
         write_card: whether a repository without card is to get one.
@@ -103,7 +119,7 @@ def complete(
     elif base_model is not None:
         raise ValueError(f"`base_model={base_model!r}` is for adapters, and this is a whole model: leave it out.")
     _write_json(scratch / CONFIG, fields)
-    _complete_card(scratch, repo_id, base, card, write_card)
+    _complete_card(scratch, repo_id, folder, base, card, write_card)
     return base
 
 
@@ -140,40 +156,23 @@ def _save(model: Any, scratch: Path) -> None:
 
 
 def _complete_card(
-    scratch: Path, repo_id: str, base: str | None, given: RelayCardData | None, write_card: bool
+    scratch: Path, repo_id: str, folder: str | None, base: str | None, given: RelayCardData | None, write_card: bool
 ) -> None:
-    path = scratch / CARD
+    config = RelayConfig.from_pretrained(scratch)
+    tokenizer = load_tokenizer(str(scratch), config)
+    usage = usage_snippet(repo_id, config, tokenizer) if tokenizer is not None else ""
     if given is not None:
         save_card(given, scratch)
-    elif write_card and not path.exists():
-        save_card(_plain_card(scratch, repo_id, base), scratch)
-    if not path.exists():
+    elif write_card and not (scratch / CARD).exists():
+        save_card(plain_card(repo_id.split("/")[1], config, usage, base), scratch)
+    if not (scratch / CARD).exists():
         return
-    try:
-        card = ModelCard.load(path)
-    except Exception as error:  # of the YAML library as well
-        problem = " ".join(str(error).split())
-        raise ValueError(
-            f"The metadata of `{CARD}` cannot be read ({problem}): correct it, or pass a `card`."
-        ) from error
+    set_usage(scratch, repo_id, usage, earlier_id=folder)
     if base is not None:
+        card = read_card(scratch)
         card.data.base_model = base
         card.data.base_model_relation = "adapter"
-        card.save(path)
-
-
-def _plain_card(scratch: Path, repo_id: str, base: str | None) -> RelayCardData:
-    """What can be said of a model that comes without a card."""
-    config = RelayConfig.from_pretrained(scratch)
-    has_tokenizer = (scratch / "tokenizer_config.json").exists()
-    return RelayCardData(
-        name=repo_id.split("/")[1],
-        base_model=base,
-        channel=None if config.relay_channel == "none" else f"the channel `{config.relay_channel}`",
-        usage=generate_snippet(repo_id) if has_tokenizer else "",
-        limits=["This card was written when the model was pushed: nothing is known of its training or evaluation."],
-        pipeline_tag="text-generation" if config.block_size is not None else None,
-    )
+        card.save(scratch / CARD)
 
 
 def _write_json(path: Path, fields: dict[str, Any]) -> None:

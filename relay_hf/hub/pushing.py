@@ -11,11 +11,11 @@ from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import PreTrainedTokenizerBase
 
-from ..hub_cards import RelayCardData
+from ..hub_cards import CARD, RelayCardData
 from ..modeling import RelayConfig
 from ..version import __version__
 from .checks import check_base, check_contents
-from .contents import CARD, complete, gather
+from .contents import complete, gather
 from .upload import Remote
 
 
@@ -60,7 +60,14 @@ def push(
         check_contents(scratch)
         remote = Remote(api, repo_id, revision)
         remote.look()
-        base = complete(scratch, repo_id, base_model=base_model, card=card, write_card=CARD not in remote.files)
+        base = complete(
+            scratch,
+            repo_id,
+            folder=str(Path(source).resolve()) if isinstance(source, str | Path) else None,
+            base_model=base_model,
+            card=card,
+            write_card=CARD not in remote.files,
+        )
         if base is not None:
             check_base(RelayConfig.from_pretrained(scratch), base, token)
         message = commit_message or f"Upload {'model' if base is None else 'adapter'} with relay_hf"

@@ -1,13 +1,18 @@
 """Model cards written from what ran: facts in, README.md with machine-readable metadata out. Works offline."""
 
-from .card_data import DatasetFacts, Evaluation, EvaluationRow, RelayCardData, TrainingFacts
+from .card_data import NOT_EVALUATED, DatasetFacts, Evaluation, EvaluationRow, RelayCardData, TrainingFacts
 from .citations import FAST_DLLM_V2_CITATION, RELAY_CITATION, RESIDUAL_CONTEXT_CITATION, SOFT_MASK_CITATION
+from .editing import add_evaluation, read_card, set_usage
 from .environment import hardware, versions
-from .render import is_hub_id, make_metadata, render_card, save_card
-from .snippets import fill_in_snippet, generate_snippet
+from .metadata import is_hub_id, make_metadata
+from .model_facts import cite_model, describe_channel, describe_model, plain_card
+from .render import CARD, render_card, save_card
+from .snippets import chat_snippet, fill_in_snippet, generate_snippet, usage_snippet
 
 __all__ = [
+    "CARD",
     "FAST_DLLM_V2_CITATION",
+    "NOT_EVALUATED",
     "RELAY_CITATION",
     "RESIDUAL_CONTEXT_CITATION",
     "SOFT_MASK_CITATION",
@@ -16,12 +21,21 @@ __all__ = [
     "EvaluationRow",
     "RelayCardData",
     "TrainingFacts",
+    "add_evaluation",
+    "chat_snippet",
+    "cite_model",
+    "describe_channel",
+    "describe_model",
     "fill_in_snippet",
     "generate_snippet",
     "hardware",
     "is_hub_id",
     "make_metadata",
+    "plain_card",
+    "read_card",
     "render_card",
     "save_card",
+    "set_usage",
+    "usage_snippet",
     "versions",
 ]

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from .citations import RELAY_CITATION
 
+NOT_EVALUATED = "Not evaluated yet: this card was written while training."  # a limit, until there is a table
+
 
 def _check_picture(picture: str | None) -> None:
     if picture is not None and (not picture or "/" in picture or "\\" in picture):
@@ -40,6 +42,7 @@ class TrainingFacts:
         arguments: the arguments that matter, in the order to print; those whose value is None are left out.
         steps: optimizer steps.
         seconds: wall time of the training.
+        losses: name -> loss at the end of the run, for instance that on held-out rows.
         parameters: number of trained parameters.
         hardware: what it ran on, see `hardware()`.
         versions: package -> version, see `versions()`.
@@ -54,6 +57,7 @@ class TrainingFacts:
     arguments: Mapping[str, object] = field(default_factory=dict)
     steps: int | None = None
     seconds: float | None = None
+    losses: Mapping[str, float] = field(default_factory=dict)
     parameters: int | None = None
     hardware: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -156,11 +160,14 @@ class RelayCardData:
 
     Args:
         name: of the model.
-        base_model: Hub id or folder of the checkpoint that training started from; None = trained from scratch.
+        base_model: Hub id or folder of the checkpoint that training started from; None = trained from scratch if
+            `training` is given, else unknown.
         channel: a sentence on what is carried between denoising steps and how it enters; None = nothing is carried.
         objective: short name of the training objective ("relay").
         objective_description: a sentence that says what it does.
-        training, evaluation: the facts.
+        model: name -> value, for instance of `describe_model`.
+        training: how the weights came about.
+        evaluations: tables of results, one per data set.
         usage: Python code that runs as it stands, for instance of `fill_in_snippet`.
         limits: sentences, one per limit.
         license: identifier that the Hub knows ("apache-2.0").
@@ -170,7 +177,7 @@ class RelayCardData:
         citations: BibTeX entries.
 
     Raises:
-        ValueError: the name is empty or more than one line.
+        ValueError: the name is empty or more than one line, or two evaluations are on one data set.
     """
 
     name: str
@@ -178,8 +185,9 @@ class RelayCardData:
     channel: str | None = None
     objective: str = ""
     objective_description: str = ""
+    model: Mapping[str, str] = field(default_factory=dict)
     training: TrainingFacts | None = None
-    evaluation: Evaluation | None = None
+    evaluations: Sequence[Evaluation] = ()
     usage: str = ""
     limits: Sequence[str] = ()
     license: str | None = None
@@ -191,3 +199,6 @@ class RelayCardData:
     def __post_init__(self) -> None:
         if len(self.name.strip().splitlines()) != 1:
             raise ValueError(f"`name={self.name!r}` cannot head a card: give the model a name of one line.")
+        names = [evaluation.dataset.name for evaluation in self.evaluations]
+        if len(set(names)) < len(names):
+            raise ValueError(f"Two evaluations have one name ({', '.join(names)}): name each data set differently.")

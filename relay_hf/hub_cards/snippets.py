@@ -1,6 +1,20 @@
 """Code for the card's "How to use" section. It runs as it stands; `tests/hub_cards/test_card_snippets.py` runs it."""
 
 import json
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ..modeling import RelayConfig
+
+_LOAD = """\
+import relay_hf  # or, without the package, pass trust_remote_code=True below: the code is in the repository
+from transformers import AutoModel, AutoTokenizer
+
+model = AutoModel.from_pretrained({model})
+tokenizer = AutoTokenizer.from_pretrained({model})
+"""
 
 
 def fill_in_snippet(model_id: str, canvas: str, threshold: float | None = None) -> str:
@@ -11,16 +25,10 @@ def fill_in_snippet(model_id: str, canvas: str, threshold: float | None = None) 
         canvas: text with masks in it, for instance a Sudoku whose blanks are ".".
         threshold: of the unmasking policy; None leaves it to the model's generation config.
     """
-    model, board = (json.dumps(text, ensure_ascii=False) for text in (model_id, canvas))
     option = "" if threshold is None else f", unmasking_threshold={float(threshold)!r}"
     return f"""\
-import relay_hf  # registers the model with AutoModel
-from transformers import AutoModel, AutoTokenizer
-
-model = AutoModel.from_pretrained({model})
-tokenizer = AutoTokenizer.from_pretrained({model})
-
-inputs = tokenizer({board}, return_tensors="pt")
+{_LOAD.format(model=quote(model_id))}
+inputs = tokenizer({quote(canvas)}, return_tensors="pt")
 output = model.generate(inputs["input_ids"]{option}, return_dict_in_generate=True)
 print(tokenizer.decode(output.sequences[0]))
 print("denoise forwards:", int(output.denoise_forwards[0]))
@@ -34,16 +42,49 @@ def generate_snippet(model_id: str, prompt: str = "The capital of France is") ->
         model_id: Hub id or folder that the reader will load, with its tokenizer.
         prompt: text to continue.
     """
-    model, text = (json.dumps(text, ensure_ascii=False) for text in (model_id, prompt))
     return f"""\
-import relay_hf  # or, without the package, pass trust_remote_code=True below: the code is in the repository
-from transformers import AutoModel, AutoTokenizer
-
-model = AutoModel.from_pretrained({model})
-tokenizer = AutoTokenizer.from_pretrained({model})
-
-prompt = tokenizer({text}, return_tensors="pt")
+{_LOAD.format(model=quote(model_id))}
+prompt = tokenizer({quote(prompt)}, return_tensors="pt")
 output = model.generate(**prompt, max_new_tokens=64, return_dict_in_generate=True)
 print(tokenizer.decode(output.sequences[0], skip_special_tokens=True))
 print("denoise forwards:", int(output.denoise_forwards[0]))
 """
+
+
+def chat_snippet(model_id: str, question: str = "Write a Python function that reverses a string.") -> str:
+    """Load a language model with a chat template and ask it something.
+
+    Args:
+        model_id: Hub id or folder that the reader will load, with its tokenizer.
+        question: what the user says.
+    """
+    return f"""\
+{_LOAD.format(model=quote(model_id))}
+messages = [{{"role": "user", "content": {quote(question)}}}]
+prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+output = model.generate(**prompt, max_new_tokens=256, return_dict_in_generate=True)
+print(tokenizer.decode(output.sequences[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
+print("denoise forwards:", int(output.denoise_forwards[0]))
+"""
+
+
+def usage_snippet(model_id: str, config: "RelayConfig", tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The code that fits a model; "" where it is not known what a canvas looks like.
+
+    Args:
+        model_id: Hub id or folder that the reader will load, with its tokenizer.
+        config, tokenizer: of the model.
+    """
+    if config.block_size is None:
+        return ""
+    return generate_snippet(model_id) if tokenizer.chat_template is None else chat_snippet(model_id)
+
+
+def describe_usage(snippet: str) -> str:
+    """What stands in the section "How to use"."""
+    return f"With the package `relay_hf` installed:\n\n```python\n{snippet.strip()}\n```"
+
+
+def quote(text: str) -> str:
+    """The text as Python writes it in double quotes."""
+    return json.dumps(text, ensure_ascii=False)

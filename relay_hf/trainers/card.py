@@ -1,16 +1,23 @@
 """The card of a training run: what the trainer knows, told by `hub_cards`."""
 
+import re
+from collections.abc import Mapping, Sequence
+from statistics import mean
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from ..hub_cards import (
     FAST_DLLM_V2_CITATION,
-    RELAY_CITATION,
-    RESIDUAL_CONTEXT_CITATION,
-    SOFT_MASK_CITATION,
+    NOT_EVALUATED,
     DatasetFacts,
     RelayCardData,
     TrainingFacts,
+    cite_model,
+    describe_channel,
+    describe_model,
     hardware,
+    usage_snippet,
     versions,
 )
 from ..modeling import RelayConfig
@@ -31,6 +38,8 @@ ARGUMENTS = (
     "learning_rate",
     "relay_learning_rate",
     "lr_scheduler_type",
+    "warmup_steps",
+    "optim",
     "weight_decay",
     "relay_weight_decay",
     "max_grad_norm",
@@ -39,10 +48,16 @@ ARGUMENTS = (
     "staggered_start",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
+    "world_size",
     "max_length",
-    "seed",
+    "assistant_only_loss",
+    "completion_only_loss",
+    "gradient_checkpointing",
     "bf16",
+    "seed",
 )
+ADAPTER_ARGUMENTS = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules")
+LOOKED_AT = 1000  # rows whose lengths are told
 
 
 def training_card(
@@ -50,8 +65,12 @@ def training_card(
     args: RelayTrainerConfig,
     config: RelayConfig,
     model: Any,
-    steps: int,
-    dataset_name: str | None,
+    state: Any,
+    *,
+    model_id: str,
+    train_dataset: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dataset_names: Sequence[str] = (),
     reference: Reference | None = None,
     picture: str | None = None,
 ) -> RelayCardData:
@@ -61,40 +80,82 @@ def training_card(
         name: of the model.
         args, config: the run's arguments and the model's configuration.
         model: counted, and asked where it came from.
-        steps: optimizer steps made so far.
-        dataset_name: Hub id of the data, if it has one.
+        state: the Trainer's, with the steps made so far and what was logged.
+        model_id: folder or Hub id that the card's code loads.
+        train_dataset: as the trainer has prepared it.
+        tokenizer: of the text, if the model works on text.
+        dataset_names: of the data, a Hub id each; without, what the data set itself knows.
         reference: the frozen model that supplied the state, if there was one.
         picture: name of an image of the losses beside the card.
     """
-    values = {argument: getattr(args, argument) for argument in ARGUMENTS}
     return RelayCardData(
         name=name,
         base_model=getattr(model.config, "_name_or_path", "") or None,
         objective=args.objective,
         objective_description=RECIPES[args.objective].description,
-        channel=_describe_channel(config),
+        channel=describe_channel(config),
+        model={"Parameters": f"{sum(p.numel() for p in model.parameters()):,}", **describe_model(config)},
         training=TrainingFacts(
-            datasets=[DatasetFacts(dataset_name, hub_id=dataset_name)] if dataset_name else [],
-            recipe=_describe_reference(reference),
-            arguments={name: getattr(value, "value", value) for name, value in values.items()},
-            steps=steps,
+            datasets=[DatasetFacts(name, hub_id=name) for name in dataset_names or _hub_ids(train_dataset)],
+            recipe=" ".join(part for part in (_describe_rows(train_dataset), _describe_reference(reference)) if part),
+            arguments={**_arguments(args), **_adapter_arguments(model)},
+            steps=state.global_step,
+            losses=_last_losses(state.log_history),
             parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
             hardware=hardware(),
             versions=versions(),
             picture=picture,
         ),
+        usage=usage_snippet(model_id, config, tokenizer) if tokenizer is not None else "",
         citations=_citations(args, config),
-        limits=["Not evaluated yet: this card was written while training."],
+        limits=[NOT_EVALUATED],
         pipeline_tag="text-generation" if config.block_size is not None else None,
     )
 
 
+def _arguments(args: RelayTrainerConfig) -> dict[str, Any]:
+    values = {name: getattr(args, name) for name in ARGUMENTS}
+    return {name: getattr(value, "value", value) for name, value in values.items()}
+
+
+def _adapter_arguments(model: Any) -> dict[str, Any]:
+    """Of LoRA or the like, if there is one: "adapter.r" and so on."""
+    adapters = getattr(model, "peft_config", {}).values()
+    values = {name: getattr(adapter, name, None) for adapter in adapters for name in ADAPTER_ARGUMENTS}
+    return {
+        f"adapter.{name}": ", ".join(sorted(value)) if isinstance(value, set | list) else getattr(value, "value", value)
+        for name, value in values.items()
+    }
+
+
+def _hub_ids(dataset: Any) -> list[str]:
+    """Where a data set of the Hub was loaded from; nothing for others, and for mixtures, which do not remember."""
+    files = getattr(getattr(dataset, "info", None), "download_checksums", None) or {}
+    return sorted({found[1] for file in files if (found := re.match(r"hf://datasets/([^/]+/[^/@]+)", file))})
+
+
+def _describe_rows(dataset: Any) -> str:
+    """How many rows there are, and how long; of streams neither is known."""
+    if "input_ids" not in (getattr(dataset, "column_names", None) or []) or not hasattr(dataset, "num_rows"):
+        return ""
+    lengths = [len(ids) for ids in dataset[:LOOKED_AT]["input_ids"]]
+    rows = f"Trained on {dataset.num_rows:,} row{'s' if dataset.num_rows > 1 else ''}"
+    which = "" if dataset.num_rows <= LOOKED_AT else f" in the first {LOOKED_AT:,}"
+    return f"{rows} of {min(lengths)} to {max(lengths)} tokens, {mean(lengths):.0f} on average{which}."
+
+
+def _last_losses(log_history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    last = {name: float(value) for entry in log_history for name, value in entry.items() if name.endswith("loss")}
+    names = {"loss": "Last training loss", "eval_loss": "Held-out loss"}
+    held_out = {name: f"Held-out loss `{name[5:-5]}`" for name in last if re.fullmatch(r"eval_.+_loss", name)}
+    return {label: last[name] for name, label in {**names, **held_out}.items() if name in last}
+
+
 def _citations(args: RelayTrainerConfig, config: RelayConfig) -> list[str]:
-    """Relay, and whatever else the model is made of."""
-    of_channel = {"residual_context": [RESIDUAL_CONTEXT_CITATION], "soft_mask": [SOFT_MASK_CITATION]}
-    is_block_diffusion = config.block_size is not None and config.token_shift
-    of_blocks = [FAST_DLLM_V2_CITATION] if is_block_diffusion or args.objective == "complementary" else []
-    return [RELAY_CITATION, *of_channel.get(config.relay_channel, []), *of_blocks]
+    """The model's, and that of the objective."""
+    of_model = cite_model(config)
+    is_cited = args.objective != "complementary" or FAST_DLLM_V2_CITATION in of_model
+    return of_model if is_cited else [*of_model, FAST_DLLM_V2_CITATION]
 
 
 def _describe_reference(reference: Reference | None) -> str:
@@ -102,15 +163,3 @@ def _describe_reference(reference: Reference | None) -> str:
         return ""
     name = getattr(reference.config, "_name_or_path", "") or "a model without a name"
     return f"The state came from the predictions of a frozen reference, {name}, for the same noisy text."
-
-
-def _describe_channel(config: RelayConfig) -> str | None:
-    where = "masked positions" if config.relay_scope == "masked" else "all positions"
-    read_out = "final norm" if config.relay_readout == "post_norm" else f"layer {config.relay_layer}"
-    descriptions = {
-        "layer_norm": f"the output of the {read_out}, added at {where} through a LayerNorm.",
-        "residual_context": "the mean embedding of what was predicted, mixed into the masks: the more, the less sure.",
-        "soft_mask": f"the mean embedding of the {config.relay_top_k} likeliest tokens, mixed into the masks: the "
-        "more, the surer.",
-    }
-    return descriptions.get(config.relay_channel)

@@ -247,18 +247,33 @@ class RelayTrainer(ResumableTrainer):
             return super().evaluate(*args, **kwargs)
 
     def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+        self,
+        model_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
     ) -> None:
-        """Writes our card into the output folder, in place of TRL's; arguments as there."""
+        """Writes our card into the output folder, in place of TRL's; arguments as there, with any number of data sets.
+
+        Without `dataset_name`, a data set that was loaded from the Hub names itself.
+        """
         if not self.is_world_process_zero():
             return
         name = model_name or Path(self.args.output_dir).name
         history, picture = self.state.log_history, None
         if len(logged(history, "loss")) > 1:
             picture = plot_training(history, Path(self.args.output_dir) / "training.png", f"Training of {name}").name
-        steps = self.state.global_step
         card = training_card(
-            name, self.args, self.relay_config, self.model, steps, dataset_name, self.reference, picture
+            name,
+            self.args,
+            self.relay_config,
+            self.model,
+            self.state,
+            model_id=str(Path(self.args.output_dir).resolve()),
+            train_dataset=self.train_dataset,
+            tokenizer=cast(Any, self.processing_class),
+            dataset_names=[dataset_name] if isinstance(dataset_name, str) else dataset_name or [],
+            reference=self.reference,
+            picture=picture,
         )
         extra = [tags] if isinstance(tags, str) else list(tags or [])
         save_card(replace(card, tags=extra), self.args.output_dir)

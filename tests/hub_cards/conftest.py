@@ -60,7 +60,7 @@ def data(evaluation: Evaluation) -> RelayCardData:
         objective="relay",
         objective_description="back-propagation through two steps",
         training=training,
-        evaluation=evaluation,
+        evaluations=[evaluation],
         usage="print('<a & b> {{ c }}')",
         limits=["It knows 6x6 puzzles only.", "It was trained for minutes."],
         license="apache-2.0",

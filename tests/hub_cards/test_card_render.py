@@ -20,7 +20,7 @@ from relay_hf.hub_cards import (
 
 SECTIONS = {
     "usage": "## How to use",
-    "evaluation": "## Evaluation",
+    "evaluations": "## Evaluation",
     "training": "## Training",
     "limits": "## Limits",
     "citations": "## Citation",
@@ -71,14 +71,14 @@ def test_table_rows_have_as_many_cells_as_the_header(data):
 
 def test_seeds_and_spread_are_printed(data, make_row):
     rows = [make_row("relay", 0.1, 0.797, 5.0, seeds=3, spread={"exact_match": 0.0123})]
-    text = render_card(dataclasses.replace(data, evaluation=Evaluation(DatasetFacts("S"), rows, rows[0])))
+    text = render_card(dataclasses.replace(data, evaluations=[Evaluation(DatasetFacts("S"), rows, rows[0])]))
     assert "**79.7 ± 1.2**" in text
     assert "mean over 3 training seeds (± one standard deviation)" in text
 
 
 def test_samples_that_differ_get_a_column(data, make_row):
     rows = [make_row("a", 0.1, 0.5, 5.0, samples=10), make_row("b", 0.1, 0.5, 5.0, samples=20)]
-    text = render_card(dataclasses.replace(data, evaluation=Evaluation(DatasetFacts("S"), rows, rows[0])))
+    text = render_card(dataclasses.replace(data, evaluations=[Evaluation(DatasetFacts("S"), rows, rows[0])]))
     assert "| Samples |" in text
     assert "| 25.00 | 20 |" in text
 
@@ -86,7 +86,7 @@ def test_samples_that_differ_get_a_column(data, make_row):
 def test_rows_without_threshold_need_no_column(data, make_row):
     rows = [make_row("a", None, 0.5, 5.0)]
     assert "Threshold" not in render_card(
-        dataclasses.replace(data, evaluation=Evaluation(DatasetFacts("S"), rows, rows[0]))
+        dataclasses.replace(data, evaluations=[Evaluation(DatasetFacts("S"), rows, rows[0])])
     )
 
 
@@ -233,8 +233,8 @@ def test_model_index_names_tell_thresholds_apart(data):
 
 
 def test_model_index_of_local_dataset_has_a_plain_id(data):
-    evaluation = dataclasses.replace(data.evaluation, dataset=DatasetFacts("Sudoku 6×6 (ours)"))
-    metadata = ModelCard(render_card(dataclasses.replace(data, evaluation=evaluation))).data
+    evaluation = dataclasses.replace(data.evaluations[0], dataset=DatasetFacts("Sudoku 6×6 (ours)"))
+    metadata = ModelCard(render_card(dataclasses.replace(data, evaluations=[evaluation]))).data
     assert {result.dataset_type for result in metadata.eval_results} == {"sudoku-6-6-ours"}
     assert {result.dataset_name for result in metadata.eval_results} == {"Sudoku 6×6 (ours)"}
 
@@ -245,7 +245,7 @@ def test_numbers_of_numpy_become_plain_yaml(data, make_row):
     rows = [make_row("relay", np.float32(0.5), np.float64(0.25), np.float64(5.0), samples=np.int64(7))]
     training = dataclasses.replace(data.training, arguments={"lr": np.float64(5e-4)})
     text = render_card(
-        dataclasses.replace(data, training=training, evaluation=Evaluation(DatasetFacts("S"), rows, rows[0]))
+        dataclasses.replace(data, training=training, evaluations=[Evaluation(DatasetFacts("S"), rows, rows[0])])
     )
     assert "numpy" not in text
     assert "| `lr` | `0.0005` |" in text
@@ -307,7 +307,7 @@ def test_save_that_fails_keeps_the_old_card(data, folder, monkeypatch):
 
 
 def test_save_without_the_picture_raises_and_writes_nothing(data, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"accuracy\.png.*write the picture there first"):
+    with pytest.raises(FileNotFoundError, match=r"accuracy\.png.*write the picture there"):
         save_card(data, tmp_path)
     assert os.listdir(tmp_path) == []
 

@@ -4,11 +4,12 @@ from typing import get_args
 
 import pytest
 from huggingface_hub import ModelCard
+from peft import LoraConfig
 
 from relay_hf.trainers import Objective, RelayTrainer
 from relay_hf.trainers.objectives import RECIPES
 
-from .conftest import build_model
+from .conftest import build_dataset, build_model
 
 
 def test_card_describes_every_objective() -> None:
@@ -55,3 +56,53 @@ def test_card_cites_what_the_model_is_made_of(
     card = (Path(trainer.args.output_dir) / "README.md").read_text(encoding="utf-8")
     assert [line.split("{")[1].split("}")[0] for line in card.splitlines() if "eprint" in line] == cited
     assert "training.png" not in card, "nothing was logged"
+
+
+def test_card_tells_rows_losses_and_adapters(make_trainer: Callable[..., RelayTrainer]) -> None:
+    lora = LoraConfig(r=2, lora_alpha=4, target_modules=["v_proj", "q_proj"])
+    trainer = make_trainer(trainer_options={"peft_config": lora, "eval_dataset": build_dataset()})
+    trainer.train()
+    trainer.evaluate()
+    trainer.create_model_card("told")
+    card = (Path(trainer.args.output_dir) / "README.md").read_text(encoding="utf-8")
+    lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
+    assert f"Trained on {len(lengths)} rows of {min(lengths)} to {max(lengths)} tokens, " in card
+    assert "| `adapter.r` | `2` |\n" in card
+    assert "| `adapter.target_modules` | `q_proj, v_proj` |" in card
+    held_out = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert f"- Held-out loss: {held_out[-1]:.4g}\n" in card
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    assert f"- Parameters: {parameters:,}\n- Backbone: `qwen2`, layers" in card
+
+
+@pytest.mark.parametrize(
+    ("names", "files", "linked"),
+    [
+        (None, [], None),
+        (
+            None,
+            ["hf://datasets/org/text@abc/a.parquet", "hf://datasets/org/text@abc/b.parquet"],
+            ["org/text"],
+        ),
+        ("org/given", ["hf://datasets/org/text@abc/data/a.parquet"], ["org/given"]),
+        (["org/one", "org/two"], [], ["org/one", "org/two"]),
+        (None, ["/home/me/text.jsonl"], None),
+    ],
+)
+def test_card_links_all_data_sets_of_the_hub(
+    make_trainer: Callable[..., RelayTrainer], names: str | list[str] | None, files: list[str], linked: list[str] | None
+) -> None:
+    trainer = make_trainer()
+    trainer.train_dataset.info.download_checksums = dict.fromkeys(files)
+    trainer.create_model_card("linked", dataset_name=names)
+    card = ModelCard.load(Path(trainer.args.output_dir) / "README.md")
+    assert card.data.datasets == linked
+    for name in linked or []:
+        assert f"- [{name}](https://huggingface.co/datasets/{name})" in card.content
+
+
+def test_card_of_a_stream_says_nothing_of_its_rows(make_trainer: Callable[..., RelayTrainer]) -> None:
+    trainer = make_trainer()
+    trainer.train_dataset = trainer.train_dataset.to_iterable_dataset()
+    trainer.create_model_card("streamed")
+    assert "Trained on" not in (Path(trainer.args.output_dir) / "README.md").read_text(encoding="utf-8")

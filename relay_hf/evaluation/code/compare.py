@@ -102,14 +102,14 @@ def compare_runs(a: str, b: str, picture: str | None = None) -> str:
         files = [(first, second)]
     if not files:
         raise ValueError(f"`{a}` and `{b}` share no threshold: evaluate both at one, or give two files of answers.")
-    parts = [_differing_settings(*files[0])]
+    parts = [differing_settings(files[0][0].parent, files[0][1].parent)]
     for file_a, file_b in files:
         title = file_a.stem if file_a.stem == file_b.stem else f"{file_a.stem} / {file_b.stem}"
         parts.append(f"{title}\n{format_pairs(pair_samples(read_samples(file_a), read_samples(file_b)))}")
     if picture:
-        (benchmark, results_a), (_, results_b) = read_results(first), read_results(second)
+        (settings, results_a), (_, results_b) = read_results(first), read_results(second)
         labels = (first.name, second.name) if first.name != second.name else ("A", "B")
-        draw_picture(dict(zip(labels, (results_a, results_b), strict=True)), Path(picture), benchmark)
+        draw_picture(dict(zip(labels, (results_a, results_b), strict=True)), Path(picture), str(settings["benchmark"]))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -120,23 +120,24 @@ def format_pairs(pairs: dict[str, Pairs]) -> str:
         pair = pairs[name]
         change = f"{pair.mean_b / pair.mean_a - 1:+.1%}" if pair.mean_a else ""
         lines.append(f"{name:16}  {pair.mean_a:8.1f}  {pair.mean_b:8.1f}  {change:>12}   p = {pair.p_value:.2g}")
-    return "\n".join([*lines, _describe_accuracy(pairs["passed"])])
+    return "\n".join([*lines, describe_accuracy(pairs["passed"])])
 
 
-def _describe_accuracy(passed: Pairs) -> str:
+def describe_accuracy(passed: Pairs, a: str = "A", b: str = "B") -> str:
+    """Both accuracies under the runs' names, and whether chance explains the difference: two lines."""
     gain = 100 * (passed.mean_b - passed.mean_a)
     verdict = "more than chance explains" if passed.p_value < SIGNIFICANT else "chance alone may explain it"
     return (
-        f"pass@1: A {passed.mean_a:.1%}, B {passed.mean_b:.1%}: {gain:+.1f} points, where one problem of "
+        f"pass@1: {a} {passed.mean_a:.1%}, {b} {passed.mean_b:.1%}: {gain:+.1f} points, where one problem of "
         f"{passed.problems} is {100 / passed.problems:.2f}.\n"
-        f"{passed.b_higher} problems only B solves, {passed.a_higher} only A. Exact McNemar test: p = "
+        f"{passed.b_higher} problems only {b} solves, {passed.a_higher} only {a}. Exact McNemar test: p = "
         f"{passed.p_value:.2g}, {verdict} (significant below {SIGNIFICANT})."
     )
 
 
-def _differing_settings(a: Path, b: Path) -> str:
-    """A line that names settings, besides the model, in which the evaluations of two files differ; often empty."""
-    paths = [path.with_name(SETTINGS) for path in (a, b)]
+def differing_settings(a: Path, b: Path) -> str:
+    """A line that names settings, besides the model, in which the evaluations of two folders differ; often empty."""
+    paths = [folder / SETTINGS for folder in (a, b)]
     if not all(path.exists() for path in paths):
         return ""
     first, second = (json.loads(path.read_text()) for path in paths)

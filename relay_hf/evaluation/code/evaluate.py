@@ -19,7 +19,7 @@ from .arguments import CodeEvalArguments
 from .extraction import extract_code
 from .problems import Problem, fingerprint, load_problems
 from .report import CodeResult, summarize, write_report
-from .samples import SETTINGS, Sample, append_samples, resume_samples
+from .samples import SETTINGS, Sample, append_samples, resume_samples, samples_file
 from .sandbox import Limits, Outcome, check_platform, run_program
 
 # What may differ between a run and its continuation.
@@ -64,7 +64,7 @@ def evaluate_code(
     answerer.check_thresholds(thresholds)
     settings = {
         "model": name,
-        "weights": _hash_weights(model),
+        "weights": hash_weights(model),
         "problems": fingerprint(problems),
         **{key: value for key, value in asdict(arguments).items() if key not in NOT_SETTINGS},
         "dtype": str(model.dtype),
@@ -73,7 +73,7 @@ def evaluate_code(
     _enter(folder, settings)
     results = []
     for threshold in thresholds:
-        path = folder / f"samples_threshold_{threshold:g}.jsonl"
+        path = folder / samples_file(threshold)
         samples = resume_samples(path, problems, arguments.batch_size)
         with tqdm(total=len(problems), initial=len(samples), desc=f"threshold {threshold:g}", unit="problem") as bar:
             for begin in range(len(samples), len(problems), arguments.batch_size):
@@ -111,7 +111,7 @@ def _answer_and_check(
     return samples
 
 
-def _hash_weights(model: RelayForMaskedDiffusion) -> str:
+def hash_weights(model: RelayForMaskedDiffusion) -> str:
     """Differs if a weight does; the name of a checkpoint may stay while it is trained on."""
     hashes = {name: torch.hash_tensor(weights).item() for name, weights in model.state_dict().items()}
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()

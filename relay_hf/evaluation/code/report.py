@@ -79,15 +79,22 @@ def write_report(results: Sequence[CodeResult], settings: dict[str, Any], folder
     draw_picture({settings["model"]: results}, folder / PICTURE, str(settings["benchmark"]))
 
 
-def read_results(folder: Path) -> tuple[str, list[CodeResult]]:
-    """The benchmark and the results that `write_report` wrote.
+def read_results(folder: Path) -> tuple[dict[str, Any], list[CodeResult]]:
+    """The settings and the results that `write_report` wrote.
 
     Raises:
         OSError: there are none.
+        ValueError: the file is of another program.
     """
-    report = json.loads((folder / RESULTS).read_text())
-    results = [CodeResult(EvaluationRow(**record["row"]), record["new_tokens"]) for record in report["results"]]
-    return report["settings"]["benchmark"], results
+    path = folder / RESULTS
+    if not path.is_file():
+        raise FileNotFoundError(f"`{folder}` holds no `{RESULTS}`: give an output folder of a whole `relay-hf eval`.")
+    try:
+        report = json.loads(path.read_text())
+        results = [CodeResult(EvaluationRow(**record["row"]), record["new_tokens"]) for record in report["results"]]
+        return report["settings"], results
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"`{path}` is not a result of `relay-hf eval` ({error!r}): give a folder of it.") from error
 
 
 def draw_picture(curves: dict[str, Sequence[CodeResult]], path: Path, benchmark: str) -> None:

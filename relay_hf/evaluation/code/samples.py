@@ -35,6 +35,11 @@ class Sample:
     new_tokens: int
 
 
+def samples_file(threshold: float) -> str:
+    """Name of the file with the answers at a threshold."""
+    return f"samples_threshold_{threshold:g}.jsonl"
+
+
 def read_samples(path: Path) -> list[Sample]:
     """Reads a file of answers.
 

@@ -1,6 +1,5 @@
 """A whole evaluation: through the command line with a random model, resumed, refused, and with answers that pass."""
 
-import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,9 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
 
-from relay_hf import RelayForMaskedDiffusion
 from relay_hf.cli import main
 from relay_hf.evaluation.code import CodeEvalArguments
 from relay_hf.evaluation.code.answers import Answerer, ChatPrompt
@@ -18,50 +15,9 @@ from relay_hf.evaluation.code.evaluate import evaluate_code
 from relay_hf.evaluation.code.problems import load_problems
 from relay_hf.evaluation.code.samples import FORWARDS
 from relay_hf.modeling import RelayGenerateOutput
-from tests.conftest import CHAT_TEMPLATE, all_tokens_but
 
-NAMES = ["add", "sub", "mul", "neg", "inc"]
-POSITIONS = 640
-
-
-@pytest.fixture
-def benchmark(tmp_path: Path) -> Path:
-    """Five problems in the format of HumanEval, of different lengths."""
-    records = [
-        {
-            "task_id": f"HumanEval/{number}",
-            "prompt": f'def {name}(a, b):\n    """{name} a, b{"!" * 7 * number}"""\n',
-            "entry_point": name,
-            "canonical_solution": "    return a\n",
-            "test": "def check(candidate):\n    assert candidate(1, 2) == 1",
-        }
-        for number, name in enumerate(NAMES)
-    ]
-    path = tmp_path / "problems.jsonl"
-    path.write_text("\n".join(map(json.dumps, records)))
-    return path
-
-
-@pytest.fixture
-def chat_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
-
-
-@pytest.fixture
-def model(
-    make_model: Callable[..., RelayForMaskedDiffusion], tokenizer: PreTrainedTokenizerFast
-) -> RelayForMaskedDiffusion:
-    """A random model of bytes that writes nothing but a few letters."""
-    model = make_model(
-        text={"vocab_size": len(tokenizer), "max_position_embeddings": POSITIONS},
-        mask_token_id=tokenizer.mask_token_id,
-        open_channel=True,
-        token_shift=True,
-    )
-    model.generation_config.suppress_tokens = all_tokens_but(tokenizer, "abcdefgh \n`")
-    return model
+from ...conftest import all_tokens_but
+from .conftest import NAMES
 
 
 @pytest.fixture

@@ -1,0 +1,138 @@
+"""Evaluations on code into the card of the model that was evaluated."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ...checkpoint_loading import read_config, read_tokenizer
+from ...hub_cards import (
+    CARD,
+    DatasetFacts,
+    Evaluation,
+    EvaluationRow,
+    add_evaluation,
+    plain_card,
+    save_card,
+    usage_snippet,
+)
+from ...modeling import RelayForMaskedDiffusion
+from .compare import describe_accuracy, differing_settings, pair_samples
+from .evaluate import hash_weights
+from .report import CodeResult, draw_picture, read_results
+from .samples import read_samples, samples_file
+
+# Benchmarks that are on the Hub; of files only the name is known.
+DATASETS = {"humaneval": DatasetFacts("HumanEval", hub_id="openai/openai_humaneval", split="test")}
+
+
+@dataclass(frozen=True)
+class _Run:
+    """An output folder of `relay-hf eval`, under the name that the card gives it."""
+
+    folder: Path
+    label: str
+    settings: dict[str, Any]
+    results: list[CodeResult]
+
+    @property
+    def rows(self) -> list[EvaluationRow]:
+        return [replace(result.row, label=self.label) for result in self.results]
+
+
+def add_runs(folder: Path, runs: Sequence[Path]) -> Path:
+    """Writes evaluations into the card of a model, with a picture; a folder without card gets a plain one.
+
+    Args:
+        folder: of the model.
+        runs: output folders of `relay-hf eval`: that of this model, then those that it is compared with.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        OSError: a folder or its results are not there.
+        ValueError: the first run evaluated other weights, or the runs answered different problems.
+    """
+    own, *others = _read_runs(runs)
+    model: Any = _check_weights(folder, own)
+    if strangers := [run for run in others if run.settings["problems"] != own.settings["problems"]]:
+        raise ValueError(
+            f"`{strangers[0].folder}` and `{own.folder}` answered different problems: compare runs of one benchmark, "
+            "with the same `--limit`."
+        )
+    benchmark = str(own.settings["benchmark"])
+    dataset = DATASETS.get(benchmark, DatasetFacts(Path(benchmark).stem))
+    picture = f"{re.sub(r'[^a-z0-9]+', '-', dataset.name.lower()).strip('-')}.png"
+    evaluation = Evaluation(
+        dataset,
+        rows=[row for run in (own, *others) for row in run.rows],
+        highlighted=_own_row(own, model.generation_config.unmasking_threshold),
+        unit="problem",
+        picture=picture,
+        comment="\n\n".join([_describe_protocol(own), *(_compare(own, other) for other in others)]),
+    )
+    draw_picture({run.label: run.results for run in (own, *others)}, folder / picture, dataset.name)
+    if not (folder / CARD).exists():
+        place = folder.resolve()
+        usage = usage_snippet(str(place), model.config, read_tokenizer(str(place), model.config))
+        save_card(plain_card(place.name, model.config, usage), folder)
+    return add_evaluation(folder, evaluation)
+
+
+def _read_runs(folders: Sequence[Path]) -> list[_Run]:
+    read = [read_results(folder) for folder in folders]
+    models = [settings["model"] for settings, _ in read]
+    labels = [
+        model if models.count(model) == 1 else f"{model} ({folder.name})"
+        for model, folder in zip(models, folders, strict=True)
+    ]
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"Two runs are called `{max(labels, key=labels.count)}`: rename the folder of one of them.")
+    return [_Run(*run) for run in zip(folders, labels, *zip(*read, strict=True), strict=True)]
+
+
+def _check_weights(folder: Path, run: _Run) -> RelayForMaskedDiffusion:
+    """Loads the model, whose weights must be those that were evaluated."""
+    read_config(str(folder))
+    model = RelayForMaskedDiffusion.from_pretrained(folder, dtype=run.settings["dtype"].removeprefix("torch."))
+    if hash_weights(model) != run.settings["weights"]:
+        raise ValueError(
+            f"`{run.folder}` evaluated other weights than those in `{folder}`: run `relay-hf eval {folder}`."
+        )
+    return model
+
+
+def _own_row(run: _Run, threshold: float) -> EvaluationRow:
+    """At the model's own threshold; without it at the highest, never at the one that happens to score best."""
+    rows = {row.threshold: row for row in run.rows}
+    return rows.get(threshold) or rows[max(rows)]
+
+
+def _describe_protocol(run: _Run) -> str:
+    settings = run.settings
+    end = " or the end of the first code block" if settings["stop_at_fence"] else ""
+    options = (
+        "" if settings["generation_options"] == "{}" else f" Decoding options: `{settings['generation_options']}`."
+    )
+    return (
+        f"One greedy answer per problem, up to {settings['max_new_tokens']:,} tokens, the stop token{end}; programs "
+        f"ran for at most {settings['time_limit']:g} s. Made by `relay-hf eval`, batch size {settings['batch_size']}, "
+        f"{settings['dtype'].removeprefix('torch.')}.{options}"
+    )
+
+
+def _compare(own: _Run, other: _Run) -> str:
+    """What chance explains of the difference, at every threshold that both ran."""
+    shared = [row.threshold for row in own.rows if row.threshold in {result.row.threshold for result in other.results}]
+    lines = []
+    for threshold in shared:
+        files = [run.folder / samples_file(threshold) for run in (other, own)]
+        pairs = pair_samples(*map(read_samples, files))
+        verdict = describe_accuracy(pairs["passed"], other.label, own.label).replace("\n", " ")
+        lines.append(f"- threshold {threshold:g}: {verdict}")
+    if not lines:
+        return f"{other.label} was not run at the same thresholds: read the curves up and down."
+    note = differing_settings(own.folder, other.folder)
+    return "\n".join([f"Against {other.label}, problem by problem:{' ' + note if note else ''}", "", *lines])

@@ -1,0 +1,83 @@
+"""The card's YAML block.
+
+It says `library_name: transformers`: the Hub knows that library, and its Auto classes load the model; `relay_hf` is a
+tag. Results go into the `model-index`, the machine-readable form of the Hub.
+"""
+
+import re
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from .card_data import Evaluation, EvaluationRow, RelayCardData
+
+LIBRARY_NAME = "transformers"
+OWN_TAG = "relay_hf"
+TAGS = (OWN_TAG, "masked-diffusion", "text-diffusion")
+CHANNEL_TAG = "relay"
+DEFAULT_TASK = "text-generation"
+
+
+def make_metadata(data: RelayCardData) -> ModelCardData:
+    """The card's YAML block."""
+    datasets = [dataset.hub_id for dataset in data.training.datasets if dataset.hub_id] if data.training else []
+    results = [result for evaluation in data.evaluations for result in make_results(evaluation, data.pipeline_tag)]
+    return ModelCardData(
+        license=data.license,
+        language=list(data.language) or None,
+        library_name=LIBRARY_NAME,
+        pipeline_tag=data.pipeline_tag,
+        tags=[*TAGS, *([CHANNEL_TAG] if data.channel else []), *data.tags],
+        base_model=data.base_model if is_hub_id(data.base_model) else None,
+        datasets=datasets or None,
+        model_name=data.name,
+        eval_results=results or None,
+    )
+
+
+def make_results(evaluation: Evaluation, task: str | None) -> list[EvalResult]:
+    """One result per metric and threshold of this model; those of other models in the table are not its results."""
+    dataset = evaluation.dataset
+    return [
+        EvalResult(
+            task_type=task or DEFAULT_TASK,
+            dataset_type=dataset.hub_id or re.sub(r"[^a-z0-9]+", "-", dataset.name.lower()).strip("-"),
+            dataset_name=dataset.name,
+            dataset_config=dataset.config,
+            dataset_split=dataset.split,
+            metric_type=metric,
+            metric_value=round(float(value), 6),
+            metric_name=_metric_name(metric, row),
+            metric_args=_metric_args(row),
+        )
+        for row in evaluation.own_rows
+        for metric, value in row.metrics.items()
+    ]
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Whether a model name can stand in `base_model`: "namespace/name", and no folder of this machine."""
+    if name is None or name.count("/") != 1 or Path(name).exists():
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _metric_name(metric: str, row: EvaluationRow) -> str:
+    setting = "" if row.threshold is None else f"threshold {row.threshold:g}, "
+    return f"{metric.replace('_', ' ')} ({setting}{row.denoise_forwards:.2f} denoise forwards)"
+
+
+def _metric_args(row: EvaluationRow) -> dict[str, float | int]:
+    arguments: dict[str, float | int] = {
+        "denoise_forwards": round(float(row.denoise_forwards), 6),
+        "commit_forwards": round(float(row.commit_forwards), 6),
+        "prefill_forwards": round(float(row.prefill_forwards), 6),
+        "samples": int(row.samples),
+        "seeds": int(row.seeds),
+    }
+    return arguments if row.threshold is None else {"unmasking_threshold": float(row.threshold), **arguments}

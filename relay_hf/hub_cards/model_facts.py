@@ -1,0 +1,73 @@
+"""What a card says of a model from its configuration alone. Nothing here imports torch."""
+
+from typing import TYPE_CHECKING
+
+from .card_data import RelayCardData
+from .citations import FAST_DLLM_V2_CITATION, RELAY_CITATION, RESIDUAL_CONTEXT_CITATION, SOFT_MASK_CITATION
+
+if TYPE_CHECKING:
+    from ..modeling import RelayConfig
+
+_CITATIONS_OF_CHANNELS = {"residual_context": [RESIDUAL_CONTEXT_CITATION], "soft_mask": [SOFT_MASK_CITATION]}
+
+
+def describe_model(config: "RelayConfig") -> dict[str, str]:
+    """Name -> value: the backbone, what is denoised together, the channel."""
+    text = config.text_config
+    shift = "token shift (the raw head scores the next token)" if config.token_shift else "no token shift"
+    size = config.block_size
+    denoises = "the whole sequence at once" if size is None else f"blocks of {size} position{'s' if size > 1 else ''}"
+    sizes = {
+        "layers": getattr(text, "num_hidden_layers", None),
+        "hidden size": getattr(text, "hidden_size", None),
+        "vocabulary": getattr(text, "vocab_size", None),
+        "positions": getattr(text, "max_position_embeddings", None),
+    }
+    return {
+        "Backbone": ", ".join(
+            [f"`{text.model_type}`", *(f"{name} {size:,}" for name, size in sizes.items() if size is not None)]
+        ),
+        "Denoises": f"{denoises}, {shift}",
+        "Channel": f"`{config.relay_channel}`",
+        "[MASK]": f"token {config.mask_token_id}",
+    }
+
+
+def describe_channel(config: "RelayConfig") -> str | None:
+    """What is carried between two denoising steps, and how it enters; None = nothing is."""
+    where = "masked positions" if config.relay_scope == "masked" else "all positions"
+    read_out = "final norm" if config.relay_readout == "post_norm" else f"layer {config.relay_layer}"
+    descriptions = {
+        "layer_norm": f"the output of the {read_out}, added at {where} through a LayerNorm.",
+        "residual_context": "the mean embedding of what was predicted, mixed into the masks: the more, the less sure.",
+        "soft_mask": f"the mean embedding of the {config.relay_top_k} likeliest tokens, mixed into the masks: the "
+        "more, the surer.",
+    }
+    return descriptions.get(config.relay_channel)
+
+
+def cite_model(config: "RelayConfig") -> list[str]:
+    """BibTeX of Relay, and of whatever else the model is made of."""
+    is_block_diffusion = config.block_size is not None and config.token_shift
+    of_blocks = [FAST_DLLM_V2_CITATION] if is_block_diffusion else []
+    return [RELAY_CITATION, *_CITATIONS_OF_CHANNELS.get(config.relay_channel, []), *of_blocks]
+
+
+def plain_card(name: str, config: "RelayConfig", usage: str = "", base_model: str | None = None) -> RelayCardData:
+    """What can be said of a model that comes without a card.
+
+    Args:
+        name, config: of the model.
+        usage: code, for instance of `usage_snippet`.
+        base_model: Hub id of an adapter's base.
+    """
+    return RelayCardData(
+        name=name,
+        base_model=base_model,
+        channel=describe_channel(config),
+        model=describe_model(config),
+        usage=usage,
+        limits=["Nothing is known of its training."],
+        pipeline_tag="text-generation" if config.block_size is not None else None,
+        citations=cite_model(config),
+    )

@@ -1,0 +1,96 @@
+"""From `relay-hf eval` to the card, through the command line, with a random model."""
+
+import json
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from transformers import PreTrainedTokenizerFast
+
+from relay_hf import RelayForMaskedDiffusion
+from relay_hf.cli import main
+
+EVALUATION = ["--max_new_tokens", "16", "--thresholds", "0.3", "0.9", "--batch_size", "4", "--device", "cpu"]
+
+
+@pytest.fixture
+def folder(model: RelayForMaskedDiffusion, chat_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
+    """The model, as `save_pretrained` leaves it: without a card."""
+    model.save_pretrained(tmp_path / "tiny")
+    chat_tokenizer.save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def evaluate(model: Path, benchmark: Path, output: Path, *options: str) -> Path:
+    command = ["eval", str(model), "--benchmark", str(benchmark), "--output_dir", str(output)]
+    assert main([*command, *EVALUATION, *options]) == 0
+    return output
+
+
+def test_evaluation_and_comparison_become_a_card(folder: Path, benchmark: Path, tmp_path: Path) -> None:
+    run = evaluate(folder, benchmark, tmp_path / "with")
+    other = evaluate(folder, benchmark, tmp_path / "without", "--generation_options", '{"use_relay": false}')
+    assert main(["card", str(folder), str(run), str(other)]) == 0
+    card = ModelCard.load(folder / "README.md")
+    results = json.loads((run / "results.json").read_text())["results"]
+    assert len(card.data.eval_results) == len(results) == 2
+    for entry, result in zip(card.data.eval_results, results, strict=True):
+        assert entry.metric_value == pytest.approx(result["row"]["metrics"]["pass@1"])
+        assert entry.metric_args["denoise_forwards"] == pytest.approx(result["row"]["denoise_forwards"])
+        assert entry.metric_args["unmasking_threshold"] == result["row"]["threshold"]
+    row = results[1]["row"]
+    kinds = [f"{row[f'{kind}_forwards']:.2f}" for kind in ("denoise", "commit", "prefill")]
+    accuracy = f"{100 * row['metrics']['pass@1']:.1f}"
+    # The model's own threshold (0.85) was not among them, so the higher one stands for it.
+    assert "| " + " | ".join(f"**{cell}**" for cell in ["tiny (with)", "0.9", accuracy, *kinds]) + " |" in card.text
+    assert "| tiny (without) | 0.3 |" in card.text
+    assert "### problems\n" in card.text
+    assert "the evaluations differ in generation_options" in card.text
+    assert card.text.count("Exact McNemar test") == 2
+    assert "(problems.png)" in card.text
+    assert (folder / "problems.png").stat().st_size > 10_000
+    assert f'from_pretrained("{folder}")' in card.text
+    assert card.data.model_name == "tiny"
+    before = (folder / "README.md").read_text()
+    assert main(["card", str(folder), str(run), str(other)]) == 0
+    assert (folder / "README.md").read_text() == before
+
+
+def test_own_threshold_stands_for_the_model(folder: Path, benchmark: Path, tmp_path: Path) -> None:
+    run = evaluate(folder, benchmark, tmp_path / "run", "--thresholds", "0.3", "0.85", "0.99")
+    assert main(["card", str(folder), str(run)]) == 0
+    assert "In bold, this model (tiny, threshold 0.85)" in (folder / "README.md").read_text()
+
+
+def test_other_weights_are_not_this_models_results(
+    folder: Path, model: RelayForMaskedDiffusion, benchmark: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = evaluate(folder, benchmark, tmp_path / "run")
+    model.lm_head.weight.data[3, 3] += 0.01
+    model.save_pretrained(folder)
+    assert main(["card", str(folder), str(run)]) == 2
+    assert "evaluated other weights than those in" in capsys.readouterr().err
+    assert not (folder / "README.md").exists()
+
+
+def test_runs_of_other_problems_are_not_compared(
+    folder: Path, benchmark: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = evaluate(folder, benchmark, tmp_path / "run")
+    other = evaluate(folder, benchmark, tmp_path / "other", "--limit", "4")
+    assert main(["card", str(folder), str(run), str(other)]) == 2
+    assert "answered different problems" in capsys.readouterr().err
+    assert not (folder / "README.md").exists()
+
+
+@pytest.mark.parametrize("content", [None, "{}", "[", '{"settings": {}, "results": [1]}'])
+def test_folder_without_results_is_refused(
+    folder: Path, tmp_path: Path, content: str | None, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "run").mkdir()
+    if content is not None:
+        (tmp_path / "run/results.json").write_text(content)
+    assert main(["card", str(folder), str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "results.json" in error
+    assert error.count("\n") == 1
