@@ -100,6 +100,7 @@ def training_card(
             recipe=" ".join(part for part in (_describe_rows(train_dataset), _describe_reference(reference)) if part),
             arguments={**_arguments(args), **_adapter_arguments(model)},
             steps=state.global_step,
+            seconds=next((e["train_runtime"] for e in reversed(state.log_history) if "train_runtime" in e), None),
             losses=_last_losses(state.log_history),
             parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
             hardware=hardware(),
@@ -140,6 +141,8 @@ def _describe_rows(dataset: Any) -> str:
         return ""
     lengths = [len(ids) for ids in dataset[:LOOKED_AT]["input_ids"]]
     rows = f"Trained on {dataset.num_rows:,} row{'s' if dataset.num_rows > 1 else ''}"
+    if min(lengths) == max(lengths):
+        return f"{rows} of {lengths[0]} tokens."
     which = "" if dataset.num_rows <= LOOKED_AT else f" in the first {LOOKED_AT:,}"
     return f"{rows} of {min(lengths)} to {max(lengths)} tokens, {mean(lengths):.0f} on average{which}."
 

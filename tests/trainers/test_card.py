@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import LoraConfig
 
@@ -66,7 +67,8 @@ def test_card_tells_rows_losses_and_adapters(make_trainer: Callable[..., RelayTr
     trainer.create_model_card("told")
     card = (Path(trainer.args.output_dir) / "README.md").read_text(encoding="utf-8")
     lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
-    assert f"Trained on {len(lengths)} rows of {min(lengths)} to {max(lengths)} tokens, " in card
+    assert f"Trained on {len(lengths)} rows of {lengths[0]} tokens." in card
+    assert "- Wall time: " in card
     assert "| `adapter.r` | `2` |\n" in card
     assert "| `adapter.target_modules` | `q_proj, v_proj` |" in card
     held_out = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
@@ -99,6 +101,15 @@ def test_card_links_all_data_sets_of_the_hub(
     assert card.data.datasets == linked
     for name in linked or []:
         assert f"- [{name}](https://huggingface.co/datasets/{name})" in card.content
+
+
+def test_card_tells_the_lengths_of_the_first_rows(make_trainer: Callable[..., RelayTrainer]) -> None:
+    trainer = make_trainer()
+    lengths = [3] * 999 + [9] + [40] * 200
+    trainer.train_dataset = Dataset.from_dict({"input_ids": [[5] * length for length in lengths]})
+    trainer.create_model_card("lengths")
+    card = (Path(trainer.args.output_dir) / "README.md").read_text(encoding="utf-8")
+    assert "Trained on 1,200 rows of 3 to 9 tokens, 3 on average in the first 1,000." in card
 
 
 def test_card_of_a_stream_says_nothing_of_its_rows(make_trainer: Callable[..., RelayTrainer]) -> None:
