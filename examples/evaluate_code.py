@@ -1,10 +1,10 @@
-"""HumanEval on a relay model with its relay and without: accuracy, forwards, and how much of it chance explains.
+"""HumanEval on a relay model with its relay and without: accuracy, forwards, what chance explains, the card.
 
 python examples/evaluate_code.py                                  # a tiny random model and three problems
 python examples/evaluate_code.py --model PATH_OR_ID --limit 164   # yours, with all problems
 
-Needs `pip install 'relay-hf[code-eval]'`. On the command line: `relay-hf eval` and `relay-hf compare`, see
-docs/evaluation.md. Answers are run as programs, in a sandbox.
+Needs `pip install 'relay-hf[code-eval]'`. On the command line: `relay-hf eval`, `relay-hf compare` and
+`relay-hf card`, see docs/evaluation.md. Answers are run as programs, in a sandbox.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config
 
 from relay_hf import RelayConfig, RelayForMaskedDiffusion
 from relay_hf.evaluation.code import CodeEvalArguments
+from relay_hf.evaluation.code.card import add_runs
 from relay_hf.evaluation.code.compare import compare_runs
 from relay_hf.evaluation.code.evaluate import evaluate_code
 from relay_hf.evaluation.code.report import format_table
@@ -65,3 +66,8 @@ with tempfile.TemporaryDirectory() as name:
         )  # fmt: skip
         print(f"{label}\n{format_table(evaluate_code(model, tokenizer, evaluation, label))}\n")
     print("A: without relay, B: with relay\n" + compare_runs(*folders.values()))
+    if not arguments.model:
+        folder = Path(name) / "model"
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        print("\n" + add_runs(folder, [Path(folders["with relay"]), Path(folders["without relay"])]).read_text())

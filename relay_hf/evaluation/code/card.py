@@ -62,8 +62,7 @@ def add_runs(folder: Path, runs: Sequence[Path]) -> Path:
             f"`{strangers[0].folder}` and `{own.folder}` answered different problems: compare runs of one benchmark, "
             "with the same `--limit`."
         )
-    benchmark = str(own.settings["benchmark"])
-    dataset = DATASETS.get(benchmark, DatasetFacts(Path(benchmark).stem))
+    dataset = _dataset(own.settings)
     picture = f"{re.sub(r'[^a-z0-9]+', '-', dataset.name.lower()).strip('-')}.png"
     evaluation = Evaluation(
         dataset,
@@ -79,6 +78,15 @@ def add_runs(folder: Path, runs: Sequence[Path]) -> Path:
         usage = usage_snippet(str(place), model.config, read_tokenizer(str(place), model.config))
         save_card(plain_card(place.name, model.config, usage), folder)
     return add_evaluation(folder, evaluation)
+
+
+def _dataset(settings: dict[str, Any]) -> DatasetFacts:
+    benchmark = str(settings["benchmark"])
+    dataset = DATASETS.get(benchmark, DatasetFacts(Path(benchmark).stem))
+    if settings["limit"] is None:
+        return dataset
+    # A part is not the benchmark, nor may the Hub take it for that.
+    return DatasetFacts(f"{dataset.name}, first {settings['limit']} problems", split=dataset.split)
 
 
 def _read_runs(folders: Sequence[Path]) -> list[_Run]:
@@ -112,12 +120,12 @@ def _own_row(run: _Run, threshold: float) -> EvaluationRow:
 
 def _describe_protocol(run: _Run) -> str:
     settings = run.settings
-    end = " or the end of the first code block" if settings["stop_at_fence"] else ""
+    end = ", the stop token or the end of the first code block" if settings["stop_at_fence"] else " or the stop token"
     options = (
         "" if settings["generation_options"] == "{}" else f" Decoding options: `{settings['generation_options']}`."
     )
     return (
-        f"One greedy answer per problem, up to {settings['max_new_tokens']:,} tokens, the stop token{end}; programs "
+        f"One greedy answer per problem, up to {settings['max_new_tokens']:,} tokens{end}; programs "
         f"ran for at most {settings['time_limit']:g} s. Made by `relay-hf eval`, batch size {settings['batch_size']}, "
         f"{settings['dtype'].removeprefix('torch.')}.{options}"
     )
@@ -135,4 +143,4 @@ def _compare(own: _Run, other: _Run) -> str:
     if not lines:
         return f"{other.label} was not run at the same thresholds: read the curves up and down."
     note = differing_settings(own.folder, other.folder)
-    return "\n".join([f"Against {other.label}, problem by problem:{' ' + note if note else ''}", "", *lines])
+    return "\n".join([f"Problem by problem against {other.label}:", "", *lines, *([f"- {note}"] if note else [])])

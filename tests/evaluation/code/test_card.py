@@ -62,6 +62,16 @@ def test_own_threshold_stands_for_the_model(folder: Path, benchmark: Path, tmp_p
     assert "In bold, this model (tiny, threshold 0.85)" in (folder / "README.md").read_text()
 
 
+def test_part_of_a_benchmark_is_not_called_the_benchmark(folder: Path, tmp_path: Path) -> None:
+    run = evaluate(folder, Path("humaneval"), tmp_path / "run", "--limit", "1", "--max_new_tokens", "2")
+    assert main(["card", str(folder), str(run)]) == 0
+    (result, _) = ModelCard.load(folder / "README.md").data.eval_results
+    assert (result.dataset_name, result.dataset_type) == (
+        "HumanEval, first 1 problems",
+        "humaneval-first-1-problems",
+    )
+
+
 def test_other_weights_are_not_this_models_results(
     folder: Path, model: RelayForMaskedDiffusion, benchmark: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
