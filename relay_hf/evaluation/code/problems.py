@@ -24,7 +24,7 @@ class Problem:
         question: Python text with the task in a docstring.
         entry_point: name of the function.
         given: Python text that a solution may rely on: imports and helpers of the question.
-        setup, test: Python text that runs before and after a solution, and raises if it is wrong.
+        test: Python text that runs after a solution, and raises if it is wrong.
         canonical_solution: a program that solves the problem, or "".
     """
 
@@ -32,13 +32,12 @@ class Problem:
     question: str
     entry_point: str
     given: str
-    setup: str
     test: str
     canonical_solution: str
 
     def program(self, solution: str) -> str:
         """The program that raises if and only if the solution is wrong."""
-        return f"{self.setup}\n{solution}\n{self.test}\n"
+        return f"{solution}\n{self.test}\n"
 
 
 def load_problems(benchmark: str) -> list[Problem]:
@@ -112,7 +111,6 @@ def _humaneval_problem(record: dict[str, Any]) -> Problem:
         question=prompt,
         entry_point=name,
         given=given.strip(),
-        setup="",
         test=f"{record['test']}\ncheck({name})",
         canonical_solution=prompt + record["canonical_solution"] if record.get("canonical_solution") else "",
     )
@@ -136,7 +134,7 @@ def _mbpp_problem(record: dict[str, Any]) -> Problem:
         question=f'"""\n{text}\n{tests[0]}\n"""\n',
         entry_point=called[0],
         given="",
-        setup="\n".join([record.get("test_setup_code", ""), *record.get("test_imports", [])]),
-        test="\n".join(tests),
+        # The setup may use what the solution defines: two problems build trees of its `Node`.
+        test="\n".join([*record.get("test_imports", []), record.get("test_setup_code", ""), *tests]),
         canonical_solution=record["code"].replace("\r\n", "\n"),
     )
