@@ -73,7 +73,8 @@ def evaluate_code(
     _enter(folder, settings)
     results = []
     for threshold in thresholds:
-        path = folder / f"samples_threshold_{threshold:g}.jsonl"
+        # All digits, unlike with `:g`: two thresholds are never one file.
+        path = folder / f"samples_threshold_{str(threshold).removesuffix('.0')}.jsonl"
         samples = resume_samples(path, problems, arguments.batch_size)
         with tqdm(total=len(problems), initial=len(samples), desc=f"threshold {threshold:g}", unit="problem") as bar:
             for begin in range(len(samples), len(problems), arguments.batch_size):

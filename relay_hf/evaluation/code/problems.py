@@ -4,6 +4,7 @@ import ast
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -82,7 +83,7 @@ def _read_records(path: str) -> list[dict[str, Any]]:
             return json.loads(text)
         # Not `splitlines`, which also splits at separators that JSON allows in texts.
         return [json.loads(line) for line in text.split("\n") if line.strip()]
-    except ValueError as error:
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"`{path}` is neither JSON lines nor a JSON list ({error}): give one of these.") from error
 
 
@@ -93,7 +94,7 @@ def _read_record(record: dict[str, Any], path: str, number: int) -> Problem:
             return _humaneval_problem(record)
         if fields >= MBPP_FIELDS and fields & {"text", "prompt"}:
             return _mbpp_problem(record)
-    except (ValueError, SyntaxError) as error:
+    except (ValueError, SyntaxError, TypeError, AttributeError) as error:
         raise ValueError(f"Problem {number} of `{path}` cannot be read: {error}") from error
     raise ValueError(
         f"Problem {number} of `{path}` has the fields {sorted(fields)}: give those of HumanEval "

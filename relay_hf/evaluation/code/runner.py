@@ -87,9 +87,13 @@ def enter_namespaces(libc: Any, folder: str) -> bool:
     if libc.unshare(CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWNS):
         return False
     # Without a name for the user nobody could make files in the new folder.
-    for name, text in {"setgroups": "deny", "uid_map": f"{user} {user} 1", "gid_map": f"{group} {group} 1"}.items():
-        with open(f"/proc/self/{name}", "w") as file:
-            file.write(text)
+    maps = {"setgroups": "deny", "uid_map": f"{user} {user} 1", "gid_map": f"{group} {group} 1"}
+    try:
+        for name, text in maps.items():
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(text)
+    except OSError:
+        return False
     options = b"mode=700,size=%d" % LARGEST_FOLDER
     failed = [libc.mount(b"tmpfs", os.fsencode(path), b"tmpfs", 0, options) for path in (folder, SEMAPHORES)]
     os.chdir(folder)
@@ -116,8 +120,10 @@ def restrict_kernel(libc: Any, folder: str) -> bool:
         if not os.path.exists(path):
             continue
         file = os.open(path, os.O_PATH)
-        libc.syscall(ADD_RULE, ruleset, 1, struct.pack("=Qi", allowed, file), 0)
+        failed = libc.syscall(ADD_RULE, ruleset, 1, struct.pack("=Qi", allowed, file), 0)
         os.close(file)
+        if failed:
+            return False
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     failed = libc.syscall(RESTRICT_SELF, ruleset, 0)
     os.close(ruleset)

@@ -131,6 +131,14 @@ def test_run_that_was_killed_resumes_to_the_same_file(
         assert (path.read_bytes(), (tmp_path / "out/results.json").read_bytes()) == (content, results)
 
 
+def test_thresholds_that_differ_in_a_late_digit_have_files_of_their_own(
+    model: Any, chat_tokenizer: Any, arguments: Any, tmp_path: Path
+) -> None:
+    evaluate_code(model, chat_tokenizer, arguments(thresholds=[0.3, 0.30000001, 1.0]))
+    names = sorted(path.name for path in (tmp_path / "out").glob("samples_*"))
+    assert names == [f"samples_threshold_{name}.jsonl" for name in ("0.3", "0.30000001", "1")]
+
+
 def test_finished_run_is_only_read_again(
     model: Any, chat_tokenizer: Any, arguments: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,6 +249,7 @@ def test_tokenizer_without_chat_template_raises(model: Any, tokenizer: Any, argu
         ({"limit": 0}, "`--limit=0` must be at least 1"),
         ({"generation_options": "use_relay"}, "is not JSON"),
         ({"generation_options": "[]"}, "must be a JSON object"),
+        ({"generation_options": '{"pad_token_id": 0}'}, r"sets \['pad_token_id'\], which the evaluation decides"),
         ({"generation_options": '{"do_sample": true}'}, r"sets \['do_sample'\], which the evaluation decides"),
         ({"thresholds": [0.5, 0.5]}, "names one twice"),
         ({"time_limit": 0.0}, "leaves nothing to run in"),

@@ -94,6 +94,7 @@ def test_fingerprint_changes_with_a_test(humaneval: list[Problem]) -> None:
         ("{", "neither JSON lines nor a JSON list"),
         ('{"task_id": 1}', r"has the fields \['task_id'\]: give those of HumanEval"),
         (json.dumps(MBPP[0]) + "\n" + json.dumps(MBPP[0]), "holds 2 problems of 1 names"),
+        (json.dumps(MBPP[0] | {"code": None}), "Problem 1 of .* cannot be read"),
         (json.dumps(MBPP[0] | {"test_list": ["assert other()"]}), "call no function that its code defines"),
         (json.dumps({"task_id": "a", "prompt": "def g():", "entry_point": "f", "test": ""}), "does not define"),
     ],
@@ -102,6 +103,14 @@ def test_unusable_file_raises(content: str, message: str, tmp_path: Path) -> Non
     (tmp_path / "file.jsonl").write_text(content)
     with pytest.raises(ValueError, match=message):
         load_problems(str(tmp_path / "file.jsonl"))
+
+
+def test_broken_gzip_raises(tmp_path: Path) -> None:
+    whole = gzip.compress(json.dumps(MBPP).encode())
+    for content in (b"[]", whole[:-12]):
+        (tmp_path / "file.json.gz").write_bytes(content)
+        with pytest.raises(ValueError, match="neither JSON lines nor a JSON list"):
+            load_problems(str(tmp_path / "file.json.gz"))
 
 
 def test_missing_file_or_package_raises(monkeypatch: pytest.MonkeyPatch) -> None:
