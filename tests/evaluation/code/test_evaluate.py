@@ -161,6 +161,20 @@ def test_folder_of_another_evaluation_raises(
         evaluate_code(model, chat_tokenizer, arguments(batch_size=4 if change == "option" else 2))
 
 
+def test_second_run_in_a_folder_raises(
+    model: Any, chat_tokenizer: Any, arguments: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate = model.generate
+
+    def run_again(**options: Any) -> RelayGenerateOutput:
+        with pytest.raises(ValueError, match=r"Another run writes to `.*out`: let it end"):
+            evaluate_code(model, chat_tokenizer, arguments(thresholds=[0.5]))
+        return generate(**options)
+
+    monkeypatch.setattr(model, "generate", run_again)
+    evaluate_code(model, chat_tokenizer, arguments(limit=1))
+
+
 def test_folder_without_answers_is_taken_over(model: Any, chat_tokenizer: Any, arguments: Any) -> None:
     with pytest.raises(ValueError, match="sub_block_siez"):
         evaluate_code(model, chat_tokenizer, arguments(generation_options='{"sub_block_siez": 4}'))
