@@ -183,7 +183,7 @@ def test_folder_is_gone_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_folder_of_folders_is_gone_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fill(program: str, limits: Limits, folder: str) -> sandbox.Outcome:
         path = os.open(folder, 0)
-        for _ in range(1500):
+        for _ in range(1000):
             os.mkdir("d", dir_fd=path)
             path, above = os.open("d", 0, dir_fd=path), path
             os.close(above)
