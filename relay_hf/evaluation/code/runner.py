@@ -95,7 +95,9 @@ def enter_namespaces(libc: Any, folder: str) -> bool:
     except OSError:
         return False
     options = b"mode=700,size=%d" % LARGEST_FOLDER
-    failed = [libc.mount(b"tmpfs", os.fsencode(path), b"tmpfs", 0, options) for path in (folder, SEMAPHORES)]
+    # With `TMPDIR=/dev/shm` the second would hide the first.
+    paths = [folder] if folder.startswith(SEMAPHORES) else [folder, SEMAPHORES]
+    failed = [libc.mount(b"tmpfs", os.fsencode(path), b"tmpfs", 0, options) for path in paths]
     os.chdir(folder)
     return not any(failed)
 

@@ -180,6 +180,14 @@ def test_folder_is_gone_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not list(tmp_path.iterdir())
 
 
+def test_folder_may_be_where_semaphores_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not os.access("/dev/shm", os.W_OK):
+        pytest.skip("there is no /dev/shm")
+    monkeypatch.setattr(sandbox.tempfile, "tempdir", "/dev/shm")
+    program = "from multiprocessing.pool import ThreadPool\nopen(ThreadPool(2).map(str, [1])[0], 'w').write('x')"
+    assert run_program(program, Limits()) == sandbox.Outcome(True, "passed")
+
+
 def test_folder_of_folders_is_gone_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fill(program: str, limits: Limits, folder: str) -> sandbox.Outcome:
         path = os.open(folder, 0)
