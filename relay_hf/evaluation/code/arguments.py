@@ -8,7 +8,10 @@ from .answers import ChatPrompt
 from .sandbox import Limits
 
 # Options of `generate` with arguments of their own here, or one value that an evaluation can use.
-DECIDED = {"do_sample", "max_new_tokens", "num_return_sequences", "return_dict_in_generate", "unmasking_threshold"}
+DECIDED = {
+    "attention_mask", "do_sample", "input_ids", "max_new_tokens", "num_return_sequences", "pad_token_id",
+    "return_dict_in_generate", "stopping_criteria", "unmasking_threshold",
+}  # fmt: skip
 
 
 @dataclass

@@ -1,9 +1,10 @@
 """An evaluation on code: every problem is answered and checked at every threshold; an interrupted run resumes."""
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -70,21 +71,14 @@ def evaluate_code(
         "dtype": str(model.dtype),
     }
     folder = Path(arguments.output_dir)
-    _enter(folder, settings)
-    results = []
-    for threshold in thresholds:
-        path = folder / samples_file(threshold)
-        samples = resume_samples(path, problems, arguments.batch_size)
-        with tqdm(total=len(problems), initial=len(samples), desc=f"threshold {threshold:g}", unit="problem") as bar:
-            for begin in range(len(samples), len(problems), arguments.batch_size):
-                batch = problems[begin : begin + arguments.batch_size]
-                checked = _answer_and_check(answerer, batch, threshold, arguments.limits)
-                append_samples(path, checked)
-                samples += checked
-                bar.update(len(batch))
-                bar.set_postfix(passed=sum(sample.passed for sample in samples))
-        results.append(summarize(samples, name, threshold))
-    write_report(results, settings, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        _enter(folder, settings)
+        results = []
+        for threshold in thresholds:
+            samples = _complete(folder / samples_file(threshold), answerer, problems, threshold, arguments)
+            results.append(summarize(samples, name, threshold))
+        write_report(results, settings, folder)
     return results
 
 
@@ -93,6 +87,22 @@ def check_solutions(problems: Sequence[Problem], solutions: Sequence[str], limit
     programs = [problem.program(solution) for problem, solution in zip(problems, solutions, strict=True)]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         return list(pool.map(lambda program: run_program(program, limits), programs))
+
+
+def _complete(
+    path: Path, answerer: Answerer, problems: Sequence[Problem], threshold: float, arguments: CodeEvalArguments
+) -> list[Sample]:
+    """Answers what the file at `path` does not answer yet; returns all answers."""
+    samples = resume_samples(path, problems, arguments.batch_size)
+    with tqdm(total=len(problems), initial=len(samples), desc=f"threshold {threshold:g}", unit="problem") as bar:
+        for begin in range(len(samples), len(problems), arguments.batch_size):
+            batch = problems[begin : begin + arguments.batch_size]
+            checked = _answer_and_check(answerer, batch, threshold, arguments.limits)
+            append_samples(path, checked)
+            samples += checked
+            bar.update(len(batch))
+            bar.set_postfix(passed=sum(sample.passed for sample in samples))
+    return samples
 
 
 def _answer_and_check(
@@ -117,11 +127,27 @@ def hash_weights(model: RelayForMaskedDiffusion) -> str:
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of a folder: their answers would end up in the same files."""
+    import fcntl  # not on every platform
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            message = f"Another run writes to `{folder}`: let it end, or give another `--output_dir`."
+            raise ValueError(message) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _enter(folder: Path, settings: dict[str, Any]) -> None:
-    """Makes the folder, or checks that the answers in it are of these settings."""
+    """Writes the settings, or checks that the answers in the folder are of these."""
     path = folder / SETTINGS
     if not path.exists() or not any(folder.glob("samples_*.jsonl")):
-        folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(settings, indent=2) + "\n")
         return
     earlier = json.loads(path.read_text())

@@ -4,6 +4,7 @@ import ast
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -24,7 +25,7 @@ class Problem:
         question: Python text with the task in a docstring.
         entry_point: name of the function.
         given: Python text that a solution may rely on: imports and helpers of the question.
-        setup, test: Python text that runs before and after a solution, and raises if it is wrong.
+        test: Python text that runs after a solution, and raises if it is wrong.
         canonical_solution: a program that solves the problem, or "".
     """
 
@@ -32,13 +33,12 @@ class Problem:
     question: str
     entry_point: str
     given: str
-    setup: str
     test: str
     canonical_solution: str
 
     def program(self, solution: str) -> str:
         """The program that raises if and only if the solution is wrong."""
-        return f"{self.setup}\n{solution}\n{self.test}\n"
+        return f"{solution}\n{self.test}\n"
 
 
 def load_problems(benchmark: str) -> list[Problem]:
@@ -83,7 +83,7 @@ def _read_records(path: str) -> list[dict[str, Any]]:
             return json.loads(text)
         # Not `splitlines`, which also splits at separators that JSON allows in texts.
         return [json.loads(line) for line in text.split("\n") if line.strip()]
-    except ValueError as error:
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"`{path}` is neither JSON lines nor a JSON list ({error}): give one of these.") from error
 
 
@@ -94,7 +94,7 @@ def _read_record(record: dict[str, Any], path: str, number: int) -> Problem:
             return _humaneval_problem(record)
         if fields >= MBPP_FIELDS and fields & {"text", "prompt"}:
             return _mbpp_problem(record)
-    except (ValueError, SyntaxError) as error:
+    except (ValueError, SyntaxError, TypeError, AttributeError) as error:
         raise ValueError(f"Problem {number} of `{path}` cannot be read: {error}") from error
     raise ValueError(
         f"Problem {number} of `{path}` has the fields {sorted(fields)}: give those of HumanEval "
@@ -112,7 +112,6 @@ def _humaneval_problem(record: dict[str, Any]) -> Problem:
         question=prompt,
         entry_point=name,
         given=given.strip(),
-        setup="",
         test=f"{record['test']}\ncheck({name})",
         canonical_solution=prompt + record["canonical_solution"] if record.get("canonical_solution") else "",
     )
@@ -136,7 +135,7 @@ def _mbpp_problem(record: dict[str, Any]) -> Problem:
         question=f'"""\n{text}\n{tests[0]}\n"""\n',
         entry_point=called[0],
         given="",
-        setup="\n".join([record.get("test_setup_code", ""), *record.get("test_imports", [])]),
-        test="\n".join(tests),
+        # The setup may use what the solution defines: two problems build trees of its `Node`.
+        test="\n".join([*record.get("test_imports", []), record.get("test_setup_code", ""), *tests]),
         canonical_solution=record["code"].replace("\r\n", "\n"),
     )

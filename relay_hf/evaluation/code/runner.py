@@ -9,21 +9,36 @@ import json
 import os
 import resource
 import signal
+import struct
 import sys
 import types
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
-CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000  # <linux/sched.h>; `os.unshare` only exists from Python 3.12 on
+# <linux/sched.h>; `os.unshare` only exists from Python 3.12 on
+CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x00020000, 0x10000000, 0x40000000
+# <linux/landlock.h>. Rights on files, as bits: to run, write, remove and make them; later versions know more of them.
+CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # system calls, of these numbers on every architecture
+RUN, WRITE, CHANGE, RENAME, TRUNCATE = 1 << 0, 1 << 1, sum(1 << bit for bit in range(4, 13)), 1 << 13, 1 << 14
+PR_SET_NO_NEW_PRIVS = 38  # <linux/prctl.h>
+
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-LARGEST_FILE = 16 * 2**20  # bytes
+SEMAPHORES = "/dev/shm"  # glibc makes them there; those of `ThreadPool` are removed at once
+LARGEST_FILE, LARGEST_FOLDER = 16 * 2**20, 64 * 2**20  # bytes
 REASON_LENGTH = 200  # characters
 
-# Audit events of Python. Processes would outlive the program, and need not obey the audit hook.
+# Audit events of Python. Processes would outlive the program, and neither they nor interpreters obey the audit hook.
 REFUSED = {
-    "ctypes.dlsym", "os.exec", "os.fork", "os.forkpty", "os.kill", "os.killpg", "os.posix_spawn", "os.spawn",
-    "os.system", "pty.spawn", "subprocess.Popen",
+    "cpython.PyInterpreterState_New", "ctypes.dlsym", "os.exec", "os.fork", "os.forkpty", "os.kill", "os.killpg",
+    "os.posix_spawn", "os.spawn", "os.system", "pty.spawn", "resource.prlimit", "subprocess.Popen",
 }  # fmt: skip
+# Functions that would make processes, or change others or files outside the folder, and raise no event.
+WITHOUT_EVENT = {
+    "_posixsubprocess": ["fork_exec"],
+    "posix": ["mkfifo", "mknod", "sched_setaffinity", "sched_setparam", "sched_setscheduler", "setpriority"],
+    "_signal": ["pidfd_send_signal"],
+}
 # Events that change what a path names, and how many folders (`dir_fd`) their last arguments name.
 CHANGING = {
     "os.chflags": 0, "os.chmod": 1, "os.chown": 1, "os.link": 2, "os.mkdir": 1, "os.remove": 1, "os.removexattr": 0,
@@ -36,11 +51,14 @@ def main() -> None:
     """`runner.py MEMORY SECONDS`: mebibytes of address space, and seconds of processor time."""
     memory, seconds = int(sys.argv[1]), int(sys.argv[2])
     program = sys.stdin.buffer.read().decode()
+    folder = os.getcwd()
     verdict = os.dup(1)
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(nowhere, stream)
-    leave_network()
+    libc = ctypes.CDLL(None)
+    enter_namespaces(libc, folder)
+    restrict_kernel(libc, folder)
     for limit, value in (
         (resource.RLIMIT_AS, memory * 2**20),
         (resource.RLIMIT_CPU, seconds),
@@ -50,21 +68,90 @@ def main() -> None:
         resource.setrlimit(limit, (value, value))
     # Should the process that watches the clock be killed, this one does not stay.
     signal.alarm(2 * seconds)
-    sys.addaudithook(make_guard(os.getcwd()))
-    reason = run(program)
-    os.write(verdict, json.dumps({"passed": reason is None, "reason": reason or "passed"}).encode())
-    os._exit(0)  # threads of the program may still run
+    replace_functions()
+    sys.addaudithook(make_guard(folder))
+    # The program can replace functions of modules, but not what is bound here.
+    encode, write, leave = json.dumps, os.write, os._exit
+    failure = run(program)
+    write(verdict, encode({"passed": failure is None, "reason": "passed" if failure is None else failure}).encode())
+    leave(0)  # threads of the program may still run
 
 
-def leave_network() -> bool:
-    """Moves the process to a network of its own that has no interface up; False if the kernel does not allow it."""
-    libc = ctypes.CDLL(None)
-    return libc.unshare(CLONE_NEWUSER | CLONE_NEWNET) == 0
+def enter_namespaces(libc: Any, folder: str) -> bool:
+    """Gives the process a network without interfaces, and small folders in memory that vanish with it.
+
+    Returns:
+        False where the kernel does not allow both; the folders on disk are used then.
+    """
+    user, group = os.getuid(), os.getgid()
+    if libc.unshare(CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWNS):
+        return False
+    # Without a name for the user nobody could make files in the new folder.
+    maps = {"setgroups": "deny", "uid_map": f"{user} {user} 1", "gid_map": f"{group} {group} 1"}
+    try:
+        for name, text in maps.items():
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(text)
+    except OSError:
+        return False
+    options = b"mode=700,size=%d" % LARGEST_FOLDER
+    # With `TMPDIR=/dev/shm` the second would hide the first.
+    paths = [folder] if folder.startswith(SEMAPHORES) else [folder, SEMAPHORES]
+    failed = [libc.mount(b"tmpfs", os.fsencode(path), b"tmpfs", 0, options) for path in paths]
+    os.chdir(folder)
+    return not any(failed)
+
+
+def restrict_kernel(libc: Any, folder: str) -> bool:
+    """Lets the kernel refuse what the audit hook does not see: a Landlock domain.
+
+    In it nothing outside the folder and that of semaphores can be made, written, renamed or removed, and no program be
+    run; kernels from 6.7 on refuse TCP as well, and from 6.12 on signals to other processes.
+
+    Returns:
+        False if the kernel has no Landlock.
+    """
+    version = libc.syscall(CREATE_RULESET, None, 0, 1)
+    if version < 1:
+        return False
+    rights = RUN | WRITE | CHANGE | (RENAME if version >= 2 else 0) | (TRUNCATE if version >= 3 else 0)
+    network, scopes = 3 if version >= 4 else 0, 3 if version >= 6 else 0
+    domain = struct.pack("=QQQ", rights, network, scopes)
+    ruleset = libc.syscall(CREATE_RULESET, domain, len(domain), 0)
+    for path, allowed in ((folder, rights & ~RUN), (SEMAPHORES, rights & ~RUN), (os.devnull, WRITE)):
+        if not os.path.exists(path):
+            continue
+        file = os.open(path, os.O_PATH)
+        failed = libc.syscall(ADD_RULE, ruleset, 1, struct.pack("=Qi", allowed, file), 0)
+        os.close(file)
+        if failed:
+            return False
+    libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    failed = libc.syscall(RESTRICT_SELF, ruleset, 0)
+    os.close(ruleset)
+    return not failed
+
+
+def replace_functions() -> None:
+    """Puts functions that refuse in the place of those that raise no audit event."""
+
+    def refusing(name: str) -> Callable[..., Any]:
+        def refuse(*arguments: Any, **options: Any) -> Any:
+            raise PermissionError(f"the sandbox refuses `{name}`")
+
+        return refuse
+
+    for module, names in WITHOUT_EVENT.items():
+        for name in names:
+            # `os` and `signal` have names of their own for them.
+            for place in (import_module(module), os, signal):
+                if hasattr(place, name):
+                    setattr(place, name, refusing(name))
 
 
 def make_guard(folder: str) -> Callable[[str, tuple[Any, ...]], None]:
     """An audit hook that refuses processes, connections, and changes of files outside the folder."""
-    # The program can replace functions of modules, but not what is bound here.
+    # Bound here, for the same reason.
     resolve, decode, join, read_link, error = os.path.realpath, os.fsdecode, os.path.join, os.readlink, PermissionError
     inside = resolve(folder) + os.sep
 
@@ -102,7 +189,7 @@ def run(program: str) -> str | None:
     try:
         exec(compile(program, "solution.py", "exec", dont_inherit=True), module.__dict__)
     except BaseException as error:  # also SystemExit: a program that ends itself has not passed
-        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        text = f"{type(error).__name__}: {error}" if str(error) else f"{type(error).__name__}"
         return text[:REASON_LENGTH]
     return None
 

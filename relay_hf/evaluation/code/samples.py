@@ -36,8 +36,8 @@ class Sample:
 
 
 def samples_file(threshold: float) -> str:
-    """Name of the file with the answers at a threshold."""
-    return f"samples_threshold_{threshold:g}.jsonl"
+    """Name of the file with the answers at a threshold, in all its digits: two thresholds are never one file."""
+    return f"samples_threshold_{str(threshold).removesuffix('.0')}.jsonl"
 
 
 def read_samples(path: Path) -> list[Sample]:

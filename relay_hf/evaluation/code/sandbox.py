@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RUNNER = Path(__file__).with_name("runner.py")
+LONGEST_VERDICT = 4096  # bytes; the runner cuts reasons off
 
 
 @dataclass(frozen=True)
@@ -71,32 +72,50 @@ def run_program(program: str, limits: Limits) -> Outcome:
         OSError: there is no sandbox on this platform, or no process can be started.
     """
     check_platform()
-    with tempfile.TemporaryDirectory(prefix="relay-hf-", ignore_cleanup_errors=True) as folder:
-        options = [str(limits.memory), str(math.ceil(limits.seconds) + 1)]
+    folder = tempfile.TemporaryDirectory(prefix="relay-hf-", ignore_cleanup_errors=True)
+    try:
+        return _run(program, limits, folder.name)
+    finally:
+        try:
+            folder.cleanup()
+        except RecursionError:  # it holds folders in folders in folders
+            subprocess.run(["rm", "-rf", folder.name])
+
+
+def _run(program: str, limits: Limits, folder: str) -> Outcome:
+    options = [str(limits.memory), str(math.ceil(limits.seconds) + 1)]
+    # Not pipes: what is written to one without end would be kept in our memory. The runner limits the size of files.
+    with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as verdict, tempfile.TemporaryFile() as errors:
+        source.write(program.encode(errors="replace"))
+        source.seek(0)
         process = subprocess.Popen(
             # No user packages, no bytecode files, and nothing importable from the folder.
             [sys.executable, "-s", "-P", "-B", str(RUNNER), *options],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdin=source,
+            stdout=verdict,
+            stderr=errors,
             cwd=folder,
             env=_environment(folder),
             start_new_session=True,
         )
         with process:
             try:
-                verdict, errors = process.communicate(program.encode(errors="replace"), timeout=limits.seconds)
+                process.wait(limits.seconds)
             except subprocess.TimeoutExpired:
                 return Outcome(False, f"timeout: more than {limits.seconds:g} s")
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-    # The program could have written here, too.
-    with contextlib.suppress(ValueError, TypeError):
-        return Outcome(**json.loads(verdict))
-    if process.returncode < 0:
-        return Outcome(False, f"killed by {signal.Signals(-process.returncode).name}")
-    return Outcome(False, f"no verdict: {errors.decode(errors='replace').strip()[-200:] or 'the program ended itself'}")
+        verdict.seek(0)
+        errors.seek(0)
+        # The program could have written there, too.
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+            record = json.loads(verdict.read(LONGEST_VERDICT))
+            return Outcome(record["passed"] is True, str(record["reason"]))
+        if process.returncode < 0:
+            return Outcome(False, f"killed by {signal.Signals(-process.returncode).name}")
+        message = errors.read().decode(errors="replace").strip()[-200:]
+        return Outcome(False, f"no verdict: {message or 'the program ended itself'}")
 
 
 def _environment(folder: str) -> dict[str, str]:

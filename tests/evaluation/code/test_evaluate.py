@@ -87,6 +87,14 @@ def test_run_that_was_killed_resumes_to_the_same_file(
         assert (path.read_bytes(), (tmp_path / "out/results.json").read_bytes()) == (content, results)
 
 
+def test_thresholds_that_differ_in_a_late_digit_have_files_of_their_own(
+    model: Any, chat_tokenizer: Any, arguments: Any, tmp_path: Path
+) -> None:
+    evaluate_code(model, chat_tokenizer, arguments(thresholds=[0.3, 0.30000001, 1.0]))
+    names = sorted(path.name for path in (tmp_path / "out").glob("samples_*"))
+    assert names == [f"samples_threshold_{name}.jsonl" for name in ("0.3", "0.30000001", "1")]
+
+
 def test_finished_run_is_only_read_again(
     model: Any, chat_tokenizer: Any, arguments: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,6 +115,20 @@ def test_folder_of_another_evaluation_raises(
         benchmark.write_text(benchmark.read_text().replace("== 1", "== 2"))
     with pytest.raises(ValueError, match=f"{'batch_size: 2, now 4' if change == 'option' else change}.*--output_dir"):
         evaluate_code(model, chat_tokenizer, arguments(batch_size=4 if change == "option" else 2))
+
+
+def test_second_run_in_a_folder_raises(
+    model: Any, chat_tokenizer: Any, arguments: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate = model.generate
+
+    def run_again(**options: Any) -> RelayGenerateOutput:
+        with pytest.raises(ValueError, match=r"Another run writes to `.*out`: let it end"):
+            evaluate_code(model, chat_tokenizer, arguments(thresholds=[0.5]))
+        return generate(**options)
+
+    monkeypatch.setattr(model, "generate", run_again)
+    evaluate_code(model, chat_tokenizer, arguments(limit=1))
 
 
 def test_folder_without_answers_is_taken_over(model: Any, chat_tokenizer: Any, arguments: Any) -> None:
@@ -197,6 +219,7 @@ def test_tokenizer_without_chat_template_raises(model: Any, tokenizer: Any, argu
         ({"limit": 0}, "`--limit=0` must be at least 1"),
         ({"generation_options": "use_relay"}, "is not JSON"),
         ({"generation_options": "[]"}, "must be a JSON object"),
+        ({"generation_options": '{"pad_token_id": 0}'}, r"sets \['pad_token_id'\], which the evaluation decides"),
         ({"generation_options": '{"do_sample": true}'}, r"sets \['do_sample'\], which the evaluation decides"),
         ({"thresholds": [0.5, 0.5]}, "names one twice"),
         ({"time_limit": 0.0}, "leaves nothing to run in"),

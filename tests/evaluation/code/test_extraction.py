@@ -1,12 +1,13 @@
 """The program in an answer."""
 
 import ast
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay_hf.evaluation.code.extraction import extract_code
+from relay_hf.evaluation.code.extraction import _longest_python, _parse, extract_code
 
 FUNCTION = "def f(x):\n    return x + 1"
 # Lines that answers are made of, wherever they stand.
@@ -27,6 +28,9 @@ LINES = st.sampled_from(
         f"def f(x:\n```\nNo, I mean\n```\n{FUNCTION}\n```",
         f"{FUNCTION}\n\nprint(f(3))\nassert f(1) == 3\nif __name__ == '__main__':\n    f(0)",
         f"n = int(input())\n{FUNCTION}\nresult = f(n)",
+        # Names of a trial that are those of a local variable.
+        f"x = int(input())\n{FUNCTION}",
+        "def f(x):\n    result = x + 1\n    return result\nresult = f(int(input()))\nfor result in 1, 2:\n    input()",
         f"{FUNCTION}\n\ndef unfinished(x):\n    return (x",
         f"{FUNCTION}\nThis function adds one.",
     ],
@@ -43,6 +47,44 @@ def test_what_the_function_needs_is_kept_with_its_comments() -> None:
         "import math\nBASE = 2\nTABLE: list = [BASE]\nf = lambda x: TABLE[x]\n@staticmethod\n# why\ndef g(): return f"
     )
     assert extract_code(f"{code}\nOTHER = g()", "f") == code
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "T = [0] * 9\nT[1] = 1\nfor i in range(2, 9):\n    T[i] = T[i - 1] + 1\ndef f(x): return T[x + 1]",
+        "try:\n    from nowhere import add\nexcept ImportError:\n    add = int.__add__\ndef f(x): return add(x, 1)",
+        "SUM = 0\nSUM += 1\ndef f(x): return x + SUM",
+        "f = lambda x: x + 1",
+    ],
+)
+def test_statements_that_the_function_needs_are_kept(code: str) -> None:
+    assert extract_code(f"{code}\nprint(f(0))\nfor i in range(3):\n    print(f(i))", "f") == code
+    names: dict = {}
+    exec(code, names)
+    assert names["f"](1) == 2
+
+
+def test_future_import_stays_first() -> None:
+    code = extract_code("from __future__ import annotations\ndef f(x: Missing): return x", "f", "import math")
+    names: dict = {}
+    exec(compile(code, "", "exec", dont_inherit=True), names)
+    assert names["f"](names["math"]) is names["math"]
+
+
+@given(st.lists(LINES, max_size=8))
+def test_cut_is_the_longest_that_parses(lines: list[str]) -> None:
+    runs = ["\n".join(lines[:end]) for end in range(len(lines), 0, -1)]
+    parsed = [(run, _parse(run)) for run in runs]
+    longest = next((run for run, tree in parsed if isinstance(tree, ast.Module)), "")
+    assert _longest_python(runs[0] if runs else "") == (longest if _parse(longest).body else "\n".join(lines))
+
+
+def test_long_answer_that_breaks_off_takes_no_time() -> None:
+    answer = "def f(x):\n    return x\n" + "x = [\n" * 4000
+    began = time.monotonic()
+    assert extract_code(answer, "f") == "def f(x):\n    return x"
+    assert time.monotonic() - began < 5
 
 
 def test_question_comes_first_and_the_answer_may_redefine_it() -> None:

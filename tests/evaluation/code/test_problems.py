@@ -29,6 +29,15 @@ MBPP = [
         "test_imports": ["import math"],
         "test_list": ["assert math.isclose(root(4.0), 2.0)"],
     },
+    # A setup that needs what the solution defines.
+    {
+        "task_id": 4,
+        "text": "Write a function to find the last link of a chain.",
+        "code": "class Link:\r\n\tdef __init__(self, after):\r\n\t\tself.after = after\r\n"
+        "def last(link):\r\n\treturn last(link.after) if link.after else link",
+        "test_setup_code": "end = Link(None)\r\nstart = Link(Link(end))",
+        "test_list": ["assert (last(start)) is end"],
+    },
 ]
 
 
@@ -60,10 +69,17 @@ def test_mbpp_format_is_read_and_checked(name: str, tmp_path: Path) -> None:
     text = json.dumps(MBPP) if name.endswith(".json") else "\n".join(map(json.dumps, MBPP)) + "\n"
     (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
     problems = load_problems(str(tmp_path / name))
-    assert [(p.task_id, p.entry_point) for p in problems] == [("Mbpp/2", "shared"), ("Mbpp/3", "root")]
+    assert [(p.task_id, p.entry_point) for p in problems] == [
+        ("Mbpp/2", "shared"),
+        ("Mbpp/3", "root"),
+        ("Mbpp/4", "last"),
+    ]
     assert problems[0].question == f'"""\n{MBPP[0]["text"]}\n{MBPP[0]["test_list"][0]}\n"""\n'
-    assert passed(problems, [p.canonical_solution for p in problems]) == 2
-    assert passed(problems, ["def shared(a, b): return ()", "def root(x): return x"]) == 0
+    answers = [f"from __future__ import annotations\n{p.canonical_solution}\nprint(input())\n```" for p in problems]
+    solutions = [extract_code(answer, p.entry_point) for p, answer in zip(problems, answers, strict=True)]
+    assert passed(problems, solutions) == 3
+    wrong = ["def shared(a, b): return ()", "def root(x): return x", solutions[2].replace("else link", "else None")]
+    assert passed(problems, wrong) == 0
 
 
 def test_fingerprint_changes_with_a_test(humaneval: list[Problem]) -> None:
@@ -78,6 +94,7 @@ def test_fingerprint_changes_with_a_test(humaneval: list[Problem]) -> None:
         ("{", "neither JSON lines nor a JSON list"),
         ('{"task_id": 1}', r"has the fields \['task_id'\]: give those of HumanEval"),
         (json.dumps(MBPP[0]) + "\n" + json.dumps(MBPP[0]), "holds 2 problems of 1 names"),
+        (json.dumps(MBPP[0] | {"code": None}), "Problem 1 of .* cannot be read"),
         (json.dumps(MBPP[0] | {"test_list": ["assert other()"]}), "call no function that its code defines"),
         (json.dumps({"task_id": "a", "prompt": "def g():", "entry_point": "f", "test": ""}), "does not define"),
     ],
@@ -86,6 +103,14 @@ def test_unusable_file_raises(content: str, message: str, tmp_path: Path) -> Non
     (tmp_path / "file.jsonl").write_text(content)
     with pytest.raises(ValueError, match=message):
         load_problems(str(tmp_path / "file.jsonl"))
+
+
+def test_broken_gzip_raises(tmp_path: Path) -> None:
+    whole = gzip.compress(json.dumps(MBPP).encode())
+    for content in (b"[]", whole[:-12]):
+        (tmp_path / "file.json.gz").write_bytes(content)
+        with pytest.raises(ValueError, match="neither JSON lines nor a JSON list"):
+            load_problems(str(tmp_path / "file.json.gz"))
 
 
 def test_missing_file_or_package_raises(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 """The sandbox: what passes, what is stopped, and that nothing stays behind."""
 
+import ctypes
+import os
 import subprocess
 import time
 from pathlib import Path
@@ -10,6 +12,9 @@ from relay_hf.evaluation.code import sandbox
 from relay_hf.evaluation.code.sandbox import Limits, run_program
 
 SHORT = Limits(seconds=1.0)
+PROBE = "unshare --user --map-root-user --net --mount mount -t tmpfs tmpfs /dev/shm"
+NAMESPACES = not subprocess.run(PROBE.split(), capture_output=True).returncode
+LANDLOCK = ctypes.CDLL(None).syscall(444, None, 0, 1) >= 1
 
 
 @pytest.mark.parametrize(
@@ -41,6 +46,11 @@ def test_honest_program_passes(program: str) -> None:
         ("exit(0)", "SystemExit"),
         ("import os\nos._exit(0)", "no verdict: the program ended itself"),
         ("import os\nfor fd in range(3, 6):\n    try: os.write(fd, b'{}')\n    except OSError: pass", "no verdict"),
+        ("import json\njson.dumps = lambda _: '{\"passed\": true, \"reason\": \"\"}'\nassert False", "AssertionError"),
+        ("import os\nos.write = lambda *_: None\nassert False", "AssertionError"),
+        ("import os\nfor fd in 3, 4, 5:\n    try: os.write(fd, b'[' * 4096)\n    except OSError: pass", "no verdict"),
+        ("import os\nfor _ in range(99):\n    for fd in range(3, 6):\n        try: os.write(fd, bytes(2**20))\n"
+         "        except OSError: pass", "no verdict"),
         ("import os\nos.abort()", "killed by SIGABRT"),
         ("x = bytearray(10**11)", "MemoryError"),
         ("x = []\nwhile True: x.append(bytearray(2**24))", "MemoryError"),
@@ -49,6 +59,12 @@ def test_honest_program_passes(program: str) -> None:
         ("import subprocess\nsubprocess.run(['true'])", "PermissionError: the sandbox refuses `subprocess.Popen`"),
         ("import os\nos.system('true')", "PermissionError: the sandbox refuses `os.system`"),
         ("import os\nos.kill(os.getppid(), 9)", "PermissionError: the sandbox refuses `os.kill`"),
+        ("import os, resource\nresource.prlimit(os.getppid(), resource.RLIMIT_NOFILE, (9, 9))",
+         "PermissionError: the sandbox refuses `resource.prlimit`"),
+        ("import os\nos.setpriority(os.PRIO_PROCESS, os.getppid(), 19)",
+         "PermissionError: the sandbox refuses `setpriority`"),
+        ("import multiprocessing\nmultiprocessing.get_context('spawn').Process(target=print).start()",
+         "PermissionError: the sandbox refuses `fork_exec`"),
         ("import ctypes\nctypes.CDLL(None).fork()", "PermissionError: the sandbox refuses `ctypes.dlsym`"),
         ("import socket\nsocket.create_connection(('127.0.0.1', 80))", "PermissionError: the sandbox refuses `socket."),
         ("import socket\nsocket.socket().bind(('', 0))", "PermissionError: the sandbox refuses `socket.bind`"),
@@ -103,9 +119,51 @@ def test_file_outside_the_folder_stays_as_it_is(change: str, tmp_path: Path) -> 
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "kept")]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "os.open('file', os.O_WRONLY | os.O_TRUNC, dir_fd=os.open(FOLDER, 0))",
+        "os.mkfifo(FOLDER + '/fifo')",
+        "sqlite3.connect(':memory:').execute(f'attach \"{FOLDER}/data\" as data').execute('create table data.t(a)')",
+        "sqlite3.connect(f'file:{FOLDER}/data', uri=True).execute('create table t(a)')",
+    ],
+)
+def test_file_that_no_audit_event_tells_of_stays_as_it_is(change: str, tmp_path: Path) -> None:
+    if not LANDLOCK:
+        pytest.skip("the kernel has no Landlock")
+    path = tmp_path / "file"
+    path.write_text("kept")
+    assert not run_program(f"import os, sqlite3\nFOLDER = {str(tmp_path)!r}\n{change}", Limits()).passed
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "kept")]
+
+
+def test_signal_does_not_reach_the_evaluation() -> None:
+    program = "import os, signal\nsignal.pidfd_send_signal(os.pidfd_open(os.getppid()), signal.SIGTERM)"
+    assert run_program(program, Limits()).reason == "PermissionError: the sandbox refuses `pidfd_send_signal`"
+
+
+def test_interpreter_without_the_audit_hook_is_refused(tmp_path: Path) -> None:
+    program = f"""
+try:
+    import _interpreters as interpreters
+except ImportError:
+    import _xxsubinterpreters as interpreters
+interpreters.run_string(interpreters.create(), "import os; os.system('touch {tmp_path}/a')")
+"""
+    assert not run_program(program, Limits()).passed
+    assert not list(tmp_path.iterdir())
+
+
+def test_folder_holds_no_more_than_its_size() -> None:
+    if not NAMESPACES:
+        pytest.skip("the kernel does not allow namespaces here")
+    program = "for i in range(9): open(str(i), 'wb').write(bytes(2**23))"
+    assert run_program(program, Limits()).reason == "OSError: [Errno 28] No space left on device"
+
+
 def test_program_sees_no_network_where_the_kernel_allows_it() -> None:
-    if subprocess.run(["unshare", "--user", "--net", "true"], capture_output=True).returncode:
-        pytest.skip("the kernel does not allow network namespaces here")
+    if not NAMESPACES:
+        pytest.skip("the kernel does not allow namespaces here")
     program = (
         "interfaces = open('/proc/net/dev').readlines()[2:]\nassert len(interfaces) == 1 and 'lo:' in interfaces[0]"
     )
@@ -120,6 +178,30 @@ def test_program_sees_nothing_of_the_environment(monkeypatch: pytest.MonkeyPatch
 def test_folder_is_gone_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox.tempfile, "tempdir", str(tmp_path))
     assert run_program("open('a', 'w').write('x')", Limits()).passed
+    assert not list(tmp_path.iterdir())
+
+
+def test_folder_may_be_where_semaphores_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not os.access("/dev/shm", os.W_OK):
+        pytest.skip("there is no /dev/shm")
+    monkeypatch.setattr(sandbox.tempfile, "tempdir", "/dev/shm")
+    program = "from multiprocessing.pool import ThreadPool\nopen(ThreadPool(2).map(str, [1])[0], 'w').write('x')"
+    assert run_program(program, Limits()) == sandbox.Outcome(True, "passed")
+
+
+def test_folder_of_folders_is_gone_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(program: str, limits: Limits, folder: str) -> sandbox.Outcome:
+        path = os.open(folder, 0)
+        for _ in range(1000):
+            os.mkdir("d", dir_fd=path)
+            path, above = os.open("d", 0, dir_fd=path), path
+            os.close(above)
+        os.close(path)
+        return sandbox.Outcome(True, "passed")
+
+    monkeypatch.setattr(sandbox.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(sandbox, "_run", fill)
+    assert run_program("", Limits()).passed
     assert not list(tmp_path.iterdir())
 
 
