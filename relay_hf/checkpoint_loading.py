@@ -23,10 +23,11 @@ def read_config(source: str, revision: str | None = None, **options: Any) -> Rel
         OSError: there is no configuration to read.
         ValueError: no relay model can be made from it, or an option does not fit.
     """
+    reason = ""
     try:
         fields, _ = RelayConfig.get_config_dict(source, revision=revision)
-    except OSError:
-        fields = {}  # as of a folder without `config.json`
+    except OSError as error:
+        fields, reason = {}, f" ({' '.join(str(error).split()).rstrip('.')})"
     if not fields and (Path(source) / "adapter_config.json").is_file():
         raise ValueError(
             f"`{source}` holds adapters, not a model: give the folder with the merged model (`relay-hf train` writes "
@@ -34,8 +35,8 @@ def read_config(source: str, revision: str | None = None, **options: Any) -> Rel
         )
     if not fields:
         raise OSError(
-            f"`{source}` is not a model: give a folder that holds a `config.json`, or the id of a repository that can "
-            "be reached."
+            f"`{source}` is not a model{reason}: give a folder that holds a `config.json`, or the id of a repository "
+            "that can be reached."
         )
     try:
         return RelayConfig.from_pretrained(source, revision=revision, **options)
@@ -79,21 +80,26 @@ def load_for_decoding(
         OSError: the model or its tokenizer cannot be read.
         ValueError: it is no relay model, or there is no such device or dtype.
     """
-    place = _device(device)
+    place = find_device(device)
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"`dtype={dtype}` is unknown: give float32, bfloat16, float16 or auto.")
     config = read_config(source, revision)
     if config.mask_token_id is None:
         raise ValueError(
-            f"`{source}` is not a masked diffusion model, but a plain decoder: make one of it with "
-            "`relay-hf convert`, and train it with `relay-hf train`."
+            f"`{source}` is not a masked diffusion model, its configuration names no [MASK]: make one of a decoder "
+            "with `relay-hf convert`, and train it with `relay-hf train`."
         )
     tokenizer = read_tokenizer(source, config, revision)
     model: Any = RelayForMaskedDiffusion.from_pretrained(source, revision=revision, dtype=dtype)
     return model.to(place).eval(), tokenizer
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device of that name; "auto" is an accelerator if there is one.
+
+    Raises:
+        ValueError: there is no such device.
+    """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name == "auto":
         return accelerator or torch.device("cpu")

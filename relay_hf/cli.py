@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -23,7 +24,25 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `relay-hf`; returns 0, or 2 after printing one sentence about what was wrong."""
+    """Runs `relay-hf`; returns 0, or 2 after printing one sentence about what was wrong.
+
+    As shells count signals, it is 130 after Ctrl-C, and 141 if whoever reads the output has gone.
+    """
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()  # also of `--help`, which leaves by an exception
+    except BrokenPipeError:
+        # `head`, for instance, has what it wanted. What is left must go somewhere when Python closes the output.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        print("relay-hf: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="relay-hf",
         description="Relay for masked diffusion language models.",
@@ -38,8 +57,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = importlib.import_module(f"relay_hf.commands.{chosen.command}")
     try:
         command.run(f"relay-hf {chosen.command}", rest)
+    except BrokenPipeError:
+        raise
     # OSError: files, folders, the Hub and addresses; ArithmeticError: a loss that is no number.
     except (ValueError, OSError, ImportError, ArithmeticError) as error:
-        print(f"relay-hf: error: {error}", file=sys.stderr)
+        print(f"relay-hf: error: {_sentence(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        # As the system raises it, it says neither what it is about nor what to do.
+        return f"`{error.filename}` cannot be read or written ({error.strerror}): check the path and its permissions."
+    # Libraries' messages may have several lines.
+    return " ".join(str(error).split())

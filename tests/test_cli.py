@@ -42,6 +42,49 @@ def test_demo_unusable_folder_or_data_is_told_before_training(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("argv", "option"),
+    [
+        (["convert", "a", "b", "--block-sice", "4"], "block_size"),
+        (["serve", "a", "--hots", "b"], "host"),
+        (["push", "a", "b/c", "--privat=true", "--revison", "x"], "revision"),
+        (["eval", "a", "--limti", "3"], "limit"),
+        (["compare", "a", "b", "--pictrue", "c"], "picture"),
+        (["demo", "--stps", "3"], "steps"),
+    ],
+)
+def test_misspelt_option_is_refused_with_the_likely_one(
+    argv: list[str], option: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(argv) == 2
+    assert f"is not an option of `relay-hf {argv[0]}`: did you mean `{option}`?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"]])
+def test_closed_pipe_ends_without_a_word(argv: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    script = Path(sys.executable).with_name("relay-hf")
+    # Unbuffered, argparse would keep the error to itself.
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+    ended = subprocess.run(
+        [script, *argv], stdout=writing, stderr=subprocess.PIPE, text=True, check=False, env=environment
+    )
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (141, "")
+
+
+def test_interrupted_command_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("relay_hf.commands.compare.run", interrupt)
+    assert main(["compare"]) == 130
+    assert capsys.readouterr().err == "relay-hf: interrupted\n"
+
+
 def test_unknown_command_exits_with_usage(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["fly"])

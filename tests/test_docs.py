@@ -153,7 +153,8 @@ def check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Cal
     parse = HfArgumentParser.parse_args_into_dataclasses
 
     def parse_only(*args: Any, **kwargs: Any) -> None:
-        parse(*args, **kwargs)
+        *_, rest = parse(*args, **kwargs)
+        assert not [word for word in rest if word.startswith("-")]  # of which the command makes a sentence
         raise ParsedError
 
     def help_of(*arguments: str) -> str:

@@ -398,6 +398,11 @@ def test_serve_unusable_model_is_one_sentence_and_exit_code_2(
         assert message in sentence
 
 
+def test_serve_device_that_is_not_there_is_told_before_the_model_is_loaded(capsys: pytest.CaptureFixture) -> None:
+    assert main(["serve", "no-such-model", "--port", "0", "--device", "mps:0"]) == 2
+    assert "`device=mps:0` is not available here" in capsys.readouterr().err
+
+
 def test_serve_taken_port_is_told_before_the_model_is_loaded(
     server: tuple[subprocess.Popen, str], capsys: pytest.CaptureFixture
 ) -> None:

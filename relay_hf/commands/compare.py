@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from ..evaluation.code import CompareArguments, run_comparison
-from .parser import make_parser
+from .parser import make_parser, parse
 
 
 def run(program: str, argv: Sequence[str]) -> None:
@@ -11,5 +11,5 @@ def run(program: str, argv: Sequence[str]) -> None:
     parser = make_parser(program, CompareArguments, run)
     for name in ("a", "b"):
         parser.add_argument(name, metavar=name.upper(), help="output folder of `relay-hf eval`, or a file in it")
-    arguments, where = parser.parse_args_into_dataclasses(argv)
+    arguments, where = parse(parser, argv)
     print(run_comparison(where.a, where.b, arguments))

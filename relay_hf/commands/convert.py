@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from ..conversion import ConvertArguments, convert
-from .parser import make_parser
+from .parser import make_parser, parse
 
 
 def run(program: str, argv: Sequence[str]) -> None:
@@ -13,5 +13,5 @@ def run(program: str, argv: Sequence[str]) -> None:
         "source", metavar="SOURCE", help="the checkpoint: a folder, a GGUF file, or a repository of the Hub"
     )
     parser.add_argument("output", metavar="OUTPUT", help="folder to write; must not exist, or be empty")
-    arguments, where = parser.parse_args_into_dataclasses(argv)
+    arguments, where = parse(parser, argv)
     print(convert(where.source, where.output, **arguments.options()))

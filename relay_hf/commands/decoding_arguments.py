@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import GenerationConfig, HfArgumentParser
 
-from .parser import make_parser
+from .parser import make_parser, unknown_option
 
 
 def _option(purpose: str, metavar: str, default: Any = None) -> Any:
@@ -97,6 +97,6 @@ def parse_decoding(parser: HfArgumentParser, argv: Sequence[str]) -> tuple[Any, 
     if rest and not rest[0].startswith("-") and getattr(given, "prompt", "") is None:
         given.prompt = rest.pop(0)  # argparse does not find it behind an option
     if rest:
-        raise ValueError(f"`{rest[0]}` is not understood: `{parser.prog} --help` lists what there is.")
+        raise ValueError(unknown_option(parser, rest[0]))
     arguments.do_sample = given.do_sample
     return arguments, given

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from ..demo import DemoArguments, run_demo
 from ..demo.arguments import WebArguments, changed_fields
 from ..web import run_page
-from .parser import make_parser
+from .parser import make_parser, parse
 
 
 def run(program: str, argv: Sequence[str]) -> None:
     """Trains Relay and its baselines on Sudoku and shows the saved model at work; `--web` opens a page on it."""
     parser = make_parser(program, [DemoArguments, WebArguments], run)
-    arguments, web = parser.parse_args_into_dataclasses(argv)
+    arguments, web = parse(parser, argv)
     if web.web:
         run_page(_model_to_show(arguments, web), web)
     else:

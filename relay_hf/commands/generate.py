@@ -58,14 +58,17 @@ def _read_prompt(given: str | None, file: str | None) -> str:
     """The prompt from where it was given: the command line, a file, or stdin."""
     if given is not None and file is not None:
         raise ValueError(f"There are two prompts, PROMPT and `--prompt_file={file}`: give one of them.")
-    if file is not None:
-        text = Path(file).read_text(encoding="utf-8")
-    elif given is not None:
-        text = given
-    elif sys.stdin.isatty():
-        raise ValueError("There is no prompt: give one behind the model, in `--prompt_file`, or on stdin.")
-    else:
-        text = sys.stdin.read()
+    try:
+        if file is not None:
+            text = Path(file).read_text(encoding="utf-8")
+        elif given is not None:
+            text = given
+        elif sys.stdin.isatty():
+            raise ValueError("There is no prompt: give one behind the model, in `--prompt_file`, or on stdin.")
+        else:
+            text = sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"The prompt in {file or 'stdin'} is not text in UTF-8 ({error}): convert it.") from error
     if not text.strip():
         raise ValueError("The prompt is empty: give some text.")
     return text

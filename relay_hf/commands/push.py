@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from ..hub import PushArguments, push
-from .parser import make_parser
+from .parser import make_parser, parse
 
 
 def run(program: str, argv: Sequence[str]) -> None:
@@ -12,5 +12,5 @@ def run(program: str, argv: Sequence[str]) -> None:
     parser = make_parser(program, PushArguments, run)
     parser.add_argument("folder", metavar="FOLDER", help="what `save_pretrained` or a trainer wrote")
     parser.add_argument("repo_id", metavar="REPO_ID", help="owner/name; made if it does not exist")
-    arguments, where = parser.parse_args_into_dataclasses(argv)
+    arguments, where = parse(parser, argv)
     print(push(where.folder, where.repo_id, **asdict(arguments)).commit_url)

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 from ..serving import ServeArguments, run_server
-from .parser import make_parser
+from .parser import make_parser, parse
 
 
 def run(program: str, argv: Sequence[str]) -> None:
     """Answers requests of OpenAI clients with a relay model."""
     parser = make_parser(program, ServeArguments, run)
     parser.add_argument("model", metavar="PATH_OR_REPO", help="the model: a folder, or a repository of the Hub")
-    arguments, where = parser.parse_args_into_dataclasses(argv)
+    arguments, where = parse(parser, argv)
     run_server(where.model, arguments)

@@ -3,9 +3,11 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl import get_peft_config
 
 from ..checkpoint_loading import read_config, read_tokenizer
@@ -26,6 +28,8 @@ def run(program: str, argv: Sequence[str]) -> None:
     if asked.help or asked.help_all:
         print(help_text(program, run.__doc__, everything=asked.help_all))
         return
+    if asked.config is None and rest and not rest[0].startswith("-"):
+        raise ValueError(f"`{rest[0]}` is not an option of `{program}`: did you mean `--config {rest[0]}`?")
     train(parse(program, asked.config, rest))
 
 
@@ -38,14 +42,15 @@ def train(arguments: TrainArguments) -> None:
     """
     data, training, model, mixture = arguments
     resume = _checkpoint_to_resume(training.resume_from_checkpoint)
+    _check_reports(training.report_to)
     train_set, eval_set = load_splits(data, mixture, training)
     options = {
         "revision": model.model_revision,
         "dtype": model.dtype,
         "attn_implementation": model.attn_implementation,
         **model.relay_options(),
-        **cast(dict[str, Any], training.model_init_kwargs or {}),
     }
+    options |= _more_options(training.model_init_kwargs or {}, options)
     tokenizer = _read_tokenizer(model, options)
     training.model_init_kwargs = options
     trainer = RelayTrainer(
@@ -83,6 +88,25 @@ def _checkpoint_to_resume(given: str | bool | None) -> str | bool | None:
             f"`resume_from_checkpoint={named}` is no folder: give one, or `true` for the last of `output_dir`."
         )
     return named
+
+
+def _check_reports(names: Any) -> None:
+    """transformers would only notice a missing package after everything has been loaded."""
+    if missing := sorted(set(names) & INTEGRATION_TO_CALLBACK.keys() - {*get_available_reporting_integrations()}):
+        raise ValueError(
+            f"`report_to={missing[0]}` needs a package that is not installed: install it, or leave it out."
+        )
+
+
+def _more_options(given: Any, known: dict[str, Any]) -> dict[str, Any]:
+    """`model_init_kwargs`, which may also name what other options set."""
+    if not isinstance(given, dict):
+        raise ValueError(
+            f"`model_init_kwargs={given}` has no names: write `{{relay_readout: pre_norm}}`, for instance."
+        )
+    if unknown := sorted(given.keys() - RELAY_FIELDS - known.keys()):
+        raise ValueError(f"`model_init_kwargs` does not take {unknown}: give arguments of `RelayConfig`.")
+    return given
 
 
 def _read_tokenizer(model: RelayModelConfig, options: dict[str, Any]) -> PreTrainedTokenizerBase:

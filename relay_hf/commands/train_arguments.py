@@ -1,6 +1,5 @@
 """What can be chosen on the command line of `relay-hf train`, and how it is told."""
 
-import difflib
 import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -11,9 +10,11 @@ from typing import Any, NamedTuple, get_type_hints
 import yaml
 from transformers import TrainingArguments
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
+from trl.scripts.utils import DatasetConfig
 
 from ..recipes import recipe_path
 from ..trainers import RelayTrainerConfig
+from .parser import unknown_option
 
 
 @dataclass
@@ -82,15 +83,15 @@ def parse(program: str, config: str | None, argv: Sequence[str]) -> TrainArgumen
     argv = list(argv)
     if config is not None:
         path = recipe_path(config)
-        _check_recipe(path, program)
+        _check_recipe(path, parser)
         argv = ["--config", str(path), *argv]
     *parsed, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
     if unknown:
-        raise ValueError(_unknown_option(unknown[0], program))
+        raise ValueError(unknown_option(parser, unknown[0], "--help_all"))
     return TrainArguments(*parsed)
 
 
-def _check_recipe(path: Path, program: str) -> None:
+def _check_recipe(path: Path, parser: TrlParser) -> None:
     """Refuses what TRL would take over as it is, or tell in its own words."""
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -102,18 +103,28 @@ def _check_recipe(path: Path, program: str) -> None:
     kinds = {name: str(kind) for source in ARGUMENTS for name, kind in get_type_hints(source).items()}
     for name, value in options.items():
         if name != "env" and name not in kinds:  # TRL sets environment variables by `env`
-            raise ValueError(f"{_unknown_option(str(name), program)} (in `{path}`)")
-        # argparse turns texts into numbers, but lists and mappings come as they are.
-        if isinstance(value, list | dict) and not any(kind in kinds.get(name, "dict") for kind in ("list", "dict")):
+            raise ValueError(f"{unknown_option(parser, str(name), '--help_all')} (in `{path}`)")
+        # argparse turns texts into numbers, but everything else comes as it is.
+        kind = kinds.get(name, "dict")
+        if isinstance(value, list | dict) and not any(text in kind for text in ("list", "dict")):
             raise ValueError(f"`{name}: {value}` in `{path}` is not one value: give a text or a number.")
+        is_number = not any(text in kind for text in ("str", "bool", "list", "dict"))
+        if is_number and (isinstance(value, bool) or (isinstance(value, float) and "float" not in kind)):
+            wanted = "number" if "float" in kind else "whole number"
+            raise ValueError(f"`{name}: {value}` in `{path}` is not a {wanted}: give one.")
+    _check_mixture(options.get("datasets") or [], path)
 
 
-def _unknown_option(given: str, program: str) -> str:
-    name = given.lstrip("-").split("=")[0].replace("-", "_")
-    known = {option.name for arguments in ARGUMENTS for option in fields(arguments)}
-    alike = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean `{alike[0]}`?" if alike else f"`{program} --help_all` lists what there is."
-    return f"`{given}` is not an option of `{program}`: {hint}"
+def _check_mixture(sources: Any, path: Path) -> None:
+    """Refuses data sets of which TRL would make an exception about its own code."""
+    if not isinstance(sources, list) or not all(isinstance(source, dict) and "path" in source for source in sources):
+        raise ValueError(
+            f"`datasets` in `{path}` is not a list of data sets with a `path`: write "
+            "`[{path: json, data_files: a.jsonl}]`, for instance."
+        )
+    known = {option.name for option in fields(DatasetConfig)}
+    if unknown := sorted({str(name) for source in sources for name in source} - known):
+        raise ValueError(f"`datasets` in `{path}` does not take {unknown}: a data set has {sorted(known)}.")
 
 
 # What most runs set, of the nearly two hundred options that come from the libraries.

@@ -80,5 +80,7 @@ def _load(data: ScriptArguments, split: str) -> Any:
         return load_dataset(name, data.dataset_config, split=split, streaming=data.dataset_streaming)
     if not Path(name).is_file():
         raise FileNotFoundError(f"`dataset_name={name}` does not exist: check the path, or give a Hub id.")
+    if Path(name).stat().st_size == 0:
+        raise ValueError(f"`dataset_name={name}` is empty: give a file with rows.")
     builder = BUILDERS[Path(name).suffix]
     return load_dataset(builder, data_files=name, split=split, streaming=data.dataset_streaming)

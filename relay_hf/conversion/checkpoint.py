@@ -70,7 +70,13 @@ def convert(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"`{target}` exists already: choose another output, or remove it.")
     file = None if gguf_file is None else open_gguf(source, gguf_file, revision)
-    fields, _ = PreTrainedConfig.get_config_dict(source, revision=revision, gguf_file=gguf_file)
+    try:
+        fields, _ = PreTrainedConfig.get_config_dict(source, revision=revision, gguf_file=gguf_file)
+    except OSError as error:
+        raise OSError(
+            f"`{source}` is not a model ({' '.join(str(error).split()).rstrip('.')}): give a folder that holds a "
+            "`config.json`, a GGUF file, or the id of a repository that can be reached."
+        ) from error
     if not fields:
         raise FileNotFoundError(f"`{source}` holds no `config.json`: give a checkpoint of transformers.")
     if (family := fields.get("model_type")) == RelayConfig.model_type:

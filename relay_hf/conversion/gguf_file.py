@@ -4,6 +4,7 @@ Its loader fills whatever the file lacks with random numbers, drops what its mod
 how positions are scaled, so all that is looked for here.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,7 +35,11 @@ def open_gguf(source: str, gguf_file: str, revision: str | None) -> "GGUFReader"
         )
     from gguf import GGUFReader
 
-    path = cached_file(source, gguf_file, revision=revision)
+    try:
+        path = cached_file(source, gguf_file, revision=revision)
+    except OSError as error:
+        reason = "" if Path(source).is_dir() else f" ({' '.join(str(error).split()).rstrip('.')})"
+        raise FileNotFoundError(f"`{source}` has no file `{gguf_file}`{reason}: check both names.") from error
     try:
         return GGUFReader(path)
     except (ValueError, IndexError, KeyError) as error:  # whatever it stumbles over

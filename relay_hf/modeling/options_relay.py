@@ -293,6 +293,9 @@ def _check_sampling(options: GenerationConfig) -> None:
             "`sampling_seeds` is about drawing tokens or the relay state, but nothing is drawn: also set "
             "`do_sample=True` or `relay_start='dirichlet'`."
         )
+    if options.do_sample and options.top_p is not None and options.top_p > 1:
+        # transformers would leave it out without a word.
+        raise ValueError(f"`top_p={options.top_p}` is not a probability: give one in [0, 1], or leave it out.")
     if (hottest is None) != (coldest is None):
         raise ValueError("`t_max` and `t_min` are the two ends of one schedule: give both, or neither.")
     if hottest is not None and not math.inf > hottest >= coldest > 0:

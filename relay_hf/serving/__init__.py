@@ -49,5 +49,7 @@ def _bind(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except OSError as error:
         listener.close()
-        raise OSError(f"`{host}:{port}` cannot be listened on ({error.strerror}): give another `--port`.") from error
+        raise OSError(
+            f"`{host}:{port}` cannot be listened on ({error.strerror}): give another `--port` or `--host`."
+        ) from error
     return listener

@@ -21,7 +21,7 @@ from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import BaseHandler, GenerateManager, GenerationState, _StreamError
 from transformers.utils import logging
 
-from ..checkpoint_loading import read_config, read_tokenizer
+from ..checkpoint_loading import find_device, read_config, read_tokenizer
 from ..modeling import RelayForMaskedDiffusion
 
 logger = logging.get_logger(__name__)
@@ -42,8 +42,9 @@ def build_app(model: str, *, device: str = "auto", dtype: str = "auto") -> FastA
 
     Raises:
         OSError: the model or its tokenizer cannot be read.
-        ValueError: it is no relay model, or the dtype is unknown.
+        ValueError: it is no relay model, or there is no such device or dtype.
     """
+    find_device(device)  # refuses one that is not there
     manager, state = RelayModelManager(model, device, dtype), RelayGenerationState()
     others: Any = OtherHandler()
     app = build_server(

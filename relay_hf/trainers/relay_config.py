@@ -128,8 +128,9 @@ class RelayTrainerConfig(SFTConfig):
             )
         for name in ("relay_learning_rate", "relay_weight_decay"):
             value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ValueError(f"`{name}={value}` is negative: give 0 or more, or None.")
+            # YAML, for one, takes 1e-3 for a text.
+            if value is not None and not (isinstance(value, int | float) and value >= 0):
+                raise ValueError(f"`{name}={value!r}` is not a number of at least 0: give one, or None.")
         if self.loss_type != "nll":
             raise ValueError(
                 f"`loss_type={self.loss_type!r}` has no meaning here: `objective` names the loss; leave it out."

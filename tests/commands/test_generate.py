@@ -117,13 +117,17 @@ def test_dtype_is_that_of_the_weights(checkpoint: Path, monkeypatch: pytest.Monk
         (["{model}", "hi", "--device", "toaster"], "`device=toaster` is unknown"),
         (["{model}", "hi", "--device", "mps:0"], "`device=mps:0` is not available"),
         (["{model}", "hi", "--prompt_file", "nowhere"], "two prompts"),
-        (["{model}", "--prompt_file", "nowhere"], "nowhere"),
+        (["{model}", "--prompt_file", "nowhere"], "`nowhere` cannot be read or written (No such file or directory)"),
+        (["{model}", "--prompt_file", "{latin}"], "not text in UTF-8"),
+        (["{model}", "hi", "--do_sample", "--top_p", "1.5"], "`top_p=1.5` is not a probability"),
         (["{model}", " "], "The prompt is empty"),
-        (["{model}", "hi", "--magic"], "`--magic` is not understood"),
-        (["{model}", "hi", "there"], "`there` is not understood"),
-        (["{model}", "--raw", "hi", "there"], "`there` is not understood"),
+        (["{model}", "hi", "--magic"], "`--magic` is not an option of `relay-hf generate`"),
+        (["{model}", "hi", "--unmasking-treshold", "0.5"], "did you mean `unmasking_threshold`?"),
+        (["{model}", "hi", "there"], "`there` is not an option"),
+        (["{model}", "--raw", "hi", "there"], "`there` is not an option"),
         (["nobody/nothing", "hi"], "`nobody/nothing` is not a model"),
-        (["{plain}", "hi"], "plain decoder"),
+        (["{plain}", "hi"], "names no [MASK]"),
+        (["{broken}", "hi"], "not a valid JSON file"),
         (["{mute}", "hi"], "no tokenizer"),
     ],
 )
@@ -132,7 +136,10 @@ def test_bad_argument_is_one_sentence_and_exit_code_2(
 ) -> None:
     text_config().save_pretrained(tmp_path / "plain")
     AutoModel.from_pretrained(checkpoint).config.save_pretrained(tmp_path / "mute")
-    places = {"model": checkpoint, "plain": tmp_path / "plain", "mute": tmp_path / "mute"}
+    (tmp_path / "latin").write_bytes("ä".encode("latin-1"))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    places = {name: tmp_path / name for name in ("plain", "mute", "latin", "broken")} | {"model": checkpoint}
     assert message in refuse("generate", *[text.format(**places) for text in argv])
 
 

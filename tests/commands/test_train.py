@@ -190,6 +190,13 @@ def test_push_to_hub_pushes_the_card_too(recipe: Callable[..., Path], monkeypatc
         ({"dataset_streaming": True, "test_split_size": 0.5}, "`test_split_size`"),
         ({"resume_from_checkpoint": "nowhere"}, "`resume_from_checkpoint=nowhere` is no folder"),
         ({"max_steps": [1, 2]}, "`max_steps: [1, 2]` in `{recipe}` is not one value"),
+        ({"max_steps": 2.5}, "`max_steps: 2.5` in `{recipe}` is not a whole number"),
+        ({"learning_rate": True}, "`learning_rate: True` in `{recipe}` is not a number"),
+        ({"dataset_name": None, "datasets": "json"}, "`datasets` in `{recipe}` is not a list"),
+        ({"dataset_name": None, "datasets": [{"path": "json", "data_file": "x"}]}, "does not take ['data_file']"),
+        ({"model_init_kwargs": "pre_norm"}, "`model_init_kwargs=pre_norm` has no names"),
+        ({"model_init_kwargs": {"relay_readuot": "pre_norm"}}, "does not take ['relay_readuot']"),
+        ({"report_to": "neptune"}, "`report_to=neptune` needs a package"),
         ({"mask_token_id": 999}, "`mask_token_id=999`"),
         ({"packing": True}, "`packing`"),
     ],
@@ -211,6 +218,8 @@ def test_bad_recipe_is_one_sentence_and_exit_code_2(
         ),
         (["--config", "{broken}"], "is not YAML"),
         (["--config", "{empty}"], "holds no options"),
+        (["smoke"], "did you mean `--config smoke`?"),
+        (["--config", "{recipe}", "--dataset_name", "{nothing}"], "nothing.jsonl` is empty"),
         (["--config", "{recipe}", "--learning-rat", "1"], "did you mean `learning_rate`?"),
         (["--config", "{recipe}", "--learning_rat=1"], "did you mean `learning_rate`?"),
     ],
@@ -220,7 +229,9 @@ def test_bad_command_line_is_one_sentence_and_exit_code_2(
 ) -> None:
     (tmp_path / "broken.yaml").write_text("a: [1\nb: 2")
     (tmp_path / "empty.yaml").touch()
+    (tmp_path / "nothing.jsonl").touch()
     places = {"recipe": recipe(), "broken": tmp_path / "broken.yaml", "empty": tmp_path / "empty.yaml"}
+    places["nothing"] = tmp_path / "nothing.jsonl"
     assert message in refuse("train", *[text.format(**places) for text in argv])
 
 

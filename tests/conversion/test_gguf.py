@@ -228,5 +228,6 @@ def test_command_file_that_is_no_gguf_is_one_sentence(
     if content is not None:
         (tmp_path / "x.gguf").write_bytes(content)
     assert main(["convert", str(tmp_path / "x.gguf"), str(tmp_path / "out")]) == 2
-    assert "x.gguf" in capsys.readouterr().err.splitlines()[-1]
+    message = f"`{tmp_path}` has no file `x.gguf`: check" if content is None else "is no complete GGUF file"
+    assert message in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists()

@@ -48,6 +48,7 @@ REFUSED: list[dict[str, Any]] = [
     {"min_new_tokens": 2, "eos_token_id": 5},
     {"temperature": 0.0, "do_sample": True},
     {"top_k": -1, "do_sample": True},
+    {"top_p": 1.5, "do_sample": True},
     {"top_k": 2.5, "do_sample": True},
     {"min_p": 1.5, "do_sample": True},
     {"repetition_penalty": 0.0},

@@ -97,7 +97,7 @@ def test_launch_page_on_taken_port_raises(pages: dict[str, str], board_model, bo
     ("options", "message"),
     [
         (["--web", "--output-dir", "out", "--size", "4"], "`out/relay-sudoku-4x4` holds no model yet: run `make demo`"),
-        (["--web", "--model", "nowhere"], "`nowhere` is not a model: give a folder"),
+        (["--web", "--model", "nowhere"], "`nowhere` is not a model"),
         (["--web", "--steps", "3"], "`--steps` is about training, but `--web` trains nothing"),
         (["--web", "--model", "x", "--size", "4"], "`--size` finds the demo's model, but `--model` names one"),
         (["--port", "7000"], "`--port` is for the page: also give `--web`"),
