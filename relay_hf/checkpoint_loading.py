@@ -1,13 +1,16 @@
 """A relay model and its tokenizer by name, for the command line: what cannot be loaded is told in one sentence."""
 
+import copy
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .modeling import RelayConfig, RelayForMaskedDiffusion
+from .modeling.options_relay import add_defaults, check_options
 from .tokenizer_loading import load_tokenizer
 
 
@@ -65,8 +68,45 @@ def read_tokenizer(source: str, config: RelayConfig, revision: str | None = None
     return tokenizer
 
 
+def read_generation_config(source: str, config: RelayConfig, revision: str | None = None) -> Any:
+    """What a checkpoint decodes with where nothing else is said: a `GenerationConfig` with the fields of ours.
+
+    Args:
+        source: folder or Hub id.
+        config: the checkpoint's configuration.
+        revision: branch, tag or commit on the Hub.
+    """
+    try:
+        defaults = GenerationConfig.from_pretrained(source, revision=revision)
+    except OSError:  # it has none
+        defaults = GenerationConfig()
+    add_defaults(config, defaults)
+    return defaults
+
+
+def check_decoding(config: RelayConfig, defaults: GenerationConfig, given: Mapping[str, Any]) -> None:
+    """Refuses options as `generate` would, for instance before the weights are read.
+
+    Args:
+        config: the checkpoint's configuration.
+        defaults: its generation config.
+        given: keyword arguments of `generate`.
+
+    Raises:
+        ValueError: one is of a wrong type, out of range, senseless with the others, or without effect.
+    """
+    options = copy.deepcopy(defaults)
+    if unknown := options.update(**given):
+        raise ValueError(f"`generate` does not take {sorted(unknown)}: check the spelling.")
+    check_options(config, options)
+
+
 def load_for_decoding(
-    source: str, revision: str | None = None, device: str = "auto", dtype: str = "auto"
+    source: str,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    options: Callable[[GenerationConfig], Mapping[str, Any]] | None = None,
 ) -> tuple[Any, Any]:
     """Loads a `RelayForMaskedDiffusion` in evaluation mode, and its tokenizer.
 
@@ -75,10 +115,12 @@ def load_for_decoding(
         revision: branch, tag or commit on the Hub.
         device: where the model runs; "auto" takes an accelerator if there is one.
         dtype: of the weights; "auto" is that of the checkpoint.
+        options: makes the keyword arguments of `generate` from the model's defaults; they are checked, before the
+            weights are read.
 
     Raises:
         OSError: the model or its tokenizer cannot be read.
-        ValueError: it is no relay model, or there is no such device or dtype.
+        ValueError: it is no relay model, or there is no such device, dtype or option.
     """
     place = find_device(device)
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
@@ -89,6 +131,9 @@ def load_for_decoding(
             f"`{source}` is not a masked diffusion model, its configuration names no [MASK]: make one of a decoder "
             "with `relay-hf convert`, and train it with `relay-hf train`."
         )
+    if options is not None:
+        defaults = read_generation_config(source, config, revision)
+        check_decoding(config, defaults, options(defaults))
     tokenizer = read_tokenizer(source, config, revision)
     model: Any = RelayForMaskedDiffusion.from_pretrained(source, revision=revision, dtype=dtype)
     return model.to(place).eval(), tokenizer

@@ -26,9 +26,11 @@ class ChatArguments(DecodingArguments):
 
 def run(program: str, argv: Sequence[str]) -> None:
     """Talks with a model in the terminal; drafts are shown while they are denoised."""
-    parser = make_decoding_parser(program, ChatArguments, run, "PATH_OR_REPO [--OPTION VALUE ...]")
+    parser = make_decoding_parser(program, "PATH_OR_REPO", ChatArguments, run)
     arguments, given = parse_decoding(parser, argv)
-    model, tokenizer = load_for_decoding(given.model, arguments.revision, arguments.device, arguments.dtype)
+    model, tokenizer = load_for_decoding(
+        given.model, arguments.revision, arguments.device, arguments.dtype, arguments.options
+    )
     if tokenizer.chat_template is None:
         raise ValueError(f"`{given.model}` has no chat template: ask it with `relay-hf generate`.")
     talk = Conversation(model, tokenizer, arguments.options(model.generation_config), arguments.system)

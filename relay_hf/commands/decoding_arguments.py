@@ -18,7 +18,7 @@ def _option(purpose: str, metavar: str, default: Any = None) -> Any:
 class DecodingArguments:
     """Options of `generate`; what is not given is as the model's `generation_config.json` has it."""
 
-    max_new_tokens: int = _option("tokens to write at most; default 256", "N", 256)
+    max_new_tokens: int = _option("tokens to write at most", "N", 256)
     unmasking_policy: str | None = _option("which positions a step reveals, e.g. confidence_threshold", "NAME")
     unmasking_threshold: float | None = _option("what the policy compares with", "X")
     sub_block_size: int | None = _option("positions of a block that are revealed first", "N")
@@ -63,20 +63,14 @@ class DecodingArguments:
 
 
 def make_decoding_parser(
-    program: str, arguments: type[DecodingArguments], run: Callable[..., None], usage: str
+    program: str, positionals: str, arguments: type[DecodingArguments], run: Callable[..., None]
 ) -> HfArgumentParser:
     """A parser for a model, its decoding, and what the caller adds.
 
     Args:
-        program: what the user typed.
-        arguments: the dataclass.
-        run: the command.
-        usage: what follows the program.
+        program, positionals, arguments, run: as in `make_parser`.
     """
-    parser = make_parser(program, arguments, run)
-    parser.usage = f"{program} {usage}"
-    # Defaults are mostly the model's, so that "default: None" would say nothing.
-    parser.formatter_class = argparse.HelpFormatter
+    parser = make_parser(program, positionals, arguments, run)
     parser.add_argument("model", metavar="PATH_OR_REPO", help="the model: a folder, or a repository of the Hub")
     parser.add_argument(
         "--do_sample",

@@ -24,8 +24,7 @@ class GenerateArguments(DecodingArguments):
 
 def run(program: str, argv: Sequence[str]) -> None:
     """Answers a prompt: the text goes to stdout, the number of forwards it took to stderr."""
-    usage = "PATH_OR_REPO [PROMPT] [--OPTION VALUE ...]"
-    parser = make_decoding_parser(program, GenerateArguments, run, usage)
+    parser = make_decoding_parser(program, "PATH_OR_REPO [PROMPT]", GenerateArguments, run)
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="the prompt; by default what comes in on stdin")
     parser.add_argument("--raw", action="store_true", help="give the prompt as it is, without the chat template")
     parser.add_argument(
@@ -34,7 +33,9 @@ def run(program: str, argv: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print text and forwards as one line of JSON")
     arguments, given = parse_decoding(parser, argv)
     prompt = _read_prompt(given.prompt, arguments.prompt_file)
-    model, tokenizer = load_for_decoding(given.model, arguments.revision, arguments.device, arguments.dtype)
+    model, tokenizer = load_for_decoding(
+        given.model, arguments.revision, arguments.device, arguments.dtype, arguments.options
+    )
     options = arguments.options(model.generation_config)
     inputs = _encode(tokenizer, prompt, given.raw).to(model.device)
     output = model.generate(**inputs, **options, return_dict_in_generate=True, output_history=given.show_steps)

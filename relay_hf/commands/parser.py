@@ -1,22 +1,50 @@
 """The parser that commands share."""
 
 import argparse
+import copy
 import difflib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
+
+# Type -> what stands for a value in the help.
+METAVARS = {int: "N", float: "X", str: "TEXT", string_to_bool: "BOOL"}
 
 
-def make_parser(program: str, arguments: Any, run: Callable[..., None]) -> HfArgumentParser:
-    """A parser for the fields of a dataclass.
+class _Parser(HfArgumentParser):
+    """Tells the defaults that say something: most of those that are None are the model's."""
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        if "type" in options and "choices" not in options and names[0].startswith("-"):
+            options.setdefault("metavar", METAVARS.get(options["type"]))
+        if options.get("default") not in (None, False, "", [], argparse.SUPPRESS):
+            options["help"] += " [%(default)s]"
+        return super().add_argument(*names, **options)
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Shows options in one spelling; `--block-size` is understood as well as `--block_size`."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:  # argparse has no public way
+        shown = copy.copy(action)
+        spellings = {name.lstrip("-").replace("-", "_"): name for name in reversed(action.option_strings)}
+        shown.option_strings = [*reversed(spellings.values())]
+        return super()._format_action_invocation(shown)
+
+
+def make_parser(program: str, positionals: str, arguments: Any, run: Callable[..., None]) -> HfArgumentParser:
+    """A parser for the fields of dataclasses.
 
     Args:
         program: what the user typed.
-        arguments: the dataclass.
+        positionals: what is to follow it, as the help shows it; the caller adds them.
+        arguments: the dataclass, or several.
         run: the command, whose docstring tells what it does.
     """
-    return HfArgumentParser(arguments, prog=program, description=run.__doc__)
+    usage = " ".join(part for part in (program, positionals, "[--OPTION VALUE ...]" if arguments else "") if part)
+    return _Parser(arguments, prog=program, usage=usage, description=run.__doc__, formatter_class=_HelpFormatter)
 
 
 def parse(parser: HfArgumentParser, argv: Sequence[str]) -> tuple[Any, ...]:

@@ -16,6 +16,7 @@ from .cache_relay import RelayCache
 from .choice_relay import TokenChooser
 from .decoding_relay import BlockDecoder
 from .options_relay import (
+    add_defaults,
     check_inputs,
     check_options,
     check_reference,
@@ -58,38 +59,13 @@ class RelayGenerationMixin(GenerationMixin):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._add_generation_defaults()
-
-    def _add_generation_defaults(self) -> None:
-        """Gives `generation_config` the fields of block diffusion, so that `generate` knows them and typos raise."""
-        block_size = self.config.block_size
-        defaults = {
-            "unmasking_policy": "confidence_threshold" if block_size else "confidence_budget",
-            "unmasking_threshold": 0.85 if block_size else 0.15,
-            "sub_block_size": 8 if block_size and block_size % 8 == 0 else None,
-            "use_sub_block_cache": False,
-            "fuse_commits": False,
-            "use_relay": True,
-            "relay_start": None,
-            "t_max": None,
-            "t_min": None,
-            "sampling_seeds": None,
-            "output_history": False,
-        }
-        for name, value in defaults.items():
-            if not hasattr(self.generation_config, name):
-                setattr(self.generation_config, name, value)
-        if self.generation_config.do_sample is None:
-            # Pipelines draw tokens unless a model says that it does not.
-            self.generation_config.do_sample = False
-        # Else transformers would not read our fields back from `generation_config.json`.
-        self.generation_config._from_model_config = False
+        add_defaults(self.config, self.generation_config)
 
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any
     ) -> tuple[GenerationConfig, dict[str, Any]]:
         # A file written by another library, or an object assigned by the user, may lack our fields.
-        self._add_generation_defaults()
+        add_defaults(self.config, self.generation_config)
         check_user_arguments(kwargs)
         return super()._prepare_generation_config(generation_config, **kwargs)
 

@@ -23,6 +23,7 @@ from .conversion_relay import FOREIGN_PARAMETER_NAMES
 from .generation_relay import RelayGenerationMixin
 from .head_relay import RelayHead
 from .masks_relay import align_to_positions, block_attention_mask, new_positions
+from .options_relay import add_defaults
 from .outputs_relay import RelayOutput
 from .reveal_relay import best_token
 
@@ -105,7 +106,7 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
                 "model without."
             )
         # The file of a foreign checkpoint lacks our fields.
-        model._add_generation_defaults()
+        add_defaults(model.config, model.generation_config)
         # Bidirectional models say that they cannot use one; ours decodes with a cache in any case.
         model.generation_config.use_cache = True
         if adapter is not None:

@@ -74,6 +74,37 @@ def check_user_arguments(given: dict[str, Any]) -> None:
             raise ValueError(f"`{name}={value!r}` is not a whole number >= 0: give one.")
 
 
+def add_defaults(config: RelayConfig, options: GenerationConfig) -> None:
+    """Gives a generation config the fields of block diffusion that it lacks, so that `generate` knows them.
+
+    Args:
+        config: the model's.
+        options: the model's generation config; changed in place.
+    """
+    block_size = config.block_size
+    defaults = {
+        "unmasking_policy": "confidence_threshold" if block_size else "confidence_budget",
+        "unmasking_threshold": 0.85 if block_size else 0.15,
+        "sub_block_size": 8 if block_size and block_size % 8 == 0 else None,
+        "use_sub_block_cache": False,
+        "fuse_commits": False,
+        "use_relay": True,
+        "relay_start": None,
+        "t_max": None,
+        "t_min": None,
+        "sampling_seeds": None,
+        "output_history": False,
+    }
+    for name, value in defaults.items():
+        if not hasattr(options, name):
+            setattr(options, name, value)
+    if options.do_sample is None:
+        # Pipelines draw tokens unless a model says that it does not.
+        options.do_sample = False
+    # Else transformers would not read our fields back from `generation_config.json`.
+    options._from_model_config = False
+
+
 def check_options(config: RelayConfig, options: GenerationConfig) -> None:
     """Refuses options that are of a wrong type, out of range, senseless together, or without effect.
 

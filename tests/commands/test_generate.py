@@ -1,5 +1,6 @@
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,3 +167,23 @@ def test_switch_does_not_take_the_prompt_for_its_value(
     switch: str, checkpoint: Path, capsys: pytest.CaptureFixture
 ) -> None:
     assert run(capsys, checkpoint, switch, PROMPT)[0]
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--unmasking_threshold", "7"], "unmasking_threshold=7.0"),
+        (["--sub_block_size", "3"], "does not divide the model's"),
+        (["--do_sample", "--top_p", "2"], "`top_p=2.0` is not a probability"),
+        (["--unmasking_policy", "guess"], "guess"),
+    ],
+)
+def test_senseless_option_is_told_before_weights_are_read(
+    command: str, argv: list[str], message: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "without weights"
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    prompt = [PROMPT] if command == "generate" else []
+    assert main([command, str(folder), *prompt, *argv]) == 2
+    assert message in capsys.readouterr().err

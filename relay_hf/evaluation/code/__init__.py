@@ -21,7 +21,7 @@ def run_evaluation(model: str, arguments: CodeEvalArguments) -> str:
     # Not above: the other commands would wait for matplotlib.
     from pathlib import Path
 
-    from ...checkpoint_loading import read_config, read_tokenizer
+    from ...checkpoint_loading import check_decoding, read_config, read_generation_config, read_tokenizer
     from ...modeling import RelayForMaskedDiffusion
     from .evaluate import evaluate_code
     from .problems import load_problems
@@ -31,6 +31,9 @@ def run_evaluation(model: str, arguments: CodeEvalArguments) -> str:
     config = read_config(model)
     if config.mask_token_id is None:
         raise ValueError(f"`{model}` is a plain decoder without [MASK]: make a relay model of it (`relay-hf convert`).")
+    defaults = read_generation_config(model, config)
+    for threshold in arguments.thresholds or [defaults.unmasking_threshold]:
+        check_decoding(config, defaults, {**arguments.options, "unmasking_threshold": threshold})
     tokenizer = read_tokenizer(model, config)
     weights = RelayForMaskedDiffusion.from_pretrained(model, dtype=arguments.dtype, device_map=arguments.device)
     results = evaluate_code(weights.eval(), tokenizer, arguments, Path(model).name)

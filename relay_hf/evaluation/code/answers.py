@@ -110,11 +110,15 @@ class Answerer:
         texts = [self.prompt(problem) for problem in problems]
         longest = max(map(len, self.tokenizer(texts, add_special_tokens=False)["input_ids"]))
         positions = self.model.config.text_config.max_position_embeddings
+        if longest >= positions:
+            raise ValueError(
+                f"The longest prompt has {longest} tokens, which leaves no room for an answer in the model's "
+                f"{positions} positions: take shorter problems."
+            )
         if longest + self.max_new_tokens > positions:
             raise ValueError(
                 f"The longest prompt has {longest} tokens, and `--max_new_tokens={self.max_new_tokens}` more exceed "
-                f"the model's {positions} positions: lower it to {max(positions - longest, 0)}, or take shorter "
-                "problems."
+                f"the model's {positions} positions: lower it to {positions - longest}, or take shorter problems."
             )
 
     def __call__(self, problems: Sequence[Problem], threshold: float) -> list[Answer]:

@@ -60,9 +60,9 @@ def evaluate_code(
         arguments.options,
         arguments.chat_prompt,
     )
-    answerer.check_lengths(problems)
     thresholds = arguments.thresholds or [answerer.default_threshold]
     answerer.check_thresholds(thresholds)
+    answerer.check_lengths(problems)
     settings = {
         "model": name,
         "weights": hash_weights(model),

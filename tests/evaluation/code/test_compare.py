@@ -101,7 +101,7 @@ def test_what_cannot_be_compared_is_one_sentence(folders: list[str], tmp_path: P
     append_samples(tmp_path / "short.jsonl", RUN_A[:3])
     with pytest.raises(ValueError, match=r"different problems \(10 and 3\): evaluate both to the end"):
         compare_runs(str(file), str(tmp_path / "short.jsonl"))
-    with pytest.raises(ValueError, match="is not a file of answers"):
+    with pytest.raises(ValueError, match="has a line that is no answer"):
         compare_runs(str(file), f"{folders[0]}/results.json")
     with pytest.raises(OSError, match="`nowhere` does not exist"):
         compare_runs("nowhere", folders[0])

@@ -244,3 +244,22 @@ def test_command_line_unusable_model_is_one_sentence(
     printed = capsys.readouterr().err.strip().splitlines()[-1]
     assert printed.startswith("relay-hf: error: ")
     assert message in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--thresholds", "0.5", "7"], "unmasking_threshold=7.0"),
+        (["--generation_options", '{"sub_block_size": 3}'], "does not divide"),
+        (["--generation_options", '{"unmaskingpolicy": "x"}'], r"`generate` does not take ['unmaskingpolicy']"),
+    ],
+)
+def test_senseless_option_is_told_before_weights_are_read(
+    options: list[str], message: str, model: Any, benchmark: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model.config.save_pretrained(tmp_path / "tiny")
+    output = tmp_path / "out"
+    command = ["eval", str(tmp_path / "tiny"), "--benchmark", str(benchmark), "--output_dir", str(output)]
+    assert main([*command, *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not output.exists()

@@ -90,7 +90,7 @@ def test_fingerprint_changes_with_a_test(humaneval: list[Problem]) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "holds 0 problems"),
+        ("", "holds no problems"),
         ("{", "neither JSON lines nor a JSON list"),
         ('{"task_id": 1}', r"has the fields \['task_id'\]: give those of HumanEval"),
         (json.dumps(MBPP[0]) + "\n" + json.dumps(MBPP[0]), "holds 2 problems of 1 names"),
