@@ -324,7 +324,7 @@ def _check_sampling(options: GenerationConfig) -> None:
             "`sampling_seeds` is about drawing tokens or the relay state, but nothing is drawn: also set "
             "`do_sample=True` or `relay_start='dirichlet'`."
         )
-    if options.do_sample and options.top_p is not None and options.top_p > 1:
+    if options.do_sample and isinstance(options.top_p, int | float) and options.top_p > 1:
         # transformers would leave it out without a word.
         raise ValueError(f"`top_p={options.top_p}` is not a probability: give one in [0, 1], or leave it out.")
     if (hottest is None) != (coldest is None):
