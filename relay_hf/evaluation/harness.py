@@ -17,6 +17,7 @@ from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from peft import PeftModel
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -24,6 +25,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, StoppingCriteriaList
 
 from ..modeling import RelayConfig, RelayForMaskedDiffusion
+from .cards import hash_weights
 from .likelihood import LikelihoodBound, Request
 from .stop_texts import StopTexts
 
@@ -104,8 +106,14 @@ class RelayLM(HFLM):
             task: {"requests": len(costs), **{name: sum(c[name] for c in costs) / len(costs) for name in costs[0]}}
             for task, costs in by_task.items()
         }
+        model: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         return {
             **super().get_model_info(),
+            "weights": hash_weights(model),
+            "generation_options": {
+                name: self.generation_options.get(name, getattr(model.generation_config, name, None))
+                for name in GENERATION_OPTIONS
+            },
             "mc_samples": self.likelihood.samples,
             "mc_seed": self.likelihood.seed,
             "generation_forwards": means,

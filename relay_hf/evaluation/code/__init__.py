@@ -1,10 +1,8 @@
 """Evaluation on code problems: `relay-hf eval MODEL` and `relay-hf compare A B`, see docs/evaluation.md."""
 
-from collections.abc import Sequence
-
 from .arguments import CodeEvalArguments, CompareArguments
 
-__all__ = ["CodeEvalArguments", "CompareArguments", "add_to_card", "run_comparison", "run_evaluation"]
+__all__ = ["CodeEvalArguments", "CompareArguments", "run_comparison", "run_evaluation"]
 
 
 def run_evaluation(model: str, arguments: CodeEvalArguments) -> str:
@@ -45,12 +43,3 @@ def run_comparison(a: str, b: str, arguments: CompareArguments) -> str:
     from .compare import compare_runs
 
     return compare_runs(a, b, arguments.picture)
-
-
-def add_to_card(folder: str, runs: Sequence[str]) -> str:
-    """Writes evaluations into a model's card; arguments, result and errors as in `add_runs`."""
-    from pathlib import Path
-
-    from .card import add_runs
-
-    return str(add_runs(Path(folder), [Path(run) for run in runs]))

@@ -1,0 +1,63 @@
+"""A random model that writes a few letters, and tasks of local files to evaluate it on."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from relay_hf import RelayForMaskedDiffusion
+
+from ..conftest import all_tokens_but
+
+
+@pytest.fixture
+def text_model(
+    make_model: Callable[..., RelayForMaskedDiffusion], tokenizer: PreTrainedTokenizerFast
+) -> Callable[..., RelayForMaskedDiffusion]:
+    """Models of bytes that write nothing but a few letters."""
+
+    def make(**options: Any) -> RelayForMaskedDiffusion:
+        model = make_model(
+            text={"vocab_size": len(tokenizer)}, mask_token_id=tokenizer.mask_token_id, open_channel=True, **options
+        )
+        model.generation_config.suppress_tokens = all_tokens_but(tokenizer, "abcdefgh ")
+        model.generation_config.unmasking_threshold = 0.3
+        return model
+
+    return make
+
+
+@pytest.fixture
+def checkpoint(text_model: Callable[..., RelayForMaskedDiffusion], tokenizer: Any, tmp_path: Path) -> Path:
+    model = text_model(token_shift=True)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    """Two tasks of three questions, as YAML (JSON is YAML) with a local file; choices follow a space."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    rows = [{"question": f"{n} and", "choices": ["a", "bcd", "xyz"], "answer": n % 3} for n in range(3)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": str(folder / "rows.jsonl"), "cache_dir": str(tmp_path / "cache")},
+        "test_split": "train",
+        "doc_to_text": "{{question}}",
+    }
+    choose = {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "answer"}
+    write = {
+        "output_type": "generate_until",
+        "doc_to_target": "{{choices[answer]}}",
+        "generation_kwargs": {"until": ["a"], "max_gen_toks": 10},
+        "metric_list": [{"metric": "exact_match"}],
+    }
+    for name, task in {"choose": choose, "write": write}.items():
+        (folder / f"{name}.yaml").write_text(json.dumps({"task": name, **data, **task}))
+    return folder
