@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-_FENCE = re.compile(r"\s*(```|~~~)")
+_FENCE = re.compile(r"\s*(`{3,}|~{3,})(.*)")
 _HEADING = re.compile(r"(#+) ")
 
 
@@ -60,8 +60,10 @@ def _find(lines: Sequence[str], heading: str) -> tuple[int, int] | None:
     """The lines of a section: of its heading, and behind its end."""
     begin, level, fence = None, heading.count("#"), None
     for index, line in enumerate(lines):
-        if marker := _FENCE.match(line):
-            fence = marker[1] if fence is None else (None if marker[1] == fence else fence)
+        if (marker := _FENCE.match(line)) and fence is None:
+            fence = marker[1]
+        elif marker and fence is not None and marker[1].startswith(fence) and not marker[2].strip():
+            fence = None
         if fence is not None:
             continue
         if begin is None:

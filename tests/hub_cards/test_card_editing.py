@@ -12,6 +12,7 @@ from relay_hf.hub_cards import (
     Evaluation,
     RelayCardData,
     add_evaluation,
+    generate_snippet,
     read_card,
     render_card,
     save_card,
@@ -127,6 +128,20 @@ def test_usage_of_the_folder_becomes_that_of_the_repository(tmp_path: Path) -> N
     save_card(RelayCardData("x", usage='load("/home/me/x")  # from "/home/me/xy"'), tmp_path)
     set_usage(tmp_path, "me/x", "not used", earlier_id="/home/me/x")
     assert 'load("me/x")  # from "/home/me/xy"' in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("loaded", "becomes"),
+    [("/gone/x", "me/x"), ('/gone/a "b"', "me/x"), ("my-relay", "me/x"), ("you/other", "you/other")],
+)
+def test_usage_of_a_folder_that_was_moved_becomes_that_of_the_repository(
+    tmp_path: Path, loaded: str, becomes: str
+) -> None:
+    own = 'AutoModel.from_pretrained("/data/base")'
+    save_card(RelayCardData("x", usage=f'{generate_snippet(loaded)}\nbase = {own}\nprint("")'), tmp_path)
+    set_usage(tmp_path, "me/x", "not used", earlier_id=str(tmp_path))
+    expected = RelayCardData("x", usage=f'{generate_snippet(becomes)}\nbase = {own}\nprint("")')
+    assert (tmp_path / "README.md").read_text() == render_card(expected)
 
 
 def test_usage_is_added_to_our_cards_only(tmp_path: Path) -> None:
