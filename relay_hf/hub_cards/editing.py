@@ -16,6 +16,14 @@ USAGE, EVALUATION, LIMITS = "## How to use", "## Evaluation", "## Limits"
 # What follows in the template: new sections go before the first of these that a card has.
 BEHIND_EVALUATION = ("## Model", "## Training", LIMITS, "## Citation", "## Framework versions")
 BEHIND_USAGE = (EVALUATION, *BEHIND_EVALUATION)
+# What is in the cards that libraries write unasked, as long as nobody has filled them in.
+UNFILLED = ("# Model Card for Model ID", "[More Information Needed]")
+
+
+def has_card(folder: Path) -> bool:
+    """Whether a folder has a card that says something; those that libraries write unasked do not."""
+    path = folder / CARD
+    return path.is_file() and not all(words in path.read_text(encoding="utf-8") for words in UNFILLED)
 
 
 def read_card(folder: Path) -> Any:

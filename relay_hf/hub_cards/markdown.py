@@ -29,6 +29,11 @@ def sentence(text: str) -> str:
     return text if text.endswith((".", "!", "?")) else text + "."
 
 
+def slug(text: str) -> str:
+    """The text as part of a file's name: lower case, and a dash for whatever is neither letter nor digit."""
+    return re.sub(r"[\W_]+", "-", text.lower()).strip("-")
+
+
 def get_section(text: str, heading: str) -> str:
     """What stands below a heading ("## Evaluation"), smaller headings included; "" if there is no such heading."""
     lines = text.splitlines()

@@ -4,13 +4,13 @@ It says `library_name: transformers`: the Hub knows that library, and its Auto c
 tag. Results go into the `model-index`, the machine-readable form of the Hub.
 """
 
-import re
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from .card_data import Evaluation, EvaluationRow, RelayCardData
+from .markdown import slug
 
 LIBRARY_NAME = "transformers"
 OWN_TAG = "relay_hf"
@@ -42,7 +42,7 @@ def make_results(evaluation: Evaluation, task: str | None) -> list[EvalResult]:
     return [
         EvalResult(
             task_type=task or DEFAULT_TASK,
-            dataset_type=dataset.hub_id or re.sub(r"[^a-z0-9]+", "-", dataset.name.lower()).strip("-"),
+            dataset_type=dataset.hub_id or slug(dataset.name) or "unnamed",
             dataset_name=dataset.name,
             dataset_config=dataset.config,
             dataset_split=dataset.split,

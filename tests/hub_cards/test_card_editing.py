@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 
 from relay_hf.hub_cards import (
     NOT_EVALUATED,
@@ -13,6 +13,7 @@ from relay_hf.hub_cards import (
     RelayCardData,
     add_evaluation,
     generate_snippet,
+    has_card,
     read_card,
     render_card,
     save_card,
@@ -119,6 +120,15 @@ def test_evaluation_without_its_picture_changes_nothing(folder: Path, evaluation
 def test_two_evaluations_under_one_name_are_refused(data: RelayCardData, evaluation: Evaluation) -> None:
     with pytest.raises(ValueError, match="name each data set differently"):
         replace(data, evaluations=[evaluation, evaluation])
+
+
+def test_form_that_nobody_filled_in_is_no_card(tmp_path: Path) -> None:
+    assert not has_card(tmp_path)
+    form = ModelCard.from_template(ModelCardData())
+    form.save(tmp_path / "README.md")
+    assert not has_card(tmp_path)
+    (tmp_path / "README.md").write_text(str(form).replace("Model ID", "mine"))
+    assert has_card(tmp_path), "what is left of the form does not matter"
 
 
 # -- code -------------------------------------------------------------------------------------------------------------

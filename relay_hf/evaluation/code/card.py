@@ -1,6 +1,5 @@
 """Evaluations on code into the card of the model that was evaluated."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,16 +7,18 @@ from typing import Any
 
 from ...checkpoint_loading import read_config, read_tokenizer
 from ...hub_cards import (
-    CARD,
     DatasetFacts,
     Evaluation,
     EvaluationRow,
     add_evaluation,
+    has_card,
     plain_card,
     save_card,
+    slug,
     usage_snippet,
 )
 from ...modeling import RelayForMaskedDiffusion
+from ...modeling.adapter_relay import ADAPTER_BASE_FIELD
 from .compare import describe_accuracy, differing_settings, pair_samples
 from .evaluate import hash_weights
 from .report import CodeResult, draw_picture, read_results
@@ -42,7 +43,7 @@ class _Run:
 
 
 def add_runs(folder: Path, runs: Sequence[Path]) -> Path:
-    """Writes evaluations into the card of a model, with a picture; a folder without card gets a plain one.
+    """Writes evaluations into the card of a model, with a picture; a folder without card, or with an empty form, gets a plain one.
 
     Args:
         folder: of the model.
@@ -55,6 +56,8 @@ def add_runs(folder: Path, runs: Sequence[Path]) -> Path:
         OSError: a folder or its results are not there.
         ValueError: the first run evaluated other weights, or the runs answered different problems.
     """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"`{folder}` is no folder: give that of the model whose card shall be written.")
     own, *others = _read_runs(runs)
     model: Any = _check_weights(folder, own)
     if strangers := [run for run in others if run.settings["problems"] != own.settings["problems"]]:
@@ -63,7 +66,7 @@ def add_runs(folder: Path, runs: Sequence[Path]) -> Path:
             "with the same `--limit`."
         )
     dataset = _dataset(own.settings)
-    picture = f"{re.sub(r'[^a-z0-9]+', '-', dataset.name.lower()).strip('-')}.png"
+    picture = f"evaluation-{slug(dataset.name)}.png"  # `training.png` is another
     evaluation = Evaluation(
         dataset,
         rows=[row for run in (own, *others) for row in run.rows],
@@ -73,16 +76,14 @@ def add_runs(folder: Path, runs: Sequence[Path]) -> Path:
         comment="\n\n".join([_describe_protocol(own), *(_compare(own, other) for other in others)]),
     )
     draw_picture({run.label: run.results for run in (own, *others)}, folder / picture, dataset.name)
-    if not (folder / CARD).exists():
-        place = folder.resolve()
-        usage = usage_snippet(str(place), model.config, read_tokenizer(str(place), model.config))
-        save_card(plain_card(place.name, model.config, usage), folder)
+    if not has_card(folder):
+        _write_plain_card(folder)
     return add_evaluation(folder, evaluation)
 
 
 def _dataset(settings: dict[str, Any]) -> DatasetFacts:
     benchmark = str(settings["benchmark"])
-    dataset = DATASETS.get(benchmark, DatasetFacts(Path(benchmark).stem))
+    dataset = DATASETS.get(benchmark, DatasetFacts(Path(benchmark.removesuffix(".gz")).stem))
     if settings["limit"] is None:
         return dataset
     # A part is not the benchmark, nor may the Hub take it for that.
@@ -93,7 +94,7 @@ def _read_runs(folders: Sequence[Path]) -> list[_Run]:
     read = [read_results(folder) for folder in folders]
     models = [settings["model"] for settings, _ in read]
     labels = [
-        model if models.count(model) == 1 else f"{model} ({folder.name})"
+        model if models.count(model) == 1 else f"{model} ({folder.resolve().name})"
         for model, folder in zip(models, folders, strict=True)
     ]
     if len(set(labels)) < len(labels):
@@ -110,6 +111,14 @@ def _check_weights(folder: Path, run: _Run) -> RelayForMaskedDiffusion:
             f"`{run.folder}` evaluated other weights than those in `{folder}`: run `relay-hf eval {folder}`."
         )
     return model
+
+
+def _write_plain_card(folder: Path) -> None:
+    place = str(folder.resolve())
+    config = read_config(place)
+    usage = usage_snippet(place, config, read_tokenizer(place, config))
+    base = getattr(config, ADAPTER_BASE_FIELD, None)
+    save_card(plain_card(Path(place).name, config, usage, base), folder)
 
 
 def _own_row(run: _Run, threshold: float) -> EvaluationRow:
