@@ -15,7 +15,7 @@ from ..conversion.mask_token import choose_mask_token
 from ..modeling.configuration_relay import RELAY_FIELDS
 from ..trainers import RelayTrainer
 from .train_arguments import RelayModelConfig, TrainArguments, help_text, parse
-from .train_data import hub_ids, load_splits
+from .train_data import load_splits, names_for_card
 
 
 def run(program: str, argv: Sequence[str]) -> None:
@@ -67,7 +67,7 @@ def train(arguments: TrainArguments) -> None:
         raise ValueError("`save_merged=True` needs whole weights, but they are sharded: set it to false, merge later.")
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
-    names = hub_ids(data, mixture)
+    names = names_for_card(data, mixture)
     trainer.create_model_card(dataset_name=names)
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=names)

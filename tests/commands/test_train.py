@@ -9,11 +9,13 @@ from datasets import load_dataset
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer, Qwen2ForCausalLM
-from trl import ModelConfig, SFTConfig
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
+from trl.scripts.utils import DatasetConfig
 
 from relay_hf import RelayForMaskedDiffusion, RelayTrainer, RelayTrainerConfig
 from relay_hf.cli import main
 from relay_hf.commands.train_arguments import REFUSED, help_text
+from relay_hf.commands.train_data import names_for_card
 
 from ..conftest import text_config
 from .conftest import write_rows
@@ -59,6 +61,15 @@ def test_output_holds_model_tokenizer_and_card(recipe: Callable[..., Path], tmp_
     card = ModelCard.load(folder / "README.md")
     assert "| `objective` | `rollout` |" in card.content
     assert "- Steps: 2" in card.content
+    assert "on unnamed files with the objective" in card.content
+
+
+def test_card_names_data_sets_of_the_hub_and_leaves_out_none(tmp_path: Path) -> None:
+    files = DatasetConfig("json", data_files=str(tmp_path / "secret.jsonl"))
+    mixture = DatasetMixtureConfig(datasets=[DatasetConfig("org/text"), files, DatasetConfig("imdb"), files])
+    assert names_for_card(ScriptArguments(), mixture) == ["org/text", "unnamed files", "imdb"]
+    for name, named in (("org/text", "org/text"), ("a/secret.csv", "unnamed files"), (str(tmp_path), "unnamed files")):
+        assert names_for_card(ScriptArguments(dataset_name=name), DatasetMixtureConfig()) == [named]
 
 
 def test_command_line_wins_over_recipe(recipe: Callable[..., Path], tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ class _Run:
 
 
 def add_runs(folder: Path, runs: Sequence[Path]) -> Path:
-    """Writes evaluations into the card of a model, with a picture; a folder without card, or with an empty form, gets a plain one.
+    """Writes evaluations into the card of a model, with a picture. A folder without card, or with an empty form, gets
+    a plain one.
 
     Args:
         folder: of the model.
