@@ -53,7 +53,7 @@ def names_for_card(data: ScriptArguments, mixture: DatasetMixtureConfig) -> list
     """Each data set's name on the Hub, to which the card can link; files keep theirs to themselves."""
     sources = [(source.path, source.data_files) for source in mixture.datasets] or [(str(data.dataset_name), None)]
     names = [
-        UNNAMED if not is_hub_id(path) and (files or _is_file(path) or Path(path).exists()) else path
+        UNNAMED if _is_file(path) or Path(path).exists() or (files and not is_hub_id(path)) else path
         for path, files in sources
     ]
     return list(dict.fromkeys(names))

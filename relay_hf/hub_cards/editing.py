@@ -33,7 +33,7 @@ def read_card(folder: Path) -> Any:
         FileNotFoundError: there is none.
         ValueError: its metadata cannot be read.
     """
-    text = (folder / CARD).read_text(encoding="utf-8")
+    text = (folder / CARD).read_text(encoding="utf-8-sig")  # some editors write a byte order mark
     try:
         return ModelCard(text)
     except Exception as error:  # of the YAML library as well

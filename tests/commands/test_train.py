@@ -176,7 +176,7 @@ def test_push_to_hub_pushes_the_card_too(recipe: Callable[..., Path], monkeypatc
     monkeypatch.setattr(RelayTrainer, "_push_from_checkpoint", lambda self, folder: None)
     monkeypatch.setattr(RelayTrainer, "save_model", lambda self: None)
     train(recipe(push_to_hub=True))
-    assert pushed == [{"dataset_name": []}]
+    assert pushed == [{"dataset_name": ["unnamed files"]}]
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,18 @@ def test_card_that_somebody_wrote_by_hand_keeps_its_metadata(evaluation: Evaluat
 
 
 @pytest.mark.parametrize(
+    "card", ["---\r\nlicense: mit\r\n---\r\n# Mine\r\n", "\ufeff---\nlicense: mit\n---\n# Mine\n", "# Mine"]
+)
+def test_card_of_any_editor_is_understood(evaluation: Evaluation, tmp_path: Path, card: str) -> None:
+    (tmp_path / "README.md").write_bytes(card.encode())
+    add_evaluation(tmp_path, replace(evaluation, picture=None))
+    written = (tmp_path / "README.md").read_bytes().decode()
+    assert "\r" not in written
+    assert written.startswith("---\nlicense: mit\nmodel-index:" if "mit" in card else "---\nmodel-index:")
+    assert "---\n\n# Mine\n\n## Evaluation\n" in written
+
+
+@pytest.mark.parametrize(
     ("card", "error", "message"),
     [
         (None, FileNotFoundError, "README.md"),
