@@ -112,7 +112,7 @@ def training_card(
         model_id: folder or Hub id that the card's code loads.
         train_dataset: as the trainer has prepared it.
         tokenizer: of the text, if the model works on text.
-        dataset_names: of the data, a Hub id each; without, what the data set itself knows.
+        dataset_names: of the data, Hub ids or others; without, what the data set itself knows.
         reference: the frozen model that supplied the state, if there was one.
         picture: name of an image of the losses beside the card.
     """

@@ -21,11 +21,14 @@ from ...modeling import RelayForMaskedDiffusion
 from ...modeling.adapter_relay import ADAPTER_BASE_FIELD
 from .compare import describe_accuracy, differing_settings, pair_samples
 from .evaluate import hash_weights
-from .report import CodeResult, draw_picture, read_results
+from .report import RESULTS, CodeResult, draw_picture, read_results
 from .samples import read_samples, samples_file
 
 # Benchmarks that are on the Hub; of files only the name is known.
 DATASETS = {"humaneval": DatasetFacts("HumanEval", hub_id="openai/openai_humaneval", split="test")}
+
+# Settings that tell whether a run is of this model, and of the same problems as another.
+NEEDED = {"model", "weights", "problems", "dtype"}
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,9 @@ def _dataset(settings: dict[str, Any]) -> DatasetFacts:
 
 def _read_runs(folders: Sequence[Path]) -> list[_Run]:
     read = [read_results(folder) for folder in folders]
+    for folder, (settings, results) in zip(folders, read, strict=True):
+        if not results or NEEDED - set(settings):
+            raise ValueError(f"`{folder / RESULTS}` is of another version or empty: run `relay-hf eval` again.")
     models = [settings["model"] for settings, _ in read]
     labels = [
         model if models.count(model) == 1 else f"{model} ({folder.resolve().name})"

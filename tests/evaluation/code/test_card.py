@@ -14,6 +14,10 @@ from relay_hf.cli import main
 from relay_hf.modeling.adapter_relay import complete_adapter
 
 EVALUATION = ["--max_new_tokens", "16", "--thresholds", "0.3", "0.9", "--batch_size", "4", "--device", "cpu"]
+# Of a version that did not tell weights apart.
+ROW = {"label": "x", "metrics": {"pass@1": 0.5}, "samples": 1, "threshold": 0.9}
+COSTS = {"denoise_forwards": 1.0, "commit_forwards": 1.0, "prefill_forwards": 1.0}
+OLD = json.dumps({"settings": {"model": "x"}, "results": [{"row": ROW | COSTS, "new_tokens": 1.0}]})
 
 
 @pytest.fixture
@@ -133,7 +137,9 @@ def test_runs_of_other_problems_are_not_compared(
     assert not (folder / "README.md").exists()
 
 
-@pytest.mark.parametrize("content", [None, "{}", "[", '{"settings": {}, "results": [1]}'])
+@pytest.mark.parametrize(
+    "content", [None, "{}", "[", '{"settings": {}, "results": [1]}', '{"settings": {}, "results": []}', OLD]
+)
 def test_folder_without_results_is_refused(
     folder: Path, tmp_path: Path, content: str | None, capsys: pytest.CaptureFixture
 ) -> None:
