@@ -1,6 +1,7 @@
 """`relay-hf train`."""
 
 import argparse
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from trl import get_peft_config
 
 from ..checkpoint_loading import read_config, read_tokenizer
 from ..conversion.mask_token import choose_mask_token
+from ..hub_cards import CARD, set_usage
 from ..modeling.configuration_relay import RELAY_FIELDS
 from ..trainers import RelayTrainer
+from ..trainers.card import TRAINING_PICTURE
 from .train_arguments import RelayModelConfig, TrainArguments, help_text, parse
-from .train_data import hub_ids, load_splits
+from .train_data import load_splits, names_for_card
 
 
 def run(program: str, argv: Sequence[str]) -> None:
@@ -67,7 +70,7 @@ def train(arguments: TrainArguments) -> None:
         raise ValueError("`save_merged=True` needs whole weights, but they are sharded: set it to false, merge later.")
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
-    names = hub_ids(data, mixture)
+    names = names_for_card(data, mixture)
     trainer.create_model_card(dataset_name=names)
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=names)
@@ -77,6 +80,10 @@ def train(arguments: TrainArguments) -> None:
         folder = Path(training.output_dir) / "merged"
         whole.merge_and_unload().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        for name in (CARD, TRAINING_PICTURE):
+            if (file := Path(training.output_dir) / name).exists():
+                shutil.copyfile(file, folder / name)
+        set_usage(folder, str(folder.resolve()), "")
     trainer.accelerator.print(f"relay-hf: the model is in `{training.output_dir}`")
 
 

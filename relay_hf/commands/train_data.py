@@ -11,6 +11,7 @@ from ..hub_cards import is_hub_id
 from ..trainers import RelayTrainerConfig
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+UNNAMED = "unnamed files"
 
 
 def load_splits(
@@ -48,10 +49,14 @@ def _load_splits(
     return train, _load(data, data.dataset_test_split) if evaluates else None
 
 
-def hub_ids(data: ScriptArguments, mixture: DatasetMixtureConfig) -> list[str]:
-    """The names of data sets on the Hub, to which the card can link."""
-    names = [source.path for source in mixture.datasets] or [data.dataset_name]
-    return [str(name) for name in names if is_hub_id(name)]
+def names_for_card(data: ScriptArguments, mixture: DatasetMixtureConfig) -> list[str]:
+    """Each data set's name on the Hub, to which the card can link; files keep theirs to themselves."""
+    sources = [(source.path, source.data_files) for source in mixture.datasets] or [(str(data.dataset_name), None)]
+    names = [
+        UNNAMED if _is_file(path) or Path(path).exists() or (files and not is_hub_id(path)) else path
+        for path, files in sources
+    ]
+    return list(dict.fromkeys(names))
 
 
 def _check(data: ScriptArguments, mixture: DatasetMixtureConfig, training: RelayTrainerConfig) -> None:

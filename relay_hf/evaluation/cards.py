@@ -3,18 +3,22 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..checkpoint_loading import read_config, read_tokenizer
-from ..hub_cards import CARD, EvaluationRow, plain_card, save_card, usage_snippet
+from ..hub_cards import EvaluationRow, has_card, plain_card, save_card, usage_snippet
 from ..modeling import RelayForMaskedDiffusion
+from ..modeling.adapter_relay import ADAPTER_BASE_FIELD
 
 
 def hash_weights(model: RelayForMaskedDiffusion) -> str:
     """Differs if a weight does; the name of a checkpoint may stay while it is trained on."""
-    hashes = {name: torch.hash_tensor(weights).item() for name, weights in model.state_dict().items()}
+    hashes = {}
+    for name, weights in model.state_dict().items():
+        # The first is an exclusive or of the elements: an even number of equal ones leaves nothing of it.
+        total = weights.contiguous().flatten().view(torch.uint8).sum(dtype=torch.int64)
+        hashes[name] = [torch.hash_tensor(weights).item(), total.item()]
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
@@ -31,19 +35,24 @@ def load_evaluated(folder: Path, weights: str | None, dtype: str, run: Path) -> 
         OSError: there is no model.
         ValueError: its weights are others.
     """
-    read_config(str(folder))
+    if not folder.is_dir():
+        raise FileNotFoundError(f"`{folder}` is no folder: give that of the model whose card shall be written.")
+    read_config(str(folder))  # tells what is wrong in one sentence
     model = RelayForMaskedDiffusion.from_pretrained(folder, dtype=dtype.removeprefix("torch."))
     if hash_weights(model) != weights:
         raise ValueError(f"`{run}` evaluated other weights than those in `{folder}`: evaluate this model.")
     return model
 
 
-def ensure_card(folder: Path, model: Any) -> None:
-    """Writes a plain card if the folder of the model has none."""
-    if not (folder / CARD).exists():
-        place = folder.resolve()
-        usage = usage_snippet(str(place), model.config, read_tokenizer(str(place), model.config))
-        save_card(plain_card(place.name, model.config, usage), folder)
+def ensure_card(folder: Path) -> None:
+    """Writes a plain card if the folder of a model has none, or an empty form."""
+    if has_card(folder):
+        return
+    place = str(folder.resolve())
+    config = read_config(place)
+    usage = usage_snippet(place, config, read_tokenizer(place, config))
+    base = getattr(config, ADAPTER_BASE_FIELD, None)
+    save_card(plain_card(Path(place).name, config, usage, base), folder)
 
 
 def row_of_threshold(rows: list[EvaluationRow], threshold: float) -> EvaluationRow:

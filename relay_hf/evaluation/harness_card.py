@@ -70,7 +70,7 @@ def add_results(folder: Path, files: Sequence[Path]) -> Path:
         raise ValueError(f"`{own.path}` has no task in which the model wrote text: forwards were not counted.")
     threshold = model.generation_config.unmasking_threshold
     evaluations = [_evaluation(task, [own, *others], threshold) for task in own.tasks]
-    ensure_card(folder, model)
+    ensure_card(folder)
     return [add_evaluation(folder, evaluation) for evaluation in evaluations][-1]
 
 

@@ -12,6 +12,7 @@ from .. import modeling
 from ..hub_cards import (
     CARD,
     RelayCardData,
+    has_card,
     is_hub_id,
     plain_card,
     read_card,
@@ -45,8 +46,6 @@ AUTO_MAP = {
     "AutoModelForCausalLM": _MODEL,
     "AutoModelForMaskedLM": _MODEL,
 }
-# What libraries put into the cards that they write unasked.
-UNFILLED = "[More Information Needed]"
 
 
 def matches(path: str, patterns: tuple[str, ...]) -> bool:
@@ -67,9 +66,8 @@ def gather(source: Any, scratch: Path, tokenizer: PreTrainedTokenizerBase | None
         _save(source, scratch)
     if tokenizer is not None:
         tokenizer.save_pretrained(scratch)
-    card = scratch / CARD
-    if card.exists() and UNFILLED in card.read_text(encoding="utf-8"):
-        card.unlink()
+    if not has_card(scratch):
+        (scratch / CARD).unlink(missing_ok=True)
 
 
 def complete(

@@ -2,9 +2,10 @@
 
 from .card_data import NOT_EVALUATED, DatasetFacts, Evaluation, EvaluationRow, RelayCardData, TrainingFacts
 from .citations import FAST_DLLM_V2_CITATION, RELAY_CITATION, RESIDUAL_CONTEXT_CITATION, SOFT_MASK_CITATION
-from .editing import add_evaluation, read_card, set_usage
+from .editing import add_evaluation, has_card, read_card, set_usage
 from .environment import hardware, versions
-from .metadata import is_hub_id, make_metadata
+from .markdown import slug
+from .metadata import is_hub_id, link_model, make_metadata
 from .model_facts import cite_model, describe_channel, describe_model, plain_card
 from .render import CARD, render_card, save_card
 from .snippets import chat_snippet, fill_in_snippet, generate_snippet, usage_snippet
@@ -29,13 +30,16 @@ __all__ = [
     "fill_in_snippet",
     "generate_snippet",
     "hardware",
+    "has_card",
     "is_hub_id",
+    "link_model",
     "make_metadata",
     "plain_card",
     "read_card",
     "render_card",
     "save_card",
     "set_usage",
+    "slug",
     "usage_snippet",
     "versions",
 ]

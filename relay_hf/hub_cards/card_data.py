@@ -41,8 +41,9 @@ class TrainingFacts:
         recipe: a sentence or two on the stages: "1,000 `masked` steps from scratch, then 400 `relay` steps."
         arguments: the arguments that matter, in the order to print; those whose value is None are left out.
         steps: optimizer steps.
-        seconds: wall time of the training.
+        seconds: wall time of the training, or of its part since it was last resumed.
         losses: name -> loss at the end of the run, for instance that on held-out rows.
+        log: step -> name -> loss while training, as many rows as the table shall have.
         parameters: number of trained parameters.
         hardware: what it ran on, see `hardware()`.
         versions: package -> version, see `versions()`.
@@ -58,6 +59,7 @@ class TrainingFacts:
     steps: int | None = None
     seconds: float | None = None
     losses: Mapping[str, float] = field(default_factory=dict)
+    log: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
     parameters: int | None = None
     hardware: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -160,8 +162,8 @@ class RelayCardData:
 
     Args:
         name: of the model.
-        base_model: Hub id or folder of the checkpoint that training started from; None = trained from scratch if
-            `training` is given, else unknown.
+        base_model: Hub id or folder of the checkpoint that training started from; None = there was none, or it
+            is not known.
         channel: a sentence on what is carried between denoising steps and how it enters; None = nothing is carried.
         objective: short name of the training objective ("relay").
         objective_description: a sentence that says what it does.

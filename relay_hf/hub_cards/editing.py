@@ -8,14 +8,22 @@ from huggingface_hub import ModelCard
 from .card_data import NOT_EVALUATED, Evaluation
 from .evaluation_section import describe_evaluation
 from .markdown import bullets, get_section, set_section
-from .metadata import OWN_TAG, make_results
+from .metadata import OWN_TAG, is_hub_id, make_results
 from .render import CARD, write_card
-from .snippets import describe_usage, quote
+from .snippets import describe_usage, loaded_models, quote
 
 USAGE, EVALUATION, LIMITS = "## How to use", "## Evaluation", "## Limits"
 # What follows in the template: new sections go before the first of these that a card has.
 BEHIND_EVALUATION = ("## Model", "## Training", LIMITS, "## Citation", "## Framework versions")
 BEHIND_USAGE = (EVALUATION, *BEHIND_EVALUATION)
+# What is in the cards that libraries write unasked, as long as nobody has filled them in.
+UNFILLED = ("# Model Card for Model ID", "[More Information Needed]")
+
+
+def has_card(folder: Path) -> bool:
+    """Whether a folder has a card that says something; those that libraries write unasked do not."""
+    path = folder / CARD
+    return path.is_file() and not all(words in path.read_text(encoding="utf-8") for words in UNFILLED)
 
 
 def read_card(folder: Path) -> Any:
@@ -25,7 +33,7 @@ def read_card(folder: Path) -> Any:
         FileNotFoundError: there is none.
         ValueError: its metadata cannot be read.
     """
-    text = (folder / CARD).read_text(encoding="utf-8")
+    text = (folder / CARD).read_text(encoding="utf-8-sig")  # some editors write a byte order mark
     try:
         return ModelCard(text)
     except Exception as error:  # of the YAML library as well
@@ -68,25 +76,28 @@ def add_evaluation(folder: str | Path, evaluation: Evaluation) -> Path:
 def set_usage(folder: Path, model_id: str, snippet: str, earlier_id: str | None = None) -> None:
     """Makes the code of a card load the model from where it will be.
 
-    A card that has no such code gets it, if it is one of ours; in one that has, names of the folder that it was made in
-    are replaced.
+    A card that has no such code gets it, if it is one of ours. In one that has, names of the folder are replaced: of
+    the one that the model is in, and of that which our code names, where the model may have been before.
 
     Args:
         folder: with the card.
         model_id: Hub id.
         snippet: code for it; "" if there is none.
-        earlier_id: the folder that the card was made in.
+        earlier_id: the folder that the model is in.
     """
     card = read_card(folder)
-    usage = get_section(card.text, USAGE)
-    if usage and earlier_id is not None:
-        usage = usage.replace(quote(earlier_id), quote(model_id))
-    elif not usage and snippet and OWN_TAG in (card.data.tags or []):
+    before = usage = get_section(card.text, USAGE)
+    if usage:
+        places = {name for name in loaded_models(usage) if not is_hub_id(name)} | (
+            {earlier_id} if earlier_id else set()
+        )
+        for place in places:
+            usage = usage.replace(quote(place), quote(model_id))
+    elif OWN_TAG in (card.data.tags or []) and snippet:
         usage = describe_usage(snippet)
-    else:
-        return
-    card.text = set_section(card.text, USAGE, usage, before=BEHIND_USAGE)
-    _write(card, folder)
+    if usage != before:
+        card.text = set_section(card.text, USAGE, usage, before=BEHIND_USAGE)
+        _write(card, folder)
 
 
 def _write(card: Any, folder: Path) -> Path:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-_FENCE = re.compile(r"\s*(```|~~~)")
+_FENCE = re.compile(r"\s*(`{3,}|~{3,})(.*)")
 _HEADING = re.compile(r"(#+) ")
 
 
@@ -27,6 +27,11 @@ def sentence(text: str) -> str:
     """The text with a full stop, if it ends in no such thing."""
     text = text.strip()
     return text if text.endswith((".", "!", "?")) else text + "."
+
+
+def slug(text: str) -> str:
+    """The text as part of a file's name: lower case, and a dash for whatever is neither letter nor digit."""
+    return re.sub(r"[\W_]+", "-", text.lower()).strip("-")
 
 
 def get_section(text: str, heading: str) -> str:
@@ -60,8 +65,10 @@ def _find(lines: Sequence[str], heading: str) -> tuple[int, int] | None:
     """The lines of a section: of its heading, and behind its end."""
     begin, level, fence = None, heading.count("#"), None
     for index, line in enumerate(lines):
-        if marker := _FENCE.match(line):
-            fence = marker[1] if fence is None else (None if marker[1] == fence else fence)
+        if (marker := _FENCE.match(line)) and fence is None:
+            fence = marker[1]
+        elif marker and fence is not None and marker[1].startswith(fence) and not marker[2].strip():
+            fence = None
         if fence is not None:
             continue
         if begin is None:

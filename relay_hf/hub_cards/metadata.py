@@ -4,13 +4,13 @@ It says `library_name: transformers`: the Hub knows that library, and its Auto c
 tag. Results go into the `model-index`, the machine-readable form of the Hub.
 """
 
-import re
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from .card_data import Evaluation, EvaluationRow, RelayCardData
+from .markdown import slug
 
 LIBRARY_NAME = "transformers"
 OWN_TAG = "relay_hf"
@@ -42,7 +42,7 @@ def make_results(evaluation: Evaluation, task: str | None) -> list[EvalResult]:
     return [
         EvalResult(
             task_type=task or DEFAULT_TASK,
-            dataset_type=dataset.hub_id or re.sub(r"[^a-z0-9]+", "-", dataset.name.lower()).strip("-"),
+            dataset_type=dataset.hub_id or slug(dataset.name) or "unnamed",
             dataset_name=dataset.name,
             dataset_config=dataset.config,
             dataset_split=dataset.split,
@@ -57,7 +57,7 @@ def make_results(evaluation: Evaluation, task: str | None) -> list[EvalResult]:
 
 
 def is_hub_id(name: str | None) -> bool:
-    """Whether a model name can stand in `base_model`: "namespace/name", and no folder of this machine."""
+    """Whether a name is one of a model or data set on the Hub: "namespace/name", and no path of this machine."""
     if name is None or name.count("/") != 1 or Path(name).exists():
         return False
     try:
@@ -65,6 +65,11 @@ def is_hub_id(name: str | None) -> bool:
     except HFValidationError:
         return False
     return True
+
+
+def link_model(name: str) -> str:
+    """A link to the Hub; of a folder only its own name, because the path means nothing on another machine."""
+    return f"[{name}](https://huggingface.co/{name})" if is_hub_id(name) else f"`{Path(name).name}`"
 
 
 def _metric_name(metric: str, row: EvaluationRow) -> str:

@@ -59,7 +59,7 @@ def plain_card(name: str, config: "RelayConfig", usage: str = "", base_model: st
     Args:
         name, config: of the model.
         usage: code, for instance of `usage_snippet`.
-        base_model: Hub id of an adapter's base.
+        base_model: of an adapter.
     """
     return RelayCardData(
         name=name,

@@ -1,7 +1,7 @@
 """Facts + `template.md` -> the text of README.md, and that text -> a file. Works offline."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from huggingface_hub import ModelCard
@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from .card_data import RelayCardData, TrainingFacts
 from .evaluation_section import describe_dataset, describe_evaluation
 from .markdown import bullets, paragraphs, sentence, table
-from .metadata import is_hub_id, make_metadata
+from .metadata import link_model, make_metadata
 from .snippets import describe_usage
 
 TEMPLATE = Path(__file__).with_name("template.md")
@@ -67,9 +67,9 @@ def _introduce(data: RelayCardData) -> str:
     kind = "a masked diffusion language model" + (" with a relay channel" if data.channel else "")
     origin = ""
     if data.base_model:
-        origin = f", adapted from {_link_model(data.base_model)}"
-    elif data.training:  # without it, nothing is known
-        origin = ", trained from scratch"
+        origin = f", adapted from {link_model(data.base_model)}"
+    elif data.training:
+        origin = ", trained"
     if data.training and data.training.datasets:
         origin += f" on {_enumerate(dataset.name for dataset in data.training.datasets)}"
     if data.objective:
@@ -92,7 +92,7 @@ def _training_parts(training: TrainingFacts) -> dict[str, str]:
     arguments = {name: value for name, value in training.arguments.items() if value is not None}
     run = {
         "Steps": None if training.steps is None else f"{training.steps:,}",
-        "Wall time": None if training.seconds is None else _duration(training.seconds),
+        "Wall time since the last start": None if training.seconds is None else _duration(training.seconds),
         "Trained parameters": None if training.parameters is None else f"{training.parameters:,}",
         "Hardware": training.hardware or None,
         **{name: f"{loss:.4g}" for name, loss in training.losses.items()},
@@ -110,8 +110,17 @@ def _training_parts(training: TrainingFacts) -> dict[str, str]:
         else "",
         "run": bullets(f"{name}: {value}" for name, value in run.items() if value is not None),
         "picture": training.picture or "",
+        "log": _log(training.log) if training.log else "",
     }
     return parts if any(parts.values()) else {}
+
+
+def _log(log: Mapping[int, Mapping[str, float]]) -> str:
+    names = list(dict.fromkeys(name for losses in log.values() for name in losses))
+    columns = {"Step": [f"{step:,}" for step in log]}
+    for name in names:
+        columns[name.capitalize()] = [f"{losses[name]:.4g}" if name in losses else "" for losses in log.values()]
+    return table(columns, "---:")
 
 
 def _value(value: object) -> str:
@@ -129,8 +138,3 @@ def _duration(seconds: float) -> str:
 def _enumerate(names: Iterable[str]) -> str:
     *others, last = names
     return f"{', '.join(others)} and {last}" if others else last
-
-
-def _link_model(name: str) -> str:
-    """A link to the Hub; of a folder only its own name, because the path means nothing on another machine."""
-    return f"[{name}](https://huggingface.co/{name})" if is_hub_id(name) else f"`{Path(name).name}`"

@@ -1,6 +1,7 @@
 """Code for the card's "How to use" section. It runs as it stands; `tests/hub_cards/test_card_snippets.py` runs it."""
 
 import json
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ from transformers import AutoModel, AutoTokenizer
 model = AutoModel.from_pretrained({model})
 tokenizer = AutoTokenizer.from_pretrained({model})
 """
+_LOADED = re.compile(r'^model = AutoModel\.from_pretrained\(("(?:[^"\\]|\\.)*")\)$', re.M)
 
 
 def fill_in_snippet(model_id: str, canvas: str, threshold: float | None = None) -> str:
@@ -78,6 +80,11 @@ def usage_snippet(model_id: str, config: "RelayConfig", tokenizer: "PreTrainedTo
     if config.block_size is None:
         return ""
     return generate_snippet(model_id) if tokenizer.chat_template is None else chat_snippet(model_id)
+
+
+def loaded_models(code: str) -> set[str]:
+    """What the code of these snippets loads, in code that may hold more."""
+    return {json.loads(name) for name in _LOADED.findall(code)}
 
 
 def describe_usage(snippet: str) -> str:

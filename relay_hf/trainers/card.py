@@ -2,6 +2,9 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from math import ceil
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -17,6 +20,8 @@ from ..hub_cards import (
     describe_channel,
     describe_model,
     hardware,
+    is_hub_id,
+    link_model,
     usage_snippet,
     versions,
 )
@@ -56,8 +61,32 @@ ARGUMENTS = (
     "bf16",
     "seed",
 )
+# Those that are told where they are not the library's default.
+RARER_ARGUMENTS = (
+    "num_train_epochs",
+    "max_steps",
+    "lr_scheduler_kwargs",
+    "optim_args",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "average_tokens_across_devices",
+    "fp16",
+    "tf32",
+    "neftune_noise_alpha",
+    "router_aux_loss_coef",
+    "train_sampling_strategy",
+    "shuffle_dataset",
+    "data_seed",
+    "dataloader_drop_last",
+    "truncation_mode",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+)
 ADAPTER_ARGUMENTS = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules")
+TRAINING_PICTURE = "training.png"  # beside the card
 LOOKED_AT = 1000  # rows whose lengths are told
+LOGGED = 40  # rows of the table of losses
 
 
 def training_card(
@@ -84,10 +113,11 @@ def training_card(
         model_id: folder or Hub id that the card's code loads.
         train_dataset: as the trainer has prepared it.
         tokenizer: of the text, if the model works on text.
-        dataset_names: of the data, a Hub id each; without, what the data set itself knows.
+        dataset_names: of the data, Hub ids or others; without, what the data set itself knows.
         reference: the frozen model that supplied the state, if there was one.
         picture: name of an image of the losses beside the card.
     """
+    losses = _losses(state.log_history)
     return RelayCardData(
         name=name,
         base_model=getattr(model.config, "_name_or_path", "") or None,
@@ -96,12 +126,13 @@ def training_card(
         channel=describe_channel(config),
         model={"Parameters": f"{sum(p.numel() for p in model.parameters()):,}", **describe_model(config)},
         training=TrainingFacts(
-            datasets=[DatasetFacts(name, hub_id=name) for name in dataset_names or _hub_ids(train_dataset)],
-            recipe=" ".join(part for part in (_describe_rows(train_dataset), _describe_reference(reference)) if part),
+            datasets=[_dataset(name) for name in dataset_names or _hub_ids(train_dataset)],
+            recipe=" ".join(filter(None, (_describe_rows(train_dataset, state.epoch), _describe_reference(reference)))),
             arguments={**_arguments(args), **_adapter_arguments(model)},
             steps=state.global_step,
             seconds=next((e["train_runtime"] for e in reversed(state.log_history) if "train_runtime" in e), None),
-            losses=_last_losses(state.log_history),
+            losses={f"Last {name}": loss for of_step in losses.values() for name, loss in of_step.items()},
+            log=_thin(losses),
             parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
             hardware=hardware(),
             versions=versions(),
@@ -115,7 +146,9 @@ def training_card(
 
 
 def _arguments(args: RelayTrainerConfig) -> dict[str, Any]:
-    values = {name: getattr(args, name) for name in ARGUMENTS}
+    defaults = {field.name: field.default for field in fields(args)}
+    rarer = [name for name in RARER_ARGUMENTS if getattr(args, name) not in (defaults[name], None, {})]
+    values = {name: getattr(args, name) for name in (*ARGUMENTS, *rarer)}
     return {name: getattr(value, "value", value) for name, value in values.items()}
 
 
@@ -132,26 +165,50 @@ def _adapter_arguments(model: Any) -> dict[str, Any]:
 def _hub_ids(dataset: Any) -> list[str]:
     """Where a data set of the Hub was loaded from; nothing for others, and for mixtures, which do not remember."""
     files = getattr(getattr(dataset, "info", None), "download_checksums", None) or {}
-    return sorted({found[1] for file in files if (found := re.match(r"hf://datasets/([^/]+/[^/@]+)", file))})
+    return sorted(
+        {found[1] for file in files if (found := re.match(r"hf://datasets/([^/@]+(?=@)|[^/@]+/[^/@]+)", file))}
+    )
 
 
-def _describe_rows(dataset: Any) -> str:
-    """How many rows there are, and how long; of streams neither is known."""
+def _dataset(name: str) -> DatasetFacts:
+    """With a link, if it is on the Hub; of a path only the last part, because the rest means nothing elsewhere."""
+    if is_hub_id(name):
+        return DatasetFacts(name, hub_id=name)
+    return DatasetFacts(Path(name).name if Path(name).exists() else name)
+
+
+def _describe_rows(dataset: Any, epochs: float | None) -> str:
+    """How many rows there are, how long, and how often they were read; of streams nothing is known."""
     if "input_ids" not in (getattr(dataset, "column_names", None) or []) or not hasattr(dataset, "num_rows"):
         return ""
     lengths = [len(ids) for ids in dataset[:LOOKED_AT]["input_ids"]]
-    rows = f"Trained on {dataset.num_rows:,} row{'s' if dataset.num_rows > 1 else ''}"
+    told = f"The training set has {dataset.num_rows:,} row{'s' if dataset.num_rows > 1 else ''}"
     if min(lengths) == max(lengths):
-        return f"{rows} of {lengths[0]} tokens."
-    which = "" if dataset.num_rows <= LOOKED_AT else f" in the first {LOOKED_AT:,}"
-    return f"{rows} of {min(lengths)} to {max(lengths)} tokens, {mean(lengths):.0f} on average{which}."
+        told += f" of {lengths[0]} tokens"
+    else:
+        told += f" of {min(lengths)} to {max(lengths)} tokens, {mean(lengths):.0f} on average"
+    told += "" if dataset.num_rows <= LOOKED_AT else f" in the first {LOOKED_AT:,}"
+    return f"{told}; {epochs:.3g} epochs of it were read." if epochs else f"{told}."
 
 
-def _last_losses(log_history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    last = {name: float(value) for entry in log_history for name, value in entry.items() if name.endswith("loss")}
-    names = {"loss": "Last training loss", "eval_loss": "Held-out loss"}
-    held_out = {name: f"Held-out loss `{name[5:-5]}`" for name in last if re.fullmatch(r"eval_.+_loss", name)}
-    return {label: last[name] for name, label in {**names, **held_out}.items() if name in last}
+def _losses(log_history: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
+    """Step -> name -> loss: everything that was logged."""
+    losses: dict[int, dict[str, float]] = {}
+    for entry in log_history:
+        for name, value in entry.items():
+            if found := re.fullmatch(r"loss|eval_(?:(.+)_)?loss", name):
+                label = "training loss" if name == "loss" else "evaluation loss"
+                label += f" `{found[1]}`" if found[1] else ""
+                losses.setdefault(int(entry["step"]), {})[label] = float(value)
+    return losses
+
+
+def _thin(losses: Mapping[int, Mapping[str, float]]) -> dict[int, Mapping[str, float]]:
+    """Every n-th row of them, the last among them; nothing if there is but one, which is told anyway."""
+    if len(losses) < 2:
+        return {}
+    stride = ceil(len(losses) / LOGGED)
+    return {step: losses[step] for step in sorted(sorted(losses, reverse=True)[::stride])}
 
 
 def _citations(args: RelayTrainerConfig, config: RelayConfig) -> list[str]:
@@ -164,5 +221,6 @@ def _citations(args: RelayTrainerConfig, config: RelayConfig) -> list[str]:
 def _describe_reference(reference: Reference | None) -> str:
     if reference is None:
         return ""
-    name = getattr(reference.config, "_name_or_path", "") or "a model without a name"
-    return f"The state came from the predictions of a frozen reference, {name}, for the same noisy text."
+    name = getattr(reference.config, "_name_or_path", "")
+    which = link_model(name) if name else "a model without a name"
+    return f"The state came from the predictions of a frozen reference, {which}, for the same noisy text."

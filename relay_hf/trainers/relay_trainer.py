@@ -19,7 +19,7 @@ from ..hub_cards import save_card
 from ..modeling import RelayConfig, RelayForMaskedDiffusion
 from ..training_plot import logged, plot_training
 from .buffer import RolloutBuffer
-from .card import training_card
+from .card import TRAINING_PICTURE, training_card
 from .checkpoints import ResumableTrainer
 from .dataset_checks import check_dataset, check_source, warn_of_dropped_rows
 from .denoiser import keep_caches_under_checkpointing
@@ -261,7 +261,8 @@ class RelayTrainer(ResumableTrainer):
         name = model_name or Path(self.args.output_dir).name
         history, picture = self.state.log_history, None
         if len(logged(history, "loss")) > 1:
-            picture = plot_training(history, Path(self.args.output_dir) / "training.png", f"Training of {name}").name
+            place = Path(self.args.output_dir) / TRAINING_PICTURE
+            picture = plot_training(history, place, f"Training of {name}").name
         card = training_card(
             name,
             self.args,

@@ -9,11 +9,13 @@ from datasets import load_dataset
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer, Qwen2ForCausalLM
-from trl import ModelConfig, SFTConfig
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
+from trl.scripts.utils import DatasetConfig
 
 from relay_hf import RelayForMaskedDiffusion, RelayTrainer, RelayTrainerConfig
 from relay_hf.cli import main
 from relay_hf.commands.train_arguments import REFUSED, help_text
+from relay_hf.commands.train_data import names_for_card
 
 from ..conftest import text_config
 from .conftest import write_rows
@@ -59,6 +61,15 @@ def test_output_holds_model_tokenizer_and_card(recipe: Callable[..., Path], tmp_
     card = ModelCard.load(folder / "README.md")
     assert "| `objective` | `rollout` |" in card.content
     assert "- Steps: 2" in card.content
+    assert "on unnamed files with the objective" in card.content
+
+
+def test_card_names_data_sets_of_the_hub_and_leaves_out_none(tmp_path: Path) -> None:
+    files = DatasetConfig("json", data_files=str(tmp_path / "secret.jsonl"))
+    mixture = DatasetMixtureConfig(datasets=[DatasetConfig("org/text"), files, DatasetConfig("imdb"), files])
+    assert names_for_card(ScriptArguments(), mixture) == ["org/text", "unnamed files", "imdb"]
+    for name, named in (("org/text", "org/text"), ("a/secret.csv", "unnamed files"), (str(tmp_path), "unnamed files")):
+        assert names_for_card(ScriptArguments(dataset_name=name), DatasetMixtureConfig()) == [named]
 
 
 def test_command_line_wins_over_recipe(recipe: Callable[..., Path], tmp_path: Path) -> None:
@@ -90,6 +101,9 @@ def test_lora_saves_adapters_and_a_merged_model(
     assert (folder / "adapter_model.safetensors").exists()
     assert not (folder / "model.safetensors").exists()
     merged, base = weights(folder / "merged"), weights(checkpoint)
+    cards = [(place / "README.md").read_text() for place in (folder, folder / "merged")]
+    assert f'AutoModel.from_pretrained("{folder / "merged"}")' in cards[1]
+    assert cards[1] == cards[0].replace(f'from_pretrained("{folder}")', f'from_pretrained("{folder / "merged"}")')
     changed = {name.split(".")[-2] for name in base if not torch.equal(base[name], merged[name])}
     assert changed == {"norm", "q_proj", "v_proj"}
     assert not torch.equal(base["relay.norm.weight"], merged["relay.norm.weight"])
@@ -165,7 +179,7 @@ def test_push_to_hub_pushes_the_card_too(recipe: Callable[..., Path], monkeypatc
     monkeypatch.setattr(RelayTrainer, "_push_from_checkpoint", lambda self, folder: None)
     monkeypatch.setattr(RelayTrainer, "save_model", lambda self: None)
     train(recipe(push_to_hub=True))
-    assert pushed == [{"dataset_name": []}]
+    assert pushed == [{"dataset_name": ["unnamed files"]}]
 
 
 @pytest.mark.parametrize(

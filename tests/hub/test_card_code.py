@@ -53,7 +53,8 @@ def test_code_of_published_cards_runs(
         trainer.train()
         trainer.save_model()
         trainer.create_model_card()  # whose code loads the folder
-        push(tmp_path / name, f"me/{name}")
+        moved = (tmp_path / name).rename(tmp_path / f"moved-{name}")
+        push(moved, f"me/{name}")
     push(model, "me/plain", tokenizer=tokenizer)  # without a card of its own
 
     cards = [hub.repositories[name].files["README.md"].decode() for name in ("me/whole", "me/lora", "me/plain")]

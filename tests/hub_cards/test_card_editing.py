@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 
 from relay_hf.hub_cards import (
     NOT_EVALUATED,
@@ -12,6 +12,8 @@ from relay_hf.hub_cards import (
     Evaluation,
     RelayCardData,
     add_evaluation,
+    generate_snippet,
+    has_card,
     read_card,
     render_card,
     save_card,
@@ -93,6 +95,18 @@ def test_card_that_somebody_wrote_by_hand_keeps_its_metadata(evaluation: Evaluat
 
 
 @pytest.mark.parametrize(
+    "card", ["---\r\nlicense: mit\r\n---\r\n# Mine\r\n", "\ufeff---\nlicense: mit\n---\n# Mine\n", "# Mine"]
+)
+def test_card_of_any_editor_is_understood(evaluation: Evaluation, tmp_path: Path, card: str) -> None:
+    (tmp_path / "README.md").write_bytes(card.encode())
+    add_evaluation(tmp_path, replace(evaluation, picture=None))
+    written = (tmp_path / "README.md").read_bytes().decode()
+    assert "\r" not in written
+    assert written.startswith("---\nlicense: mit\nmodel-index:" if "mit" in card else "---\nmodel-index:")
+    assert "---\n\n# Mine\n\n## Evaluation\n" in written
+
+
+@pytest.mark.parametrize(
     ("card", "error", "message"),
     [
         (None, FileNotFoundError, "README.md"),
@@ -120,6 +134,15 @@ def test_two_evaluations_under_one_name_are_refused(data: RelayCardData, evaluat
         replace(data, evaluations=[evaluation, evaluation])
 
 
+def test_form_that_nobody_filled_in_is_no_card(tmp_path: Path) -> None:
+    assert not has_card(tmp_path)
+    form = ModelCard.from_template(ModelCardData())
+    form.save(tmp_path / "README.md")
+    assert not has_card(tmp_path)
+    (tmp_path / "README.md").write_text(str(form).replace("Model ID", "mine"))
+    assert has_card(tmp_path), "what is left of the form does not matter"
+
+
 # -- code -------------------------------------------------------------------------------------------------------------
 
 
@@ -127,6 +150,20 @@ def test_usage_of_the_folder_becomes_that_of_the_repository(tmp_path: Path) -> N
     save_card(RelayCardData("x", usage='load("/home/me/x")  # from "/home/me/xy"'), tmp_path)
     set_usage(tmp_path, "me/x", "not used", earlier_id="/home/me/x")
     assert 'load("me/x")  # from "/home/me/xy"' in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("loaded", "becomes"),
+    [("/gone/x", "me/x"), ('/gone/a "b"', "me/x"), ("my-relay", "me/x"), ("you/other", "you/other")],
+)
+def test_usage_of_a_folder_that_was_moved_becomes_that_of_the_repository(
+    tmp_path: Path, loaded: str, becomes: str
+) -> None:
+    own = 'AutoModel.from_pretrained("/data/base")'
+    save_card(RelayCardData("x", usage=f'{generate_snippet(loaded)}\nbase = {own}\nprint("")'), tmp_path)
+    set_usage(tmp_path, "me/x", "not used", earlier_id=str(tmp_path))
+    expected = RelayCardData("x", usage=f'{generate_snippet(becomes)}\nbase = {own}\nprint("")')
+    assert (tmp_path / "README.md").read_text() == render_card(expected)
 
 
 def test_usage_is_added_to_our_cards_only(tmp_path: Path) -> None:

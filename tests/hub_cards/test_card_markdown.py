@@ -40,6 +40,16 @@ def test_section_reaches_to_the_next_heading_of_its_level_and_code_holds_none() 
     assert get_section(TEXT, "## Third") == ""
 
 
+@pytest.mark.parametrize(
+    "code",
+    ["````markdown\n```\n## Second\n```\n## Second\n````", "```\n```python\n## Second\n```", "~~~\n## Second\n~~~~"],
+)
+def test_fence_ends_with_its_like(code: str) -> None:
+    text = f"## First\n\n{code}\n\n## Second\n\nTwo.\n"
+    assert get_section(text, "## First") == code
+    assert get_section(text, "## Second") == "Two."
+
+
 def test_replaced_section_leaves_the_others() -> None:
     changed = set_section(TEXT, "### Below", "New.")
     assert changed == TEXT.replace("Deeper.", "New.")

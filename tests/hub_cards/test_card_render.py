@@ -96,7 +96,7 @@ def test_training_facts_are_printed(data):
         "| `learning_rate` | `5e-06` |",
         "| `packing` | `False` |",
         "- Steps: 1,400",
-        "- Wall time: 1 h 02 min",
+        "- Wall time since the last start: 1 h 02 min",
     ):
         assert part in text
     assert "- Trained parameters: 345,678\n- Hardware: 2 CPU cores" in text
@@ -113,7 +113,7 @@ def test_introduction_says_origin_objective_and_channel(data):
     assert "adapted from [org/base-model](https://huggingface.co/org/base-model) on Sudoku 6x6" in text
     assert "objective `relay` (back-propagation through two steps)" in text
     assert "the last hidden state through a LayerNorm." in text
-    assert "trained from scratch" in render_card(without(data, "base_model"))
+    assert "relay channel, trained on Sudoku 6x6" in render_card(without(data, "base_model")), "from what is not known"
 
 
 def test_model_without_channel_claims_none(data):

@@ -67,12 +67,12 @@ def test_card_tells_rows_losses_and_adapters(make_trainer: Callable[..., RelayTr
     trainer.create_model_card("told")
     card = (Path(trainer.args.output_dir) / "README.md").read_text(encoding="utf-8")
     lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
-    assert f"Trained on {len(lengths)} rows of {lengths[0]} tokens." in card
-    assert "- Wall time: " in card
+    assert f"The training set has {len(lengths)} rows of {lengths[0]} tokens; 0.25 epochs of it were read." in card
+    assert "- Wall time since the last start: " in card
     assert "| `adapter.r` | `2` |\n" in card
     assert "| `adapter.target_modules` | `q_proj, v_proj` |" in card
     held_out = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert f"- Held-out loss: {held_out[-1]:.4g}\n" in card
+    assert f"- Last evaluation loss: {held_out[-1]:.4g}\n" in card
     parameters = sum(p.numel() for p in trainer.model.parameters())
     assert f"- Parameters: {parameters:,}\n- Backbone: `qwen2`, layers" in card
 
@@ -86,6 +86,9 @@ def test_card_tells_rows_losses_and_adapters(make_trainer: Callable[..., RelayTr
             ["hf://datasets/org/text@abc/a.parquet", "hf://datasets/org/text@abc/b.parquet"],
             ["org/text"],
         ),
+        (None, ["hf://datasets/imdb@abc/plain_text/a.parquet"], None),
+        (None, ["hf://datasets/org/text/a.jsonl"], ["org/text"]),
+        ("Sudoku 6x6", [], None),
         ("org/given", ["hf://datasets/org/text@abc/data/a.parquet"], ["org/given"]),
         (["org/one", "org/two"], [], ["org/one", "org/two"]),
         (None, ["/home/me/text.jsonl"], None),
@@ -103,17 +106,54 @@ def test_card_links_all_data_sets_of_the_hub(
         assert f"- [{name}](https://huggingface.co/datasets/{name})" in card.content
 
 
+def test_card_takes_no_folder_for_a_data_set_of_the_hub(
+    make_trainer: Callable[..., RelayTrainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data/rows").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    trainer = make_trainer()
+    trainer.create_model_card("linked", dataset_name=["data/rows", "org/text"])
+    card = ModelCard.load(Path(trainer.args.output_dir) / "README.md")
+    assert card.data.datasets == ["org/text"]
+    assert "trained on rows and org/text with the objective" in card.content
+
+
+def test_card_tells_rarer_arguments_where_they_were_given(make_trainer: Callable[..., RelayTrainer]) -> None:
+    trainer = make_trainer(adam_beta2=0.95, lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr": 0.1})
+    trainer.create_model_card("told")
+    card = (Path(trainer.args.output_dir) / "README.md").read_text(encoding="utf-8")
+    assert "| `adam_beta2` | `0.95` |\n" in card
+    assert "| `lr_scheduler_kwargs` | `{'min_lr': 0.1}` |\n" in card
+    assert "adam_beta1" not in card
+
+
+def test_card_tells_at_most_forty_of_the_logged_losses(make_trainer: Callable[..., RelayTrainer]) -> None:
+    trainer = make_trainer()
+    trainer.state.log_history = [{"step": step, "loss": 1000.0 - step} for step in range(1, 101)]
+    trainer.state.log_history += [
+        {"step": 100, "eval_loss": 7.0, "eval_runtime": 1.0},
+        {"step": 100, "train_loss": 9.0},
+    ]
+    trainer.create_model_card("logged")
+    card = (Path(trainer.args.output_dir) / "README.md").read_text(encoding="utf-8")
+    rows = card.partition("<details>")[2].partition("</details>")[0].strip().splitlines()[2:]
+    assert rows[:3] == ["| Step | Training loss | Evaluation loss |", "| --- | ---: | ---: |", "| 1 | 999 |  |"]
+    assert rows[-2:] == ["| 97 | 903 |  |", "| 100 | 900 | 7 |"]
+    assert len(rows) == 2 + 34
+    assert "- Last training loss: 900\n- Last evaluation loss: 7\n" in card
+
+
 def test_card_tells_the_lengths_of_the_first_rows(make_trainer: Callable[..., RelayTrainer]) -> None:
     trainer = make_trainer()
     lengths = [3] * 999 + [9] + [40] * 200
     trainer.train_dataset = Dataset.from_dict({"input_ids": [[5] * length for length in lengths]})
     trainer.create_model_card("lengths")
     card = (Path(trainer.args.output_dir) / "README.md").read_text(encoding="utf-8")
-    assert "Trained on 1,200 rows of 3 to 9 tokens, 3 on average in the first 1,000." in card
+    assert "The training set has 1,200 rows of 3 to 9 tokens, 3 on average in the first 1,000." in card
 
 
 def test_card_of_a_stream_says_nothing_of_its_rows(make_trainer: Callable[..., RelayTrainer]) -> None:
     trainer = make_trainer()
     trainer.train_dataset = trainer.train_dataset.to_iterable_dataset()
     trainer.create_model_card("streamed")
-    assert "Trained on" not in (Path(trainer.args.output_dir) / "README.md").read_text(encoding="utf-8")
+    assert "The training set" not in (Path(trainer.args.output_dir) / "README.md").read_text(encoding="utf-8")

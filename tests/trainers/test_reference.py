@@ -167,7 +167,7 @@ def test_reference_given_as_path_is_loaded_and_named_on_the_card(
     trainer.create_model_card("stage-two")
     card = (Path(trainer.args.output_dir) / "README.md").read_text(encoding="utf-8")
     assert "frozen reference" in card
-    assert "stage-one" in card
+    assert "a frozen reference, `stage-one`," in card, "without the path to it"
     assert "mean embedding" in card
 
 

@@ -17,6 +17,7 @@ def run_evaluation(model: str, arguments: CodeEvalArguments) -> str:
         ValueError: the model is no relay model, or the arguments do not fit it.
     """
     # Not above: the other commands would wait for matplotlib.
+    import os
     from pathlib import Path
 
     from ...checkpoint_loading import check_decoding, read_config, read_generation_config, read_tokenizer
@@ -34,7 +35,7 @@ def run_evaluation(model: str, arguments: CodeEvalArguments) -> str:
         check_decoding(config, defaults, {**arguments.options, "unmasking_threshold": threshold})
     tokenizer = read_tokenizer(model, config)
     weights = RelayForMaskedDiffusion.from_pretrained(model, dtype=arguments.dtype, device_map=arguments.device)
-    results = evaluate_code(weights.eval(), tokenizer, arguments, Path(model).name)
+    results = evaluate_code(weights.eval(), tokenizer, arguments, Path(os.path.abspath(model)).name)
     return f"{format_table(results)}\n\nanswers, {RESULTS} and {PICTURE}: {arguments.output_dir}"
 
 

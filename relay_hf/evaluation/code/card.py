@@ -1,30 +1,21 @@
 """Evaluations on code into the card of the model that was evaluated."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...checkpoint_loading import read_config, read_tokenizer
-from ...hub_cards import (
-    CARD,
-    DatasetFacts,
-    Evaluation,
-    EvaluationRow,
-    add_evaluation,
-    plain_card,
-    save_card,
-    usage_snippet,
-)
-from ...modeling import RelayForMaskedDiffusion
+from ...hub_cards import DatasetFacts, Evaluation, EvaluationRow, add_evaluation, slug
+from ..cards import ensure_card, load_evaluated, row_of_threshold
 from .compare import describe_accuracy, differing_settings, pair_samples
-from .evaluate import hash_weights
-from .report import CodeResult, draw_picture, read_results
+from .report import RESULTS, CodeResult, draw_picture, read_results
 from .samples import read_samples, samples_file
 
 # Benchmarks that are on the Hub; of files only the name is known.
 DATASETS = {"humaneval": DatasetFacts("HumanEval", hub_id="openai/openai_humaneval", split="test")}
+
+# Settings that tell whether a run is of this model, and of the same problems as another.
+NEEDED = {"model", "weights", "problems", "dtype"}
 
 
 @dataclass(frozen=True)
@@ -42,7 +33,9 @@ class _Run:
 
 
 def add_runs(folder: Path, runs: Sequence[Path]) -> Path:
-    """Writes evaluations into the card of a model, with a picture; a folder without card gets a plain one.
+    """Writes evaluations into the card of a model, with a picture.
+
+    A folder without card, or with an empty form, gets a plain one.
 
     Args:
         folder: of the model.
@@ -56,33 +49,30 @@ def add_runs(folder: Path, runs: Sequence[Path]) -> Path:
         ValueError: the first run evaluated other weights, or the runs answered different problems.
     """
     own, *others = _read_runs(runs)
-    model: Any = _check_weights(folder, own)
+    model: Any = load_evaluated(folder, own.settings["weights"], own.settings["dtype"], own.folder)
     if strangers := [run for run in others if run.settings["problems"] != own.settings["problems"]]:
         raise ValueError(
             f"`{strangers[0].folder}` and `{own.folder}` answered different problems: compare runs of one benchmark, "
             "with the same `--limit`."
         )
     dataset = _dataset(own.settings)
-    picture = f"{re.sub(r'[^a-z0-9]+', '-', dataset.name.lower()).strip('-')}.png"
+    picture = f"evaluation-{slug(dataset.name)}.png"  # `training.png` is another
     evaluation = Evaluation(
         dataset,
         rows=[row for run in (own, *others) for row in run.rows],
-        highlighted=_own_row(own, model.generation_config.unmasking_threshold),
+        highlighted=row_of_threshold(own.rows, model.generation_config.unmasking_threshold),
         unit="problem",
         picture=picture,
         comment="\n\n".join([_describe_protocol(own), *(_compare(own, other) for other in others)]),
     )
     draw_picture({run.label: run.results for run in (own, *others)}, folder / picture, dataset.name)
-    if not (folder / CARD).exists():
-        place = folder.resolve()
-        usage = usage_snippet(str(place), model.config, read_tokenizer(str(place), model.config))
-        save_card(plain_card(place.name, model.config, usage), folder)
+    ensure_card(folder)
     return add_evaluation(folder, evaluation)
 
 
 def _dataset(settings: dict[str, Any]) -> DatasetFacts:
     benchmark = str(settings["benchmark"])
-    dataset = DATASETS.get(benchmark, DatasetFacts(Path(benchmark).stem))
+    dataset = DATASETS.get(benchmark, DatasetFacts(Path(benchmark.removesuffix(".gz")).stem))
     if settings["limit"] is None:
         return dataset
     # A part is not the benchmark, nor may the Hub take it for that.
@@ -91,31 +81,17 @@ def _dataset(settings: dict[str, Any]) -> DatasetFacts:
 
 def _read_runs(folders: Sequence[Path]) -> list[_Run]:
     read = [read_results(folder) for folder in folders]
+    for folder, (settings, results) in zip(folders, read, strict=True):
+        if not results or NEEDED - set(settings):
+            raise ValueError(f"`{folder / RESULTS}` is of another version or empty: run `relay-hf eval` again.")
     models = [settings["model"] for settings, _ in read]
     labels = [
-        model if models.count(model) == 1 else f"{model} ({folder.name})"
+        model if models.count(model) == 1 else f"{model} ({folder.resolve().name})"
         for model, folder in zip(models, folders, strict=True)
     ]
     if len(set(labels)) < len(labels):
         raise ValueError(f"Two runs are called `{max(labels, key=labels.count)}`: rename the folder of one of them.")
     return [_Run(*run) for run in zip(folders, labels, *zip(*read, strict=True), strict=True)]
-
-
-def _check_weights(folder: Path, run: _Run) -> RelayForMaskedDiffusion:
-    """Loads the model, whose weights must be those that were evaluated."""
-    read_config(str(folder))
-    model = RelayForMaskedDiffusion.from_pretrained(folder, dtype=run.settings["dtype"].removeprefix("torch."))
-    if hash_weights(model) != run.settings["weights"]:
-        raise ValueError(
-            f"`{run.folder}` evaluated other weights than those in `{folder}`: run `relay-hf eval {folder}`."
-        )
-    return model
-
-
-def _own_row(run: _Run, threshold: float) -> EvaluationRow:
-    """At the model's own threshold; without it at the highest, never at the one that happens to score best."""
-    rows = {row.threshold: row for row in run.rows}
-    return rows.get(threshold) or rows[max(rows)]
 
 
 def _describe_protocol(run: _Run) -> str:

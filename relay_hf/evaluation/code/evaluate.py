@@ -1,7 +1,6 @@
 """An evaluation on code: every problem is answered and checked at every threshold; an interrupted run resumes."""
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -10,11 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ...modeling import RelayForMaskedDiffusion
+from ..cards import hash_weights
 from .answers import Answerer
 from .arguments import CodeEvalArguments
 from .extraction import extract_code
@@ -119,12 +118,6 @@ def _answer_and_check(
         costs = asdict(answer)
         samples.append(Sample(problem.task_id, solution, costs.pop("text"), **asdict(outcome), **costs))
     return samples
-
-
-def hash_weights(model: RelayForMaskedDiffusion) -> str:
-    """Differs if a weight does; the name of a checkpoint may stay while it is trained on."""
-    hashes = {name: torch.hash_tensor(weights).item() for name, weights in model.state_dict().items()}
-    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
 @contextlib.contextmanager

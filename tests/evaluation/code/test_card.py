@@ -1,16 +1,23 @@
 """From `relay-hf eval` to the card, through the command line, with a random model."""
 
+import gzip
 import json
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerFast
 
 from relay_hf import RelayForMaskedDiffusion
 from relay_hf.cli import main
+from relay_hf.modeling.adapter_relay import complete_adapter
 
 EVALUATION = ["--max_new_tokens", "16", "--thresholds", "0.3", "0.9", "--batch_size", "4", "--device", "cpu"]
+# Of a version that did not tell weights apart.
+ROW = {"label": "x", "metrics": {"pass@1": 0.5}, "samples": 1, "threshold": 0.9}
+COSTS = {"denoise_forwards": 1.0, "commit_forwards": 1.0, "prefill_forwards": 1.0}
+OLD = json.dumps({"settings": {"model": "x"}, "results": [{"row": ROW | COSTS, "new_tokens": 1.0}]})
 
 
 @pytest.fixture
@@ -47,13 +54,53 @@ def test_evaluation_and_comparison_become_a_card(folder: Path, benchmark: Path, 
     assert "### problems\n" in card.text
     assert "the evaluations differ in generation_options" in card.text
     assert card.text.count("Exact McNemar test") == 2
-    assert "(problems.png)" in card.text
-    assert (folder / "problems.png").stat().st_size > 10_000
+    assert "(evaluation-problems.png)" in card.text
+    assert (folder / "evaluation-problems.png").stat().st_size > 10_000
     assert f'from_pretrained("{folder}")' in card.text
     assert card.data.model_name == "tiny"
     before = (folder / "README.md").read_text()
     assert main(["card", str(folder), str(run), str(other)]) == 0
     assert (folder / "README.md").read_text() == before
+
+
+def test_names_come_from_folders_and_files_however_they_are_spelt(
+    folder: Path, benchmark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = tmp_path / "Задачи.jsonl.gz"
+    packed.write_bytes(gzip.compress(benchmark.read_bytes()))
+    other = evaluate(folder, packed, tmp_path / "other", "--generation_options", '{"use_relay": false}')
+    monkeypatch.chdir(folder)
+    evaluate(Path("."), packed, tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "run")
+    assert main(["card", f"{folder}/", ".", str(other)]) == 0
+    card = ModelCard.load(folder / "README.md")
+    assert "| tiny (run) | 0.3 |" in card.text
+    assert "### Задачи\n" in card.text
+    assert "(evaluation-задачи.png)" in card.text
+    assert {(result.dataset_name, result.dataset_type) for result in card.data.eval_results} == {("Задачи", "задачи")}
+
+
+def test_plain_card_of_an_adapter_names_its_base_and_replaces_the_form_that_peft_writes(
+    folder: Path, benchmark: Path, tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    adapter = get_peft_model(RelayForMaskedDiffusion.from_pretrained(folder), LoraConfig(target_modules=["q_proj"]))
+    adapter.save_pretrained(tmp_path / "lora")
+    complete_adapter(adapter.get_base_model(), tmp_path / "lora")
+    chat_tokenizer.save_pretrained(tmp_path / "lora")
+    run = evaluate(tmp_path / "lora", benchmark, tmp_path / "run")
+    assert main(["card", str(tmp_path / "lora"), str(run)]) == 0
+    card = (tmp_path / "lora/README.md").read_text()
+    assert "adapted from `tiny`." in card
+    assert "### problems" in card
+    assert "More Information Needed" not in card
+
+
+def test_model_that_is_no_folder_is_refused(
+    folder: Path, benchmark: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = evaluate(folder, benchmark, tmp_path / "run")
+    assert main(["card", "me/tiny", str(run)]) == 2
+    assert "`me/tiny` is no folder" in capsys.readouterr().err
 
 
 def test_own_threshold_stands_for_the_model(folder: Path, benchmark: Path, tmp_path: Path) -> None:
@@ -93,7 +140,9 @@ def test_runs_of_other_problems_are_not_compared(
     assert not (folder / "README.md").exists()
 
 
-@pytest.mark.parametrize("content", [None, "{}", "[", '{"settings": {}, "results": [1]}'])
+@pytest.mark.parametrize(
+    "content", [None, "{}", "[", '{"settings": {}, "results": [1]}', '{"settings": {}, "results": []}', OLD]
+)
 def test_folder_without_results_is_refused(
     folder: Path, tmp_path: Path, content: str | None, capsys: pytest.CaptureFixture
 ) -> None:
