@@ -47,6 +47,21 @@ def read_config(source: str, revision: str | None = None, **options: Any) -> Rel
         raise ValueError(f"{error.__cause__}: give one that `RelayConfig` takes.") from error
 
 
+def read_diffusion_config(source: str, revision: str | None = None, **options: Any) -> RelayConfig:
+    """As `read_config`, of a model that knows its [MASK].
+
+    Raises:
+        OSError, ValueError: those of `read_config`; or it is no masked diffusion model.
+    """
+    config = read_config(source, revision, **options)
+    if config.mask_token_id is None:
+        raise ValueError(
+            f"`{source}` is not a masked diffusion model, its configuration names no [MASK]: make one of a decoder "
+            "with `relay-hf convert`, or train one with `mask_token_id`."
+        )
+    return config
+
+
 def read_tokenizer(source: str, config: RelayConfig, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint.
 
@@ -125,12 +140,7 @@ def load_for_decoding(
     place = find_device(device)
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"`dtype={dtype}` is unknown: give float32, bfloat16, float16 or auto.")
-    config = read_config(source, revision)
-    if config.mask_token_id is None:
-        raise ValueError(
-            f"`{source}` is not a masked diffusion model, its configuration names no [MASK]: make one of a decoder "
-            "with `relay-hf convert`, and train it with `relay-hf train`."
-        )
+    config = read_diffusion_config(source, revision)
     if options is not None:
         defaults = read_generation_config(source, config, revision)
         check_decoding(config, defaults, options(defaults))

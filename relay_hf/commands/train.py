@@ -11,7 +11,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl import get_peft_config
 
-from ..checkpoint_loading import read_config, read_tokenizer
+from ..checkpoint_loading import read_diffusion_config, read_tokenizer
 from ..conversion.mask_token import choose_mask_token
 from ..hub_cards import CARD, set_usage
 from ..modeling.configuration_relay import RELAY_FIELDS
@@ -120,12 +120,7 @@ def _read_tokenizer(model: RelayModelConfig, options: dict[str, Any]) -> PreTrai
     """The model's tokenizer, which is told which of its tokens is [MASK]; checks both before any weight is read."""
     source, revision = str(model.model_name_or_path), model.model_revision
     fields = {name: value for name, value in options.items() if name in RELAY_FIELDS}
-    config = read_config(source, revision, **fields)
-    if config.mask_token_id is None:
-        raise ValueError(
-            f"`{source}` is a plain decoder without [MASK]: make a relay model of it with `relay-hf convert`, or give "
-            "`--mask_token_id`."
-        )
+    config = read_diffusion_config(source, revision, **fields)
     tokenizer = read_tokenizer(source, config, revision)
     choose_mask_token(config.mask_token_id, None, tokenizer, config.text_config.vocab_size)
     return tokenizer

@@ -21,7 +21,7 @@ from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import BaseHandler, GenerateManager, GenerationState, _StreamError
 from transformers.utils import logging
 
-from ..checkpoint_loading import find_device, read_config, read_tokenizer
+from ..checkpoint_loading import find_device, read_diffusion_config, read_tokenizer
 from ..modeling import RelayForMaskedDiffusion
 
 logger = logging.get_logger(__name__)
@@ -95,13 +95,7 @@ class RelayModelManager(ModelManager):
         if model_id_and_revision != self.process_model_name(self.force_model):  # the route `/load_model`
             raise ValueError(f"This server serves `{self.force_model}`: ask for that one.")
         name, revision = model_id_and_revision.rsplit("@", 1)
-        config = read_config(name, revision)
-        if config.mask_token_id is None:
-            raise ValueError(
-                f"`{name}` is not a masked diffusion model, but a plain decoder: train one from it with "
-                "`RelayTrainer`, or serve it as it is with `transformers serve`."
-            )
-        return read_tokenizer(name, config, revision)
+        return read_tokenizer(name, read_diffusion_config(name, revision), revision)
 
     def _load_model(
         self,

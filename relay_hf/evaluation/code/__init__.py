@@ -20,16 +20,14 @@ def run_evaluation(model: str, arguments: CodeEvalArguments) -> str:
     import os
     from pathlib import Path
 
-    from ...checkpoint_loading import check_decoding, read_config, read_generation_config, read_tokenizer
+    from ...checkpoint_loading import check_decoding, read_diffusion_config, read_generation_config, read_tokenizer
     from ...modeling import RelayForMaskedDiffusion
     from .evaluate import evaluate_code
     from .problems import load_problems
     from .report import PICTURE, RESULTS, format_table
 
     load_problems(arguments.benchmark)  # before the model, which takes longer to load
-    config = read_config(model)
-    if config.mask_token_id is None:
-        raise ValueError(f"`{model}` is a plain decoder without [MASK]: make a relay model of it (`relay-hf convert`).")
+    config = read_diffusion_config(model)
     defaults = read_generation_config(model, config)
     for threshold in arguments.thresholds or [defaults.unmasking_threshold]:
         check_decoding(config, defaults, {**arguments.options, "unmasking_threshold": threshold})

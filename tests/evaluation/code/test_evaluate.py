@@ -232,7 +232,7 @@ def test_bad_argument_raises(options: dict, message: str) -> None:
 
 @pytest.mark.parametrize(
     ("model_name", "message"),
-    [("nowhere", "nowhere"), ("plain", "no tokenizer"), ("decoder", "plain decoder without [MASK]")],
+    [("nowhere", "nowhere"), ("plain", "no tokenizer"), ("decoder", "names no [MASK]")],
 )
 def test_command_line_unusable_model_is_one_sentence(
     model: Any, chat_tokenizer: Any, tmp_path: Path, model_name: str, message: str, capsys: pytest.CaptureFixture
