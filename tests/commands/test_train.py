@@ -127,7 +127,7 @@ def test_plain_decoder_becomes_a_relay_model(
     Qwen2ForCausalLM(text_config(vocab_size=259, num_hidden_layers=1)).save_pretrained(tmp_path / "plain")
     AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "plain")
     plain = recipe(model_name_or_path=str(tmp_path / "plain"), max_steps=1)
-    assert "--mask_token_id" in refuse("train", "--config", plain)
+    assert "`mask_token_id`" in refuse("train", "--config", plain)
     train(plain, mask_token_id=258, block_size=0, token_shift="false", relay_channel="soft_mask", objective="relay_sg")
     config = AutoModel.from_pretrained(tmp_path / "run").config
     assert (config.mask_token_id, config.block_size, config.token_shift) == (258, None, False)
