@@ -53,9 +53,9 @@ def build_page(runner: Runner, name: str) -> gr.Blocks:
         gr.HTML(render_legend(states), padding=True)
         shown = gr.State(None)
 
-        def run(*values: Any) -> Iterator[list[Any]]:
+        def run(*values: Any, progress: Any = gr.Progress()) -> Iterator[list[Any]]:  # noqa: B008  (Gradio's own way)
             try:
-                runs = compute(*values)
+                runs = compute(*values, progress)
             except ValueError as error:
                 raise gr.Error(str(error), print_exception=False) from error
             pause = min(PAUSE, REPLAY / max(runs.forwards, 1))
@@ -70,7 +70,7 @@ def build_page(runner: Runner, name: str) -> gr.Blocks:
             [shown, step, *sides],
             api_name="run",
             concurrency_limit=None,
-            show_progress="minimal",
+            show_progress="full",
             show_progress_on=step,
         )
 

@@ -1,12 +1,14 @@
 """What the page runs: a puzzle or a prompt, once with the relay and once without, kept to be replayed."""
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.generation import BaseStreamer
 
 from ..denoising import Timeline, read_history
 from ..modeling import RelayConfig, RelayForMaskedDiffusion
@@ -47,6 +49,32 @@ class Runs:
         return max(run.timeline.forwards for run in (self.off, self.on) if run is not None)
 
 
+# Is told how much of both runs is done, as a fraction.
+Tell = Callable[[float], None]
+
+
+class _Watcher(BaseStreamer):
+    """Tells how far a run has come, whenever a block is written.
+
+    Args:
+        tell: is told.
+        tokens: how many the run writes at most.
+        begin, end: what is done before and after the run, as fractions.
+    """
+
+    def __init__(self, tell: Tell, tokens: int, begin: float, end: float) -> None:
+        self.tell, self.tokens, self.bounds = tell, tokens, (begin, end)
+        self.seen = -1  # tokens so far; the prompt comes first
+
+    def put(self, value: Tensor) -> None:
+        self.seen = 0 if self.seen < 0 else self.seen + value.numel()
+        begin, end = self.bounds
+        self.tell(begin + (end - begin) * min(self.seen / self.tokens, 1.0))
+
+    def end(self) -> None:
+        self.tell(self.bounds[1])
+
+
 class Runner:
     """A model with its tokenizer, one request at a time.
 
@@ -61,12 +89,13 @@ class Runner:
         self.board_size = _board_size(model.config, tokenizer)
         self._turn = threading.Lock()
 
-    def solve(self, question: str, threshold: float) -> Runs:
+    def solve(self, question: str, threshold: float, tell: Tell = lambda done: None) -> Runs:
         """Fills in a Sudoku board.
 
         Args:
             question: row by row, "." or "0" for a blank; spaces and line breaks are skipped.
             threshold: of the unmasking policy.
+            tell: is told how much is done.
 
         Raises:
             ValueError: the text is no puzzle of the model's size, its clues contradict each other, or it has no blanks.
@@ -80,15 +109,16 @@ class Runner:
             )
         if not set(question) & set(".0"):
             raise ValueError('The puzzle has no blanks, so there is nothing to fill in: write some as ".".')
-        return self._compare(questions_to_ids([question], self.tokenizer), threshold)
+        return self._compare(questions_to_ids([question], self.tokenizer), threshold, len(question), tell)
 
-    def write(self, prompt: str, new_tokens: int, threshold: float) -> Runs:
+    def write(self, prompt: str, new_tokens: int, threshold: float, tell: Tell = lambda done: None) -> Runs:
         """Continues a text; with a chat template it answers a message.
 
         Args:
             prompt: the text, or the message.
             new_tokens: at most this many are written.
             threshold: of the unmasking policy.
+            tell: is told how much is done.
 
         Raises:
             ValueError: the prompt is empty, or leaves no room for the new tokens.
@@ -107,17 +137,19 @@ class Runner:
                 f"The prompt has {ids.shape[1]} tokens and leaves room for {max(room, 0)} more, not for {new_tokens}: "
                 "shorten one of them."
             )
-        return self._compare(ids, threshold, max_new_tokens=new_tokens)
+        return self._compare(ids, threshold, new_tokens, tell, max_new_tokens=new_tokens)
 
-    def _compare(self, ids: Tensor, threshold: float, **options: Any) -> Runs:
+    def _compare(self, ids: Tensor, threshold: float, tokens: int, tell: Tell, **options: Any) -> Runs:
+        options["unmasking_threshold"] = threshold
         has_channel = self.model.config.relay_channel != "none"
+        half = 0.5 if has_channel else 1.0
         with self._turn:
             # A relay that is off has no start, whatever the model's own options say.
-            off = self._run(ids, unmasking_threshold=threshold, use_relay=False, relay_start=None, **options)
-            on = self._run(ids, unmasking_threshold=threshold, use_relay=True, **options) if has_channel else None
+            off = self._run(ids, _Watcher(tell, tokens, 0, half), use_relay=False, relay_start=None, **options)
+            on = self._run(ids, _Watcher(tell, tokens, half, 1), use_relay=True, **options) if has_channel else None
         return Runs(off, on)
 
-    def _run(self, ids: Tensor, **options: Any) -> Run:
+    def _run(self, ids: Tensor, watcher: _Watcher, **options: Any) -> Run:
         """One row, (1, L), greedily: drawn tokens would differ between the two runs for no reason of the relay."""
         stop, pad = self.model.generation_config.eos_token_id, self.tokenizer.pad_token_id
         ids = ids.to(self.model.device)
@@ -133,6 +165,7 @@ class Runner:
                 sampling_seeds=None,
                 return_dict_in_generate=True,
                 output_history=True,
+                streamer=watcher,
                 **options,
             )
         tokens = self.tokenizer.batch_decode(output.sequences[0][:, None])

@@ -41,6 +41,17 @@ def test_solve_equals_generate(boards: Runner, side: str) -> None:
     assert runs.forwards == max(runs.on.timeline.forwards, runs.off.timeline.forwards)
 
 
+def test_progress_grows_from_nothing_to_all(boards: Runner, texts: Runner) -> None:
+    told: list[float] = []
+    texts.write("ab", 24, 0.3, told.append)
+    assert told == sorted(told)
+    assert (told[0], told[-1]) == (0.0, 1.0)
+    assert len([done for done in told if 0 < done < 0.5]) >= 2, "blocks of 8 tokens, half of all for each run"
+    told.clear()
+    boards.solve(QUESTION, 0.4, told.append)
+    assert (told[0], told[-1]) == (0.0, 1.0)
+
+
 def test_solve_reads_spaces_line_breaks_and_zeros(boards: Runner) -> None:
     typed = "\n".join(QUESTION[i : i + 4].replace(".", "0") for i in range(0, 16, 4)) + " "
     assert boards.solve(typed, 0.4) == boards.solve(QUESTION, 0.4)
