@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, StoppingCriteriaList
 
 from ..modeling import RelayConfig, RelayForMaskedDiffusion
 from .cards import hash_weights
+from .code.samples import FORWARDS
 from .likelihood import LikelihoodBound, Request
 from .stop_texts import StopTexts
 
@@ -39,7 +40,6 @@ GENERATION_OPTIONS = (
     "use_relay",
     "relay_start",
 )
-FORWARD_COUNTS = ("denoise_forwards", "commit_forwards", "prefill_forwards")
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ class RelayLM(HFLM):
             **options,
         )
         for row, text in enumerate(self._contexts):
-            costs = {name: int(getattr(output, name)[row]) for name in FORWARD_COUNTS}
+            costs = {name: int(getattr(output, name)[row]) for name in FORWARDS}
             new_tokens = round(float(output.tokens_per_forward[row]) * sum(costs.values()))
             self._decoded[text].append({**costs, "new_tokens": new_tokens})
         return output.sequences
