@@ -7,11 +7,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import PreTrainedTokenizerBase
 
-from ..hub_cards import CARD, RelayCardData
+from ..hub_cards import CARD, OWN_TAG, RelayCardData, is_hub_id, read_card
 from ..modeling import RelayConfig
 from ..version import __version__
 from .checks import check_base, check_contents
@@ -70,8 +70,26 @@ def push(
         )
         if base is not None:
             check_base(RelayConfig.from_pretrained(scratch), base, token)
+        _inherit_license(scratch, token)
         message = commit_message or f"Upload {'model' if base is None else 'adapter'} with relay_hf"
         return remote.commit(scratch, message, private)
+
+
+def _inherit_license(scratch: Path, token: str | None) -> None:
+    """A card of ours that names no license gets that of the base, if the base's card is on the Hub and names one."""
+    if not (scratch / CARD).exists():
+        return
+    card = read_card(scratch)
+    is_ours = OWN_TAG in (card.data.tags or [])
+    if not is_ours or card.data.license or not is_hub_id(card.data.base_model):
+        return
+    try:
+        base: Any = ModelCard.load(card.data.base_model, token=token).data
+    except Exception:  # it has no card, or one that nobody can read: of the Hub's and the YAML library's own
+        return
+    for name in ("license", "license_name", "license_link"):
+        setattr(card.data, name, getattr(base, name, None))
+    card.save(scratch / CARD)
 
 
 def _check_repo_id(repo_id: str) -> None:

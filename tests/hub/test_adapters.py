@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFas
 
 from relay_hf import RelayConfig, RelayForMaskedDiffusion, push
 from relay_hf.hub.contents import CODE
+from relay_hf.hub_cards import RelayCardData
 from relay_hf.modeling.adapter_relay import ADAPTER_BASE_FIELD, complete_adapter
 
 from .conftest import MASK, generated
@@ -49,6 +50,35 @@ def test_adapter_card_names_its_base(hub: HubServer, make_adapter: MakeAdapter) 
     assert (card.data.base_model, card.data.base_model_relation) == ("me/base", "adapter")
     assert "relay_hf" in card.data.tags
     assert "More Information Needed" not in card.content  # which PEFT leaves
+
+
+@pytest.mark.parametrize(
+    ("base_card", "told"),
+    [
+        ("---\nlicense: mit\n---\n", {"license": "mit"}),
+        ("---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n",
+         {"license": "other", "license_name": "own", "license_link": "LICENSE"}),
+        ("# No metadata", {}),
+        ("---\ntags: [a\n---\n", {}),
+        (None, {}),
+    ],
+)  # fmt: skip
+def test_card_without_license_gets_that_of_the_base(
+    hub: HubServer, make_adapter: MakeAdapter, base_card: str | None, told: dict[str, str]
+) -> None:
+    adapter = make_adapter()
+    if base_card is not None:
+        hub.repositories["me/base"].files["README.md"] = base_card.encode()
+    push(adapter, "me/adapter")
+    metadata = ModelCard(hub.repositories["me/adapter"].files["README.md"].decode()).data.to_dict()
+    assert {name: value for name, value in metadata.items() if name.startswith("license")} == told
+
+
+def test_license_that_is_named_stays(hub: HubServer, make_adapter: MakeAdapter) -> None:
+    adapter = make_adapter()
+    hub.repositories["me/base"].files["README.md"] = b"---\nlicense: mit\n---\n"
+    push(adapter, "me/adapter", card=RelayCardData("mine", license="apache-2.0"))
+    assert ModelCard(hub.repositories["me/adapter"].files["README.md"].decode()).data.license == "apache-2.0"
 
 
 def test_adapter_with_generation_defaults_of_its_own_keeps_them(hub: HubServer, make_adapter: MakeAdapter) -> None:
