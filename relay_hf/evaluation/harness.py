@@ -25,6 +25,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, StoppingCriteriaList
 
 from ..modeling import RelayConfig, RelayForMaskedDiffusion
+from ..modeling.options_relay import GREEDY
 from .cards import hash_weights
 from .code.samples import FORWARDS
 from .likelihood import LikelihoodBound, Request
@@ -254,7 +255,7 @@ class RelayLM(HFLM):
 
     def _generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Any:
         # Most tasks decode greedily, and then `generate` refuses a checkpoint's own settings of how to draw.
-        drawing = {} if options.get("do_sample") else dict.fromkeys(("t_max", "t_min", "sampling_seeds"))
+        drawing = {} if options.get("do_sample") else GREEDY
         with self._autocast():
             return self.model.generate(
                 input_ids=input_ids,

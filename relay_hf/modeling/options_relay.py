@@ -57,6 +57,10 @@ WITHOUT_EFFECT = {
 }
 
 
+# Greedy decoding of a checkpoint that may say how tokens are drawn, which `generate` would refuse.
+GREEDY = {"do_sample": False, "t_max": None, "t_min": None, "sampling_seeds": None}
+
+
 def check_user_arguments(given: dict[str, Any]) -> None:
     """Refuses arguments of the model's `forward` that `generate` sets itself.
 

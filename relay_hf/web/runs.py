@@ -12,6 +12,7 @@ from transformers.generation import BaseStreamer
 
 from ..denoising import Timeline, read_history
 from ..modeling import RelayConfig, RelayForMaskedDiffusion
+from ..modeling.options_relay import GREEDY
 from ..tasks.sudoku import BoardShape, is_legal, make_sudoku_tokenizer, parse_question, questions_to_ids
 from ..tasks.sudoku.board import read_boards
 
@@ -159,13 +160,10 @@ class Runner:
                 attention_mask=torch.ones_like(ids),
                 eos_token_id=self.tokenizer.eos_token_id if stop is None else stop,
                 pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
-                do_sample=False,
-                t_max=None,
-                t_min=None,
-                sampling_seeds=None,
                 return_dict_in_generate=True,
                 output_history=True,
                 streamer=watcher,
+                **GREEDY,
                 **options,
             )
         tokens = self.tokenizer.batch_decode(output.sequences[0][:, None])

@@ -22,6 +22,7 @@ def run_evaluation(model: str, arguments: CodeEvalArguments) -> str:
 
     from ...checkpoint_loading import check_decoding, read_diffusion_config, read_generation_config, read_tokenizer
     from ...modeling import RelayForMaskedDiffusion
+    from .answers import decoding_options
     from .evaluate import evaluate_code
     from .problems import load_problems
     from .report import PICTURE, RESULTS, format_table
@@ -30,7 +31,7 @@ def run_evaluation(model: str, arguments: CodeEvalArguments) -> str:
     config = read_diffusion_config(model)
     defaults = read_generation_config(model, config)
     for threshold in arguments.thresholds or [defaults.unmasking_threshold]:
-        check_decoding(config, defaults, {**arguments.options, "unmasking_threshold": threshold})
+        check_decoding(config, defaults, {**decoding_options(arguments.options), "unmasking_threshold": threshold})
     tokenizer = read_tokenizer(model, config)
     weights = RelayForMaskedDiffusion.from_pretrained(model, dtype=arguments.dtype, device_map=arguments.device)
     results = evaluate_code(weights.eval(), tokenizer, arguments, Path(os.path.abspath(model)).name)

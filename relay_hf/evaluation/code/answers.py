@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 
-from ...modeling import RelayForMaskedDiffusion, make_policy
+from ...checkpoint_loading import check_decoding
+from ...modeling import RelayForMaskedDiffusion
+from ...modeling.options_relay import GREEDY
 from ..stop_texts import StopTexts
 from .problems import Problem
 from .samples import FORWARDS
@@ -38,6 +40,11 @@ class Answer:
     commit_forwards: int
     prefill_forwards: int
     new_tokens: int
+
+
+def decoding_options(given: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of `generate` that do not depend on the model, with those that were given."""
+    return {**GREEDY, "return_dict_in_generate": True, **given}
 
 
 class Answerer:
@@ -75,10 +82,7 @@ class Answerer:
         self.max_new_tokens = max_new_tokens
         self.options = {
             "eos_token_id": tokenizer.eos_token_id if stop_token is None else stop_token,
-            # A checkpoint may say how tokens are drawn; here none are.
-            "do_sample": False,
-            **dict.fromkeys(("t_max", "t_min", "sampling_seeds")),
-            **options,
+            **decoding_options(options),
         }
 
     def prompt(self, problem: Problem) -> str:
@@ -96,10 +100,10 @@ class Answerer:
         return self.model.generation_config.unmasking_threshold
 
     def check_thresholds(self, thresholds: Sequence[float]) -> None:
-        """Raises ValueError if one of them is out of the range of the unmasking policy."""
-        policy = self.options.get("unmasking_policy", self.model.generation_config.unmasking_policy)
+        """Raises ValueError if `generate` would refuse one of them, or another option."""
         for threshold in thresholds:
-            make_policy(policy, threshold)
+            options = {**self.options, "unmasking_threshold": threshold}
+            check_decoding(self.model.config, self.model.generation_config, options)
 
     def check_lengths(self, problems: Sequence[Problem]) -> None:
         """Refuses problems that do not fit.
@@ -148,7 +152,6 @@ class Answerer:
                 unmasking_threshold=threshold,
                 pad_token_id=self.tokenizer.pad_token_id,
                 stopping_criteria=StoppingCriteriaList(stops),
-                return_dict_in_generate=True,
                 **self.options,
             )
         answers = []
