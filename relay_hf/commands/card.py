@@ -8,7 +8,7 @@ from .parser import make_parser, parse
 
 def run(program: str, argv: Sequence[str]) -> None:
     """Writes evaluations into a model's card: table, picture and metadata. What people wrote into the card stays."""
-    parser = make_parser(program, "FOLDER RUN [OTHER ...]", [], run)
+    parser = make_parser(program, "FOLDER RUN [OTHER ...]", [], run.__doc__)
     parser.add_argument("folder", metavar="FOLDER", help="the model, as `relay-hf train` or `save_pretrained` wrote it")
     parser.add_argument(
         "run", metavar="RUN", help="output folder of `relay-hf eval` on this model, or a file of the harness' results"

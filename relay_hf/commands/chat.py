@@ -26,7 +26,7 @@ class ChatArguments(DecodingArguments):
 
 def run(program: str, argv: Sequence[str]) -> None:
     """Talks with a model in the terminal; drafts are shown while they are denoised."""
-    parser = make_decoding_parser(program, "PATH_OR_REPO", ChatArguments, run)
+    parser = make_decoding_parser(program, "PATH_OR_REPO", ChatArguments, run.__doc__)
     arguments, given = parse_decoding(parser, argv)
     model, tokenizer = load_for_decoding(
         given.model, arguments.revision, arguments.device, arguments.dtype, arguments.options

@@ -8,7 +8,7 @@ from .parser import make_parser, parse
 
 def run(program: str, argv: Sequence[str]) -> None:
     """Compares two evaluations problem by problem, and says whether chance explains the difference."""
-    parser = make_parser(program, "A B", CompareArguments, run)
+    parser = make_parser(program, "A B", CompareArguments, run.__doc__)
     for name in ("a", "b"):
         parser.add_argument(name, metavar=name.upper(), help="output folder of `relay-hf eval`, or a file in it")
     arguments, where = parse(parser, argv)

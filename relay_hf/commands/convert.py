@@ -8,7 +8,7 @@ from .parser import make_parser, parse
 
 def run(program: str, argv: Sequence[str]) -> None:
     """Makes a relay model of a causal decoder, Fast-dLLM v2, SDAR, LLaDA or Dream."""
-    parser = make_parser(program, "SOURCE OUTPUT", ConvertArguments, run)
+    parser = make_parser(program, "SOURCE OUTPUT", ConvertArguments, run.__doc__)
     parser.add_argument(
         "source", metavar="SOURCE", help="the checkpoint: a folder, a GGUF file, or a repository of the Hub"
     )

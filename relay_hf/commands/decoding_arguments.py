@@ -1,7 +1,7 @@
 """What `relay-hf generate` and `relay-hf chat` let users choose about decoding."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,14 +63,14 @@ class DecodingArguments:
 
 
 def make_decoding_parser(
-    program: str, positionals: str, arguments: type[DecodingArguments], run: Callable[..., None]
+    program: str, positionals: str, arguments: type[DecodingArguments], description: str | None
 ) -> HfArgumentParser:
     """A parser for a model, its decoding, and what the caller adds.
 
     Args:
-        program, positionals, arguments, run: as in `make_parser`.
+        program, positionals, arguments, description: as in `make_parser`.
     """
-    parser = make_parser(program, positionals, arguments, run)
+    parser = make_parser(program, positionals, arguments, description)
     parser.add_argument("model", metavar="PATH_OR_REPO", help="the model: a folder, or a repository of the Hub")
     parser.add_argument(
         "--do_sample",

@@ -3,7 +3,7 @@
 import argparse
 import copy
 import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from transformers import HfArgumentParser
@@ -34,17 +34,17 @@ class _HelpFormatter(argparse.HelpFormatter):
         return super()._format_action_invocation(shown)
 
 
-def make_parser(program: str, positionals: str, arguments: Any, run: Callable[..., None]) -> HfArgumentParser:
+def make_parser(program: str, positionals: str, arguments: Any, description: str | None) -> HfArgumentParser:
     """A parser for the fields of dataclasses.
 
     Args:
         program: what the user typed.
         positionals: what is to follow it, as the help shows it; the caller adds them.
         arguments: the dataclass, or several.
-        run: the command, whose docstring tells what it does.
+        description: what it does.
     """
     usage = " ".join(part for part in (program, positionals, "[--OPTION VALUE ...]" if arguments else "") if part)
-    return _Parser(arguments, prog=program, usage=usage, description=run.__doc__, formatter_class=_HelpFormatter)
+    return _Parser(arguments, prog=program, usage=usage, description=description, formatter_class=_HelpFormatter)
 
 
 def parse(parser: HfArgumentParser, argv: Sequence[str]) -> tuple[Any, ...]:

@@ -15,13 +15,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from datasets import load_dataset
 from huggingface_hub.utils import tqdm
-from transformers import HfArgumentParser
 
 from ..checkpoint_loading import read_config, read_tokenizer
+from ..commands.parser import make_parser, parse
 from .filters import CODE, MATH, Source, prompt_key
 
 
@@ -163,14 +163,12 @@ def _told(counts: Counter[str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns 0, or 2 after printing one sentence about what was wrong."""
-    parser = HfArgumentParser(
-        cast(Any, PrepareArguments),
-        prog="python -m relay_hf.recipes.prepare_data",
-        description=__doc__.split("\n", 1)[0],
+    parser = make_parser(
+        "python -m relay_hf.recipes.prepare_data", "OUTPUT", PrepareArguments, __doc__.split("\n", 1)[0]
     )
     parser.add_argument("output", metavar="OUTPUT", help="file of JSON lines to write; must not exist")
     try:
-        arguments, where = parser.parse_args_into_dataclasses(argv)
+        arguments, where = parse(parser, sys.argv[1:] if argv is None else argv)
         counts = prepare_data(where.output, arguments)
     except (ValueError, OSError) as error:
         print(f"prepare_data: error: {error}", file=sys.stderr)
