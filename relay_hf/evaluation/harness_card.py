@@ -10,6 +10,12 @@ from ..hub_cards import DatasetFacts, Evaluation, EvaluationRow, add_evaluation,
 from .cards import ensure_card, load_evaluated, row_of_threshold
 from .code.samples import FORWARDS
 
+# What is read of a file; the model `relay` writes the second.
+NEEDED = {
+    "config", "configs", "lm_eval_version", "model_name", "n-samples", "n-shot", "results", "task_hashes", "versions",
+}  # fmt: skip
+NEEDED_OF_CONFIG = {"generation_forwards", "generation_options", "model_dtype", "weights"}
+
 
 @dataclass(frozen=True)
 class _Results:
@@ -76,14 +82,16 @@ def add_results(folder: Path, files: Sequence[Path]) -> Path:
 
 def _read(path: Path) -> _Results:
     try:
-        results = _Results(path, json.loads(path.read_text(encoding="utf-8")))
-        for task in results.tasks:
-            results.threshold(task), results.metrics(task), results.model, results.config["weights"]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        missing = sorted(NEEDED - set(content) | NEEDED_OF_CONFIG - set(content.get("config", {})))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"`{path}` holds no JSON object ({error}): give a `results_*.json` of the harness.") from error
+    if missing:
         raise ValueError(
-            f"`{path}` holds no results of `python -m relay_hf.evaluation` ({error!r}): give a `results_*.json` of it."
-        ) from error
-    return results
+            f"`{path}` holds no results of `python -m relay_hf.evaluation`, or of another version (it lacks "
+            f"{missing}): give a `results_*.json` of it."
+        )
+    return _Results(path, content)
 
 
 def _evaluation(task: str, files: Sequence[_Results], own_threshold: float) -> Evaluation:

@@ -129,6 +129,8 @@ def test_part_of_a_task_is_not_called_the_task(write: Any, checkpoint: Path) -> 
         (lambda content: content["config"].update(weights="others"), "evaluated other weights than those in"),
         (lambda content: content["config"].update(generation_forwards={}), "no task in which the model wrote text"),
         (lambda content: content.pop("configs"), "holds no results of `python -m relay_hf.evaluation`"),
+        (lambda content: content["config"].pop("weights"), "holds no results of `python -m relay_hf.evaluation`"),
+        (lambda content: content.update(config={}, results={}), "of another version (it lacks ['generation_forwards'"),
     ],
 )
 def test_other_results_are_refused(
