@@ -88,11 +88,9 @@ def set_usage(folder: Path, model_id: str, snippet: str, earlier_id: str | None 
     card = read_card(folder)
     before = usage = get_section(card.text, USAGE)
     if usage:
-        places = {name for name in loaded_models(usage) if not is_hub_id(name)} | (
-            {earlier_id} if earlier_id else set()
-        )
-        for place in places:
-            usage = usage.replace(quote(place), quote(model_id))
+        for place in {earlier_id, *loaded_models(usage)}:
+            if place is not None and not is_hub_id(place):
+                usage = usage.replace(quote(place), quote(model_id))
     elif OWN_TAG in (card.data.tags or []) and snippet:
         usage = describe_usage(snippet)
     if usage != before:

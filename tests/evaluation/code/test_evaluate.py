@@ -268,7 +268,7 @@ def test_senseless_option_is_told_before_weights_are_read(
 def test_options_are_checked_as_they_will_be_used(
     model: Any, chat_tokenizer: Any, benchmark: Path, tmp_path: Path
 ) -> None:
-    """A checkpoint that draws tokens is asked greedily, and the result is always a dictionary, which holds a history."""
+    """A checkpoint that draws tokens is asked greedily, and the result is a dictionary, which can hold a history."""
     model.generation_config.update(do_sample=True, t_max=2.0, t_min=0.5)
     model.save_pretrained(tmp_path / "tiny")
     chat_tokenizer.save_pretrained(tmp_path / "tiny")
