@@ -43,14 +43,14 @@ class Bench:
         self.seconds: list[float] = []
         with torch.no_grad():
             prompt = torch.randint(0, config.mask_token_id, (arguments.batch, arguments.prefix))
-            self.model(prompt, past_key_values=self.cache)
+            self.model(prompt, cache=self.cache)
             self.state = self.step(None)
 
     @torch.no_grad()
     def step(self, state: torch.Tensor | None) -> torch.Tensor | None:
         with self.cache.drafting():
             output = self.model(
-                self.block, past_key_values=self.cache, relay_state=state, logits_to_keep=self.candidates, unscored=True
+                self.block, cache=self.cache, relay_state=state, logits_to_keep=self.candidates, unscored=True
             )
         self.model.best_tokens(output.head_inputs)
         return output.relay_state

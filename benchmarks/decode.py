@@ -105,11 +105,11 @@ def channel(model: RelayForMaskedDiffusion, new_tokens: int, repeats: int) -> di
         def denoise(state: Tensor | None, canvas=canvas, cache=cache, scored=scored) -> float:
             with torch.no_grad(), cache.drafting():
                 return timed(
-                    lambda: model(canvas, past_key_values=cache, relay_state=state, logits_to_keep=scored)
+                    lambda: model(canvas, cache=cache, relay_state=state, logits_to_keep=scored)
                 )  # fmt: skip
 
         with torch.no_grad():
-            model(torch.stack(make_prompts(model, batch, ragged=False))[:, : 2 * BLOCK], past_key_values=cache)
+            model(torch.stack(make_prompts(model, batch, ragged=False))[:, : 2 * BLOCK], cache=cache)
         denoise(None), denoise(state)
         # A forward is short beside a `generate`, so that more of them are needed for a steady median.
         times = ratios(lambda d=denoise, s=state: d(s), lambda d=denoise: d(None), 20 * repeats)

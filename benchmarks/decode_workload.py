@@ -102,7 +102,7 @@ def reference_loop(model: RelayForMaskedDiffusion, prompts: list[Tensor], new_to
         blocks = torch.arange(stop) // BLOCK
         sees = blocks[begin:, None] >= blocks  # (L, P + L)
         hidden = model.model(
-            inputs_embeds=embeds, attention_mask=None if bool(sees.all()) else sees[None, None], past_key_values=cache,
+            inputs_embeds=embeds, attention_mask=None if bool(sees.all()) else sees[None, None], cache=cache,
             position_ids=torch.arange(begin, stop)[None], is_causal=False,
         ).last_hidden_state  # fmt: skip
         return model.lm_head(hidden), hidden
@@ -160,7 +160,7 @@ class Recorder:
             self.calls.append((module, arguments[:1], {}, [], False))
             return
         # Layers of the cache replace their tensors and never write into them, so references are enough.
-        cache = kwargs["past_key_values"]
+        cache = kwargs["cache"]
         rows = slice(None) if cache._rows is None else cache._rows
         prefix = [(layer.keys[rows], layer.values[rows]) for layer in cache.layers if layer.get_seq_length()]
         self.calls.append((module, arguments, kwargs, prefix, cache.is_drafting))
@@ -175,7 +175,7 @@ class Recorder:
                 for index, (keys, values) in enumerate(prefix):
                     cache.update(keys, values, index)
                 cache.is_drafting = is_drafting
-                kwargs = {**kwargs, "past_key_values": cache}
+                kwargs = {**kwargs, "cache": cache}
             began = time.perf_counter()
             module(*arguments, **kwargs)
             seconds += time.perf_counter() - began

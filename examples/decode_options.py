@@ -63,5 +63,5 @@ cache, text = RelayCache(config=model.config.text_config), torch.empty(1, 0, dty
 for prompt in prompts:
     text = torch.cat([text, prompt], dim=1)
     known = cache.get_seq_length()
-    text = model.generate(text, max_new_tokens=arguments.max_new_tokens, past_key_values=cache)
+    text = model.generate(text, max_new_tokens=arguments.max_new_tokens, cache=cache)
     print(f"turn: {known} tokens known from before, {cache.get_seq_length()} now, {text.shape[1]} in all")

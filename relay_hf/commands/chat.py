@@ -83,7 +83,7 @@ class Conversation:
         streamer = kind(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         try:
             output = self.model.generate(
-                **prompt, **self.options, past_key_values=self.cache, streamer=streamer, return_dict_in_generate=True
+                **prompt, **self.options, cache=self.cache, streamer=streamer, return_dict_in_generate=True
             )
         except KeyboardInterrupt:
             streamer.end()

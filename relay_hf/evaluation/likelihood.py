@@ -120,12 +120,12 @@ class LikelihoodBound:
             if self.carries_state:
                 first = self.model(
                     noisy,
-                    past_key_values=cache,
+                    cache=cache,
                     relay_state=self.model.initial_relay_state(*noisy.shape),
                     logits_to_keep=noisy.new_empty(0),
                 )
                 state = first.relay_state
-            logits = self.model(noisy, past_key_values=cache, relay_state=state, logits_to_keep=hidden).logits.float()
+            logits = self.model(noisy, cache=cache, relay_state=state, logits_to_keep=hidden).logits.float()
         logits[:, self.mask_token_id] = -torch.inf
         row, column = hidden.nonzero().unbind(-1)  # (N,)
         # Summed on the CPU, because not every device has fp64.
@@ -135,7 +135,7 @@ class LikelihoodBound:
     def _commit(self, cache: RelayCache, tokens: Tensor) -> None:
         """Writes clean tokens, (n,), to the cache, without any relay state."""
         if len(tokens):
-            self.model(tokens[None], past_key_values=cache, logits_to_keep=tokens.new_empty(0))
+            self.model(tokens[None], cache=cache, logits_to_keep=tokens.new_empty(0))
 
     def _seed_of(self, context: Sequence[int], continuation: Sequence[int]) -> int:
         """63 bits of seed and request; `hash` would differ from process to process."""

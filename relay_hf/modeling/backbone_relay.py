@@ -7,8 +7,10 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
+from .versions_relay import CACHE_ARGUMENT
+
 NEEDED_FIELDS = ("vocab_size", "hidden_size", "num_hidden_layers")
-NEEDED_ARGUMENTS = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values")
+NEEDED_ARGUMENTS = ("inputs_embeds", "attention_mask", "position_ids", CACHE_ARGUMENT)
 # How families change what their head says; ours is a plain linear layer. Neutral are None and 1.
 HEAD_FIELDS = (
     "final_logit_softcapping",

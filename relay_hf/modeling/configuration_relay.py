@@ -46,7 +46,7 @@ class RelayConfig(PreTrainedConfig):
 
     model_type = "relay"
     sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2")}
-    keys_to_ignore_at_inference = ["past_key_values", "relay_state", "inputs_embeds"]
+    keys_to_ignore_at_inference = ["cache", "relay_state", "inputs_embeds"]
 
     text_config: Any = None  # given as configuration, dictionary or None; a configuration from then on
     block_size: int | None = 32

@@ -378,7 +378,7 @@ class BlockDecoder:
             prefill_forwards=self.prefill_forwards,
             tokens_per_forward=(counts + filled) / forwards.clamp(min=1),
             reference_forwards=self.reference_forwards if self.start and self.start.reference_forwards else None,
-            past_key_values=self.cache,
+            cache=self.cache,
             history=None if self.recorder is None else self._collect_history(self.recorder),
         )
 

@@ -27,6 +27,7 @@ from .options_relay import (
 from .outputs_relay import RelayGenerateOutput
 from .reveal_relay import make_policy
 from .start_relay import make_start
+from .versions_relay import CACHE_ARGUMENT, pop_cache
 
 
 class RelayGenerationMixin(GenerationMixin):
@@ -51,7 +52,7 @@ class RelayGenerationMixin(GenerationMixin):
     - `sampling_seeds`: one number per row of the output. A row draws the same tokens in any batch, on any device;
     - `output_history`: return, as `history`, which forward revealed which token (with `return_dict_in_generate=True`).
 
-    `past_key_values` of an earlier turn may be passed on for one conversation: blocks that both turns share are not
+    `cache` of an earlier turn may be passed on for one conversation: blocks that both turns share are not
     computed again.
 
     A model with `block_size=None` fills in the masks of the given canvas, and of `max_new_tokens` more if asked for.
@@ -117,19 +118,20 @@ class RelayGenerationMixin(GenerationMixin):
                 f"`cache_implementation={generation_config.cache_implementation!r}` cannot hold the relay state: leave "
                 "it out, and generate uses a `RelayCache`."
             )
-        cache = model_kwargs.get("past_key_values")
+        cache = pop_cache(model_kwargs)
         if cache is None:
-            model_kwargs["past_key_values"] = RelayCache(config=self.config.text_config)
-        elif not isinstance(cache, RelayCache):
+            cache = RelayCache(config=self.config.text_config)
+        if not isinstance(cache, RelayCache):
             raise ValueError(
-                f"`past_key_values` is a {type(cache).__name__}, which cannot hold the relay state: pass a "
-                "`RelayCache`, or nothing."
+                f"`cache` is a {type(cache).__name__}, which cannot hold the relay state: pass a `RelayCache`, or "
+                "nothing."
             )
-        elif cache.get_seq_length() == 0:
+        if cache.get_seq_length() == 0:
             # A run that never committed a block leaves a relay state without keys and values.
             cache.reset()
         elif cache.tokens is not None:
             cache.drop_unfinished()
+        model_kwargs[CACHE_ARGUMENT] = cache
 
     def _prepare_generated_length(
         self, generation_config: GenerationConfig, has_default_max_length: bool, **kwargs: Any
@@ -157,7 +159,6 @@ class RelayGenerationMixin(GenerationMixin):
         generation_config: GenerationConfig,
         synced_gpus: bool = False,
         streamer: BaseStreamer | None = None,
-        past_key_values: RelayCache | None = None,
         attention_mask: Tensor | None = None,
         reference_model: Any = None,
         **model_kwargs: Any,
@@ -167,6 +168,7 @@ class RelayGenerationMixin(GenerationMixin):
         Raises:
             ValueError: an option that block diffusion cannot honour.
         """
+        cache: RelayCache = pop_cache(model_kwargs)
         # Set by `generate` for token-by-token decoding; positions and logits are the block decoder's own business.
         for name in ("position_ids", "logits_to_keep", "use_cache", "tokenizer"):
             model_kwargs.pop(name, None)
@@ -174,10 +176,10 @@ class RelayGenerationMixin(GenerationMixin):
             raise ValueError(f"`generate` does not take {unused}: leave them out.")
         if streamer is not None and len(input_ids) > 1:
             raise ValueError(f"A streamer shows one row, but the batch has {len(input_ids)}: generate rows one by one.")
-        carried = past_key_values.tokens
-        if past_key_values.get_seq_length() and (carried is None or len(carried) != 1 or len(input_ids) != 1):
+        carried = cache.tokens
+        if cache.get_seq_length() and (carried is None or len(carried) != 1 or len(input_ids) != 1):
             raise ValueError(
-                "`past_key_values` holds a prefix of other rows: a cache is carried from turn to turn of one "
+                "`cache` holds a prefix of other rows: a cache is carried from turn to turn of one "
                 "conversation, so pass one row, or `reset()` the cache."
             )
         check_inputs(self.config, input_ids, attention_mask)
@@ -188,7 +190,7 @@ class RelayGenerationMixin(GenerationMixin):
         seeds = seeds_of_rows(generation_config, len(input_ids)).to(device)
         decoder = BlockDecoder(
             self,
-            past_key_values,
+            cache,
             policy=policy,
             chooser=TokenChooser(
                 processors, generation_config.do_sample, self.config.mask_token_id, policy.reads_entropy

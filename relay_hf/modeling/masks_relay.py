@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
+from .versions_relay import as_cache_argument
+
 
 def positions_of(attention_mask: Tensor) -> Tensor:
     """Position of every token in its own row, 0 at padding before the text; (B, K) of 0/1 or bool -> (B, K) long."""
@@ -29,7 +31,7 @@ def block_attention_mask(
     config: Any,
     embeds: Tensor,
     attention_mask: Tensor | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     position_ids: Tensor,
     block_size: int | None,
 ) -> Any:
@@ -39,7 +41,7 @@ def block_attention_mask(
         config: the backbone's configuration (it names the attention implementation).
         embeds: (B, L, D).
         attention_mask: (B, K) with 0 at padding; or a prepared 4-D mask, which is returned as it is; or None.
-        past_key_values: cache with P committed positions, a whole number of blocks. If it is drafting, the new
+        cache: cache with P committed positions, a whole number of blocks. If it is drafting, the new
             positions are one block, or a part of one.
         position_ids: (B or 1, L).
         block_size: None = one block, everything sees everything.
@@ -49,16 +51,16 @@ def block_attention_mask(
     """
     if attention_mask is not None and len(attention_mask.shape) == 4:
         return attention_mask
-    cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+    cached = cache.get_seq_length() if cache is not None else 0
     length = embeds.shape[1]
     # One block of new tokens sees the whole prefix and itself. Without padding, positions are columns.
     is_one_block = (
         block_size is None
-        or getattr(past_key_values, "is_drafting", False)
+        or getattr(cache, "is_drafting", False)
         or (attention_mask is None and cached // block_size == (cached + length - 1) // block_size)
     )
     if is_one_block:
-        return create_bidirectional_mask(config, embeds, attention_mask, past_key_values=past_key_values)
+        return create_bidirectional_mask(config, embeds, attention_mask, **as_cache_argument(cache))
     if attention_mask is None:
         blocks = torch.arange(cached + length, device=embeds.device)[None].expand(embeds.shape[0], -1) // block_size
         attention_mask = torch.ones_like(blocks)
@@ -69,7 +71,7 @@ def block_attention_mask(
         config,
         embeds,
         attention_mask,
-        past_key_values=past_key_values,
+        **as_cache_argument(cache),
         position_ids=position_ids,
         block_sequence_ids=blocks,
     )

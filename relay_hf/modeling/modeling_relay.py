@@ -26,6 +26,7 @@ from .masks_relay import align_to_positions, block_attention_mask, new_positions
 from .options_relay import add_defaults
 from .outputs_relay import RelayOutput
 from .reveal_relay import best_token
+from .versions_relay import as_cache_argument, takes_past_key_values
 
 
 class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
@@ -46,7 +47,7 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache"]
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _keep_in_fp32_modules_strict = ["relay"]
     # The loss is the mean of its batch; `**kwargs` in `forward` would make Trainer believe that it was scaled already.
@@ -125,13 +126,14 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
             new_embeddings = head
         super().set_output_embeddings(new_embeddings)
 
+    @takes_past_key_values
     @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         relay_state: Tensor | None = None,
         relay_mask: Tensor | None = None,
@@ -149,7 +151,7 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
             input_ids: (B, L) tokens, some of them [MASK].
             attention_mask: (B, P + L) with 0 at padding, P being the cached length; or a prepared 4-D mask.
             position_ids: (B or 1, L); by default counted from the attention mask and the cache.
-            past_key_values: a `RelayCache` of whole committed blocks. New positions are stored in it unless it is
+            cache: a `RelayCache` of whole committed blocks. New positions are stored in it unless it is
                 drafting.
             inputs_embeds: (B, L, D) embeddings of `input_ids`, if they have been looked up already.
             relay_state: (B, L, `config.relay_state_width`) position-aligned state of the previous step. `None` injects
@@ -171,9 +173,9 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         """
         if input_ids is None:
             raise ValueError("`inputs_embeds` do not tell which positions are masked: pass `input_ids` as well.")
-        if use_cache and past_key_values is None:
-            past_key_values = RelayCache(config=self.config.text_config)
-        cached = self._check_cache(past_key_values, logits_to_keep)
+        if use_cache and cache is None:
+            cache = RelayCache(config=self.config.text_config)
+        cached = self._check_cache(cache, logits_to_keep)
         labelled = self._labelled(input_ids, labels, logits_to_keep)
         if position_ids is None:
             position_ids = self._positions(input_ids, attention_mask, cached)
@@ -188,22 +190,22 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         backbone_output = self.model(
             inputs_embeds=embeds,
             attention_mask=block_attention_mask(
-                self.model.config, embeds, attention_mask, past_key_values, position_ids, self.config.block_size
+                self.model.config, embeds, attention_mask, cache, position_ids, self.config.block_size
             ),
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **as_cache_argument(cache),
             # Layers store into the cache they are given either way; training keeps hold of it itself.
-            use_cache=past_key_values is not None and not self.training,
+            use_cache=cache is not None and not self.training,
             # "No mask" must mean full attention, not the backbone's causal default.
             is_causal=False,
             **self._read_out_request(kwargs),
         )
-        hidden, read_out = self._align(input_ids, backbone_output, position_ids, past_key_values)
+        hidden, read_out = self._align(input_ids, backbone_output, position_ids, cache)
         return RelayOutput(
             **self._score(kept_positions(hidden, logits_to_keep), logits_to_keep, labelled, targets, unscored),
             relay_state=self._next_state(read_out, hidden, input_ids) if output_relay_state else None,
             inputs_embeds=inputs_embeds,
-            past_key_values=past_key_values,
+            cache=cache,
             hidden_states=backbone_output.hidden_states if self._asks_for_hidden_states(kwargs) else None,
             attentions=backbone_output.attentions,
         )

@@ -6,9 +6,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
+from .versions_relay import CacheOutput
+
 
 @dataclass
-class RelayOutput(ModelOutput):
+class RelayOutput(CacheOutput):
     """Output of one forward pass; every tensor with a position axis is position-aligned.
 
     Args:
@@ -20,7 +22,7 @@ class RelayOutput(ModelOutput):
         relay_state: (B, L, `config.relay_state_width`), what the channel carries to the next denoising step; `None`
             without a channel.
         inputs_embeds: (B, L, D) embeddings of the input, before the channel.
-        past_key_values: the cache, if one was used.
+        cache: the cache, if one was used.
         hidden_states, attentions: of the backbone, not shifted, if asked for.
     """
 
@@ -31,7 +33,7 @@ class RelayOutput(ModelOutput):
     head_inputs: Tensor | None = None
     relay_state: Tensor | None = None
     inputs_embeds: Tensor | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
@@ -60,7 +62,7 @@ class RelayGenerateHistory(ModelOutput):
 
 
 @dataclass
-class RelayGenerateOutput(ModelOutput):
+class RelayGenerateOutput(CacheOutput):
     """Output of `generate(..., return_dict_in_generate=True)`.
 
     Args:
@@ -72,7 +74,7 @@ class RelayGenerateOutput(ModelOutput):
         reference_forwards: (B,) forwards of the `reference_model` over the row's text, with `relay_start="reference"`.
         tokens_per_forward: (B,) tokens the row gained (stop token included) per forward of any kind of the model
             itself; those of a reference model, which costs something else, are left out.
-        past_key_values: the cache as the last forward left it, rows that finished earlier removed.
+        cache: the cache as the last forward left it, rows that finished earlier removed.
         history: when each token was revealed, if `output_history=True`.
     """
 
@@ -82,5 +84,5 @@ class RelayGenerateOutput(ModelOutput):
     prefill_forwards: Tensor | None = None
     reference_forwards: Tensor | None = None
     tokens_per_forward: Tensor | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     history: RelayGenerateHistory | None = None

@@ -29,6 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..modeling import RelayConfig
 from ..modeling.channel_relay import CHANNELS, in_scope
 from ..modeling.masks_relay import align_to_positions
+from ..modeling.versions_relay import as_cache_argument
 from .clean_text import CleanPrefix, CleanText
 from .rows import RolloutRows, fit_positions
 
@@ -208,7 +209,7 @@ class BlockDenoiser:
         output = self.model(
             input_ids=ids,
             attention_mask=None if bool(self.is_text.all()) else fit_positions(self.is_text, width),
-            past_key_values=clean,
+            cache=clean,
             logits_to_keep=torch.empty(0, dtype=torch.long, device=ids.device),
             targets=ids,
             output_relay_state=False,
@@ -272,7 +273,7 @@ class BlockDenoiser:
             "input_ids": blocks.pack(self.clean_ids).masked_fill(blocks.is_masked, self.config.mask_token_id),
             "attention_mask": self._attention(blocks.columns, blocks.pack(self.is_text), prefix),
             "position_ids": blocks.columns,
-            "past_key_values": prefix,
+            "cache": prefix,
             "inputs_embeds": embeds,
         }
 
@@ -311,7 +312,7 @@ class BlockDenoiser:
             # Stands for the embeddings, of which only shape and device matter here.
             torch.empty(*block.shape, 0, device=block.device),
             torch.cat([self.is_text[:, :length], is_text], dim=1),
-            past_key_values=prefix,
+            **as_cache_argument(prefix),
             and_mask_function=sees,
         )
 

@@ -70,9 +70,9 @@ def test_committed_blocks_are_not_computed_again(checkpoint: Path, monkeypatch: 
     lengths: list[int] = []
     generate = model.generate
 
-    def spy(*args: Any, past_key_values: RelayCache, **kwargs: Any) -> Any:
-        lengths.append(past_key_values.get_seq_length())
-        return generate(*args, past_key_values=past_key_values, **kwargs)
+    def spy(*args: Any, cache: RelayCache, **kwargs: Any) -> Any:
+        lengths.append(cache.get_seq_length())
+        return generate(*args, cache=cache, **kwargs)
 
     monkeypatch.setattr(model, "generate", spy)
     talk = Conversation(model, tokenizer, {"max_new_tokens": 9})

@@ -161,7 +161,7 @@ def forward(
     """Full forward; a state enters the block from `begin` on only, and of that what the scope says."""
     receives = model.receives_state(tokens[None]) & (torch.arange(len(tokens)) >= begin)
     with torch.no_grad():
-        return model(tokens[None], relay_state=state, relay_mask=receives, past_key_values=cache)
+        return model(tokens[None], relay_state=state, relay_mask=receives, cache=cache)
 
 
 def start_of(

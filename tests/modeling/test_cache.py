@@ -61,11 +61,11 @@ def test_drafting_in_empty_cache_sees_new_positions_only() -> None:
 
 def test_drafting_model_leaves_nothing_behind(make_model: Callable) -> None:
     model, ids = make_model(open_channel=True, token_shift=True), torch.arange(32).reshape(2, 16)
-    cache = model(ids[:, :8], use_cache=True).past_key_values
+    cache = model(ids[:, :8], use_cache=True).cache
     kept = [cache.layers[0].keys, cache.layers[1].values, cache.last_hidden, cache.last_read_out]
     copies = [tensor.clone() for tensor in kept]
     with cache.drafting():
-        model(ids[:, 8:].clone().fill_(MASK), past_key_values=cache, relay_state=torch.ones(2, 8, 16))
+        model(ids[:, 8:].clone().fill_(MASK), cache=cache, relay_state=torch.ones(2, 8, 16))
     after = [cache.layers[0].keys, cache.layers[1].values, cache.last_hidden, cache.last_read_out]
     assert all(new is old and torch.equal(new, copy) for new, old, copy in zip(after, kept, copies, strict=True))
     assert cache.relay_state is None
@@ -228,7 +228,7 @@ def test_any_sequence_of_row_operations_equals_list(data: st.DataObject) -> None
 
 def test_token_shift_model_cropped_cache_raises(make_model: Callable) -> None:
     model, ids = make_model(token_shift=True), torch.arange(16)[None]
-    cache = model(ids, use_cache=True).past_key_values
+    cache = model(ids, use_cache=True).cache
     cache.crop(-8)
     with pytest.raises(ValueError, match=r"not the hidden state at its end.*commit a block"):
-        model(ids[:, :8], past_key_values=cache)
+        model(ids[:, :8], cache=cache)

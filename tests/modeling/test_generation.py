@@ -40,7 +40,7 @@ def counting_forwards(model: RelayForMaskedDiffusion) -> Iterator[list[bool]]:
     seen: list[bool] = []
 
     def note(module: Any, arguments: tuple, kwargs: dict[str, Any]) -> None:
-        seen.append(kwargs["past_key_values"].is_drafting)
+        seen.append(kwargs["cache"].is_drafting)
 
     handle = model.register_forward_pre_hook(note, with_kwargs=True)
     yield seen
@@ -135,10 +135,10 @@ def test_generate_no_channel_same_as_without_relay(make_model: Callable) -> None
 def test_generate_committed_keys_and_values_do_not_depend_on_state(model: RelayForMaskedDiffusion) -> None:
     """They are those of a clean forward over the finished text."""
     output = run(model, prompt_of(5), max_new_tokens=27)
-    cache, committed = output.past_key_values, output.past_key_values.get_seq_length()
+    cache, committed = output.cache, output.cache.get_seq_length()
     assert committed == 24
     with torch.no_grad():
-        clean = model(output.sequences[:, :committed], use_cache=True).past_key_values
+        clean = model(output.sequences[:, :committed], use_cache=True).cache
     for ours, plain in zip(cache.layers, clean.layers, strict=True):
         torch.testing.assert_close(ours.keys, plain.keys, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(ours.values, plain.values, atol=1e-5, rtol=1e-5)
@@ -405,8 +405,8 @@ def test_generate_out_of_time_keeps_the_blocks_that_are_known(model: RelayForMas
 
 def test_generate_given_cache_is_used_and_returned(model: RelayForMaskedDiffusion) -> None:
     prompt, cache = prompt_of(13), RelayCache(config=model.config.text_config)
-    output = run(model, prompt, max_new_tokens=12, past_key_values=cache)
-    assert output.past_key_values is cache
+    output = run(model, prompt, max_new_tokens=12, cache=cache)
+    assert output.cache is cache
     assert cache.get_seq_length() == 24
     assert torch.equal(output.sequences, run(model, prompt, max_new_tokens=12).sequences)
 
@@ -414,17 +414,17 @@ def test_generate_given_cache_is_used_and_returned(model: RelayForMaskedDiffusio
 def test_generate_cache_of_short_earlier_run_leaves_no_state(model: RelayForMaskedDiffusion) -> None:
     """Such a run commits nothing, so its cache looks empty."""
     cache = RelayCache(config=model.config.text_config)
-    run(model, prompts_of((3, 3), seed=1)[0][None], max_new_tokens=4, past_key_values=cache)
+    run(model, prompts_of((3, 3), seed=1)[0][None], max_new_tokens=4, cache=cache)
     prompt = prompt_of(3)
-    again = run(model, prompt, max_new_tokens=4, past_key_values=cache, unmasking_threshold=1.0)
+    again = run(model, prompt, max_new_tokens=4, cache=cache, unmasking_threshold=1.0)
     assert torch.equal(again.sequences, run(model, prompt, max_new_tokens=4, unmasking_threshold=1.0).sequences)
 
 
 def test_generate_cache_reset_between_runs_same_text(model: RelayForMaskedDiffusion) -> None:
     prompt, cache = prompt_of(13), RelayCache(config=model.config.text_config)
-    first = run(model, prompt, max_new_tokens=12, past_key_values=cache).sequences
+    first = run(model, prompt, max_new_tokens=12, cache=cache).sequences
     cache.reset()
-    assert torch.equal(run(model, prompt, max_new_tokens=12, past_key_values=cache).sequences, first)
+    assert torch.equal(run(model, prompt, max_new_tokens=12, cache=cache).sequences, first)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -99,10 +99,10 @@ def test_generate_fused_commits_one_forward_fewer_per_block(model: RelayForMaske
 
 def test_generate_fused_commits_cache_holds_what_plain_commits_hold(model: RelayForMaskedDiffusion) -> None:
     output = run(model, prompts_of((5,))[0][None], max_new_tokens=30, fuse_commits=True)
-    plain = model(output.sequences[:, :24], past_key_values=RelayCache(config=model.config.text_config))
-    cache = output.past_key_values
+    plain = model(output.sequences[:, :24], cache=RelayCache(config=model.config.text_config))
+    cache = output.cache
     assert cache.get_seq_length() == 32
-    for layer, expected in zip(cache.layers, plain.past_key_values.layers, strict=True):
+    for layer, expected in zip(cache.layers, plain.cache.layers, strict=True):
         torch.testing.assert_close(layer.keys[:, :, :24], expected.keys)
         torch.testing.assert_close(layer.values[:, :, :24], expected.values)
 
@@ -142,7 +142,7 @@ def converse(model: RelayForMaskedDiffusion, cache: RelayCache | None, turns: li
     """Each turn's text is what was said so far, and what is added to it."""
     text, texts = torch.empty(1, 0, dtype=torch.long), []
     for said in turns:
-        text = run(model, torch.cat([text, said], dim=1), max_new_tokens=13, past_key_values=cache).sequences
+        text = run(model, torch.cat([text, said], dim=1), max_new_tokens=13, cache=cache).sequences
         texts.append(text)
     return texts
 
@@ -157,7 +157,7 @@ def test_generate_turns_with_one_cache_equal_turns_from_scratch(make_model: Call
 
 def test_generate_next_turn_computes_new_blocks_only(model: RelayForMaskedDiffusion) -> None:
     cache = RelayCache(config=model.config.text_config)
-    first = run(model, prompts_of((20,))[0][None], max_new_tokens=20, past_key_values=cache)
+    first = run(model, prompts_of((20,))[0][None], max_new_tokens=20, cache=cache)
     known = cache.get_seq_length()
     assert known == 32
     lengths: list[int] = []
@@ -165,15 +165,15 @@ def test_generate_next_turn_computes_new_blocks_only(model: RelayForMaskedDiffus
         lambda module, arguments, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
     )
     prompt = torch.cat([first.sequences, prompts_of((17,), seed=1)[0][None]], dim=1)
-    second = run(model, prompt, max_new_tokens=4, past_key_values=cache)
+    second = run(model, prompt, max_new_tokens=4, cache=cache)
     assert lengths[0] == 56 - known
     assert second.prefill_forwards.tolist() == [1]
 
 
 def test_generate_next_turn_within_known_blocks_needs_no_prefill(model: RelayForMaskedDiffusion) -> None:
     cache = RelayCache(config=model.config.text_config)
-    first = run(model, prompts_of((8,))[0][None], max_new_tokens=12, past_key_values=cache)
-    second = run(model, first.sequences[:, :18], max_new_tokens=5, past_key_values=cache)
+    first = run(model, prompts_of((8,))[0][None], max_new_tokens=12, cache=cache)
+    second = run(model, first.sequences[:, :18], max_new_tokens=5, cache=cache)
     assert second.prefill_forwards.tolist() == [0]
     assert torch.equal(second.sequences, run(model, first.sequences[:, :18], max_new_tokens=5).sequences)
 
@@ -184,22 +184,22 @@ def test_generate_edited_conversation_equals_one_from_scratch(make_model: Callab
     """Whatever the cache holds beyond the common beginning is dropped."""
     model = make_model(open_channel=True, **MODELS[name])
     cache = RelayCache(config=model.config.text_config)
-    text = run(model, prompts_of((20,))[0][None], max_new_tokens=14, past_key_values=cache).sequences
+    text = run(model, prompts_of((20,))[0][None], max_new_tokens=14, cache=cache).sequences
     edited = text.clone()
     edited[0, changed] = (edited[0, changed] + 1) % 60
     for prompt in (edited, edited[:, : changed + 1]):
-        ours = run(model, prompt, max_new_tokens=10, past_key_values=cache)
+        ours = run(model, prompt, max_new_tokens=10, cache=cache)
         assert torch.equal(ours.sequences, run(model, prompt, max_new_tokens=10).sequences)
 
 
 def test_generate_cache_of_batch_for_next_turn_raises(model: RelayForMaskedDiffusion) -> None:
     inputs = padded(prompts_of((9, 12)), "left")
-    cache = run(model, inputs, max_new_tokens=13).past_key_values
+    cache = run(model, inputs, max_new_tokens=13).cache
     with pytest.raises(ValueError, match="carried from turn to turn of one conversation"):
-        run(model, inputs, max_new_tokens=3, past_key_values=cache)
-    one = run(model, inputs["input_ids"][1:], max_new_tokens=13).past_key_values
+        run(model, inputs, max_new_tokens=3, cache=cache)
+    one = run(model, inputs["input_ids"][1:], max_new_tokens=13).cache
     with pytest.raises(ValueError, match="carried from turn to turn of one conversation"):
-        run(model, inputs, max_new_tokens=3, past_key_values=one)
+        run(model, inputs, max_new_tokens=3, cache=one)
     with pytest.raises(ValueError, match="carried from turn to turn of one conversation"):
-        run(model, inputs["input_ids"][1:], max_new_tokens=3, past_key_values=one, do_sample=True,
+        run(model, inputs["input_ids"][1:], max_new_tokens=3, cache=one, do_sample=True,
             num_return_sequences=2)  # fmt: skip

@@ -214,13 +214,13 @@ def interrupt(module: nn.Module, when: Callable[[], bool]) -> Any:
 
 def test_cache_of_run_interrupted_in_a_commit_next_run_as_from_scratch(model: RelayForMaskedDiffusion) -> None:
     cache, prompt = RelayCache(config=model.config.text_config), prompt_of(13)
-    text = run(model, prompt, max_new_tokens=27, past_key_values=cache).sequences
+    text = run(model, prompt, max_new_tokens=27, cache=cache).sequences
     longer, seen = torch.cat([text, prompt], dim=1), iter([False, True])
     handle = interrupt(model.model.layers[1], lambda: not cache.is_drafting and next(seen))
     with pytest.raises(InterruptedRunError):
-        run(model, longer, max_new_tokens=20, past_key_values=cache)
+        run(model, longer, max_new_tokens=20, cache=cache)
     handle.remove()
-    again = run(model, longer, max_new_tokens=20, past_key_values=cache).sequences
+    again = run(model, longer, max_new_tokens=20, cache=cache).sequences
     assert torch.equal(again, run(model, longer, max_new_tokens=20).sequences)
 
 
@@ -237,10 +237,10 @@ def test_cache_of_run_interrupted_in_a_draft_next_run_as_from_scratch(
 
     handle = interrupt(model.model.layers[1], count)
     with pytest.raises(InterruptedRunError):
-        run(model, prompt, max_new_tokens=30, past_key_values=cache, unmasking_threshold=1.0, **options)
+        run(model, prompt, max_new_tokens=30, cache=cache, unmasking_threshold=1.0, **options)
     handle.remove()
     assert not cache.is_drafting
-    again = run(model, prompt, max_new_tokens=30, past_key_values=cache, **options).sequences
+    again = run(model, prompt, max_new_tokens=30, cache=cache, **options).sequences
     assert torch.equal(again, run(model, prompt, max_new_tokens=30, **options).sequences)
 
 
@@ -265,8 +265,8 @@ def test_cache_of_run_whose_streamer_failed_next_run_as_from_scratch(
 ) -> None:
     cache, options = RelayCache(config=model.config.text_config), {"max_new_tokens": 30, "fuse_commits": fuse}
     with pytest.raises(InterruptedRunError):
-        run(model, prompt_of(13), past_key_values=cache, streamer=ClosedStreamer(blocks), **options)
-    again = run(model, prompt_of(13), past_key_values=cache, **options).sequences
+        run(model, prompt_of(13), cache=cache, streamer=ClosedStreamer(blocks), **options)
+    again = run(model, prompt_of(13), cache=cache, **options).sequences
     assert torch.equal(again, run(model, prompt_of(13), **options).sequences)
 
 

@@ -119,19 +119,19 @@ def test_generate_assistant_model_raises(model: RelayForMaskedDiffusion, prompt:
 def test_generate_static_cache_object_raises(model: RelayForMaskedDiffusion, prompt: Tensor) -> None:
     cache = StaticCache(config=model.config.text_config, max_cache_len=32)
     with pytest.raises(ValueError, match="is a StaticCache, which cannot hold the relay state: pass a `RelayCache`"):
-        model.generate(prompt, max_new_tokens=4, past_key_values=cache)
+        model.generate(prompt, max_new_tokens=4, cache=cache)
 
 
 def test_generate_foreign_cache_class_raises(model: RelayForMaskedDiffusion, prompt: Tensor) -> None:
     with pytest.raises(ValueError, match="is a DynamicCache, which cannot hold the relay state"):
-        model.generate(prompt, max_new_tokens=4, past_key_values=DynamicCache())
+        model.generate(prompt, max_new_tokens=4, cache=DynamicCache())
 
 
 def test_generate_cache_with_prefix_raises(model: RelayForMaskedDiffusion, prompt: Tensor) -> None:
     cache = RelayCache()
     cache.update(torch.zeros(1, 2, 8, 4), torch.zeros(1, 2, 8, 4), 0)
     with pytest.raises(ValueError, match=r"a prefix of other rows.*or `reset\(\)` the cache"):
-        model.generate(prompt, max_new_tokens=4, past_key_values=cache)
+        model.generate(prompt, max_new_tokens=4, cache=cache)
 
 
 def test_generate_mask_token_in_prompt_of_block_model_raises(model: RelayForMaskedDiffusion, prompt: Tensor) -> None:

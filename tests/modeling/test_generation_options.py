@@ -160,7 +160,7 @@ class Drawer:
             "cache_implementation": ("dynamic", None),
             "num_beams": (1,),
             "early_stopping": (False,),
-            "past_key_values": ("new",),
+            "cache": ("new",),
         }
         for name in rng.sample(list(choices), rng.choice((0, 0, 0, 1, 2))):
             options[name] = rng.choice(choices[name])
@@ -199,10 +199,10 @@ def call(model: RelayForMaskedDiffusion, reference: RelayForMaskedDiffusion, dra
     options = dict(draw.options)
     if options.get("reference_model") == REFERENCE:
         options["reference_model"] = reference
-    if options.get("past_key_values") == "new":
-        options["past_key_values"] = RelayCache(config=model.config.text_config)
-    if options.get("past_key_values") == STATIC:
-        options["past_key_values"] = StaticCache(config=model.config.text_config, max_cache_len=64)
+    if options.get("cache") == "new":
+        options["cache"] = RelayCache(config=model.config.text_config)
+    if options.get("cache") == STATIC:
+        options["cache"] = StaticCache(config=model.config.text_config, max_cache_len=64)
     if "assistant_model" in options:
         options["assistant_model"] = model
     # At worst rows take part one after the other; at most four blocks are committed, and one prefill runs.

@@ -254,9 +254,9 @@ def test_start_never_reaches_committed_keys(models: dict[str, Any], start: str, 
     output = run(model, prompt_of(11), **options)
     cache = RelayCache(config=model.config.text_config)
     with torch.no_grad():
-        model(output.sequences[:, :24], past_key_values=cache)
-    assert output.past_key_values.get_seq_length() == 24
-    for ours, clean in zip(output.past_key_values.layers, cache.layers, strict=True):
+        model(output.sequences[:, :24], cache=cache)
+    assert output.cache.get_seq_length() == 24
+    for ours, clean in zip(output.cache.layers, cache.layers, strict=True):
         torch.testing.assert_close(ours.keys, clean.keys)
         torch.testing.assert_close(ours.values, clean.values)
 
@@ -266,9 +266,9 @@ def test_start_of_later_turn_equals_that_without_cache(models: dict[str, Any], s
     model, reference = models["residual_context shift"]
     options = {"max_new_tokens": 13, **start_options(start, reference)}
     cache = RelayCache(config=model.config.text_config)
-    text = run(model, prompt_of(11), past_key_values=cache, **options).sequences
+    text = run(model, prompt_of(11), cache=cache, **options).sequences
     text = torch.cat([text, prompt_of(5)], dim=1)
-    later = run(model, text, past_key_values=cache, **options)
+    later = run(model, text, cache=cache, **options)
     assert later.sequences.equal(run(model, text, **options).sequences)
 
 

@@ -126,7 +126,7 @@ def block_by_block(model: RelayForMaskedDiffusion, ids: Tensor, mask: Tensor | N
         seen = None if mask is None else mask[:, : begin + BLOCK]
         cache.is_drafting = begin == 8
         new = {"relay_state": state[:, begin : begin + BLOCK]} if cache.is_drafting else {}
-        outputs.append(model(ids[:, begin : begin + BLOCK], attention_mask=seen, past_key_values=cache, **new))
+        outputs.append(model(ids[:, begin : begin + BLOCK], attention_mask=seen, cache=cache, **new))
     return [torch.cat([getattr(o, name) for o in outputs], dim=1) for name in ("logits", "relay_state")]
 
 

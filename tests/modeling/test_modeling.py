@@ -105,9 +105,9 @@ def test_attention_mask_of_wrong_length_raises(make_model: Callable, ids: Tensor
 def test_attention_mask_without_cached_prefix_raises(make_model: Callable, ids: Tensor) -> None:
     """transformers would take the new positions for padding."""
     model = make_model()
-    cache = model(ids[:, :8], use_cache=True).past_key_values
+    cache = model(ids[:, :8], use_cache=True).cache
     with pytest.raises(ValueError, match="covers 8 positions, but there are 8 cached and 8 new ones"):
-        model(ids[:, 8:], attention_mask=torch.ones(2, 8), past_key_values=cache)
+        model(ids[:, 8:], attention_mask=torch.ones(2, 8), cache=cache)
 
 
 def test_inputs_embeds_replace_the_lookup(make_model: Callable, ids: Tensor) -> None:
@@ -183,8 +183,8 @@ def test_forward_as_tuple_same_values(make_model: Callable, ids: Tensor) -> None
 def test_use_cache_same_logits_and_a_relay_cache(make_model: Callable, ids: Tensor) -> None:
     model = make_model(token_shift=True)
     output = model(ids, use_cache=True)
-    assert isinstance(output.past_key_values, RelayCache)
-    assert output.past_key_values.get_seq_length() == 16
+    assert isinstance(output.cache, RelayCache)
+    assert output.cache.get_seq_length() == 16
     assert torch.equal(output.logits, model(ids).logits)
 
 
@@ -205,7 +205,7 @@ def test_row_of_padding_only_leaves_no_nan(make_model: Callable, ids: Tensor, at
     model.set_attn_implementation(attention)
     output = model(ids, attention_mask=mask, relay_state=torch.ones(2, 16, 16), use_cache=True)
     assert output.logits.isfinite().all()
-    assert all(layer.keys.isfinite().all() and layer.values.isfinite().all() for layer in output.past_key_values.layers)
+    assert all(layer.keys.isfinite().all() and layer.values.isfinite().all() for layer in output.cache.layers)
     output.logits[1].sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
@@ -256,7 +256,7 @@ def test_gradient_checkpointing_with_cache_in_training_raises(make_model: Callab
     model = make_model().train()
     model.gradient_checkpointing_enable()
     with pytest.raises(ValueError, match=r"Gradient checkpointing drops keys and values"):
-        model(ids, past_key_values=RelayCache())
+        model(ids, cache=RelayCache())
 
 
 def test_resize_token_embeddings_keeps_old_logits(make_model: Callable, ids: Tensor) -> None:
