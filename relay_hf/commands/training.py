@@ -1,0 +1,109 @@
+"""What `relay-hf train` does once its options are parsed: checks, training, and what is saved."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from trl import get_peft_config
+
+from ..checkpoint_loading import read_diffusion_config, read_tokenizer
+from ..conversion.mask_token import choose_mask_token
+from ..hub_cards import CARD, set_usage
+from ..modeling.configuration_relay import RELAY_FIELDS
+from ..trainers import RelayTrainer
+from ..trainers.card import TRAINING_PICTURE
+from .train_arguments import RelayModelConfig, TrainArguments
+from .train_data import load_splits, names_for_card
+
+
+def train(arguments: TrainArguments) -> None:
+    """Runs one training from its first or last step to the saved model.
+
+    Raises:
+        ValueError: the options do not fit together, or to the model or the data.
+        OSError: the model or the data cannot be read.
+    """
+    data, training, model, mixture = arguments
+    resume = _checkpoint_to_resume(training.resume_from_checkpoint)
+    _check_reports(training.report_to)
+    train_set, eval_set = load_splits(data, mixture, training)
+    options = {
+        "revision": model.model_revision,
+        "dtype": model.dtype,
+        "attn_implementation": model.attn_implementation,
+        **model.relay_options(),
+    }
+    options |= _more_options(training.model_init_kwargs or {}, options)
+    tokenizer = _read_tokenizer(model, options)
+    training.model_init_kwargs = options
+    trainer = RelayTrainer(
+        model.model_name_or_path,
+        training,
+        reference_model=model.reference_model,
+        peft_config=get_peft_config(model),
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        processing_class=tokenizer,
+    )
+    merges = model.use_peft and model.save_merged
+    if merges and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise ValueError("`save_merged=True` needs whole weights, but they are sharded: set it to false, merge later.")
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    names = names_for_card(data, mixture)
+    trainer.create_model_card(dataset_name=names)
+    if training.push_to_hub:
+        trainer.push_to_hub(dataset_name=names)
+    if merges and trainer.is_world_process_zero():
+        # Adapters alone are of no use without the checkpoint that they started from.
+        whole: Any = trainer.accelerator.unwrap_model(trainer.model)
+        folder = Path(training.output_dir) / "merged"
+        whole.merge_and_unload().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        for name in (CARD, TRAINING_PICTURE):
+            if (file := Path(training.output_dir) / name).exists():
+                shutil.copyfile(file, folder / name)
+        set_usage(folder, str(folder.resolve()), "")
+    trainer.accelerator.print(f"relay-hf: the model is in `{training.output_dir}`")
+
+
+def _checkpoint_to_resume(given: str | bool | None) -> str | bool | None:
+    """A folder as it is; True, which a command line can only spell, means the last checkpoint of the output."""
+    named = {"true": True, "false": None}.get(str(given).lower(), given)
+    if isinstance(named, str) and not Path(named).is_dir():
+        raise ValueError(
+            f"`resume_from_checkpoint={named}` is no folder: give one, or `true` for the last of `output_dir`."
+        )
+    return named
+
+
+def _check_reports(names: Any) -> None:
+    """transformers would only notice a missing package after everything has been loaded."""
+    if missing := sorted(set(names) & INTEGRATION_TO_CALLBACK.keys() - {*get_available_reporting_integrations()}):
+        raise ValueError(
+            f"`report_to={missing[0]}` needs a package that is not installed: install it, or leave it out."
+        )
+
+
+def _more_options(given: Any, known: dict[str, Any]) -> dict[str, Any]:
+    """`model_init_kwargs`, which may also name what other options set."""
+    if not isinstance(given, dict):
+        raise ValueError(
+            f"`model_init_kwargs={given}` has no names: write `{{relay_readout: pre_norm}}`, for instance."
+        )
+    if unknown := sorted(given.keys() - RELAY_FIELDS - known.keys()):
+        raise ValueError(f"`model_init_kwargs` does not take {unknown}: give arguments of `RelayConfig`.")
+    return given
+
+
+def _read_tokenizer(model: RelayModelConfig, options: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, which is told which of its tokens is [MASK]; checks both before any weight is read."""
+    source, revision = str(model.model_name_or_path), model.model_revision
+    fields = {name: value for name, value in options.items() if name in RELAY_FIELDS}
+    config = read_diffusion_config(source, revision, **fields)
+    tokenizer = read_tokenizer(source, config, revision)
+    choose_mask_token(config.mask_token_id, None, tokenizer, config.text_config.vocab_size)
+    return tokenizer
