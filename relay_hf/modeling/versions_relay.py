@@ -31,7 +31,7 @@ def pop_cache(model_kwargs: dict[str, Any]) -> Any:
 
 
 class CacheOutput(ModelOutput):
-    """Output with a field `cache`, which is read as `past_key_values`, too, as transformers 5.24 lets all outputs be."""
+    """Output with a field `cache`, also read as `past_key_values`, as transformers 5.24 lets all outputs be."""
 
     if CACHE_ARGUMENT != "cache":
 
