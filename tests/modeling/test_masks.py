@@ -145,9 +145,9 @@ def test_forward_cached_equals_uncached(
         full = model(ids, attention_mask=mask, relay_state=state)
         cached = block_by_block(model, ids, mask, state)
     rows = RAGGED.bool() if ragged else torch.ones(2, 12, dtype=torch.bool)
-    # Sums over another number of columns round differently.
-    torch.testing.assert_close(cached[0][rows], full.logits[rows], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(cached[1][rows], full.relay_state[rows], atol=1e-5, rtol=1e-5)
+    # Sums over another number of columns round differently, and on some processors by up to 1.1e-5 of logits up to 5.
+    torch.testing.assert_close(cached[0][rows], full.logits[rows], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(cached[1][rows], full.relay_state[rows], atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("block", [BLOCK, None])
@@ -162,7 +162,7 @@ def test_forward_eager_equals_sdpa(make_model: Callable, block: int | None) -> N
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_forward_padding_changes_nothing(make_model: Callable, side: str) -> None:
-    model, ids = make_model(block_size=BLOCK, token_shift=True), torch.arange(7)[None] + 1
+    model, ids = make_model(block_size=BLOCK, token_shift=True).double(), torch.arange(7)[None] + 1
     empty = torch.zeros(1, 5, dtype=torch.long)
     order = [empty, ids] if side == "left" else [ids, empty]
     padded, mask = torch.cat(order, 1), torch.cat([torch.ones_like(t) if t is ids else t for t in order], 1)
