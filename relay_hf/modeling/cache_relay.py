@@ -193,7 +193,15 @@ class RelayCache(DynamicCache):
         """Forgets the last `-tokens_to_remove` committed positions (a number <= 0, as in transformers).
 
         What was remembered of the last position goes with it: a token-shift model then asks for a commit first.
+
+        Raises:
+            ValueError: the number is positive, which older versions of transformers took for the length to keep.
         """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"`tokens_to_remove={tokens_to_remove}` is a positive value, but `crop` takes a number <= 0: to forget "
+                f"the last {tokens_to_remove} positions, give {-tokens_to_remove}."
+            )
         super().crop(tokens_to_remove)
         if tokens_to_remove < 0:
             self.tokens = None if self.tokens is None else self.tokens[:, :tokens_to_remove]

@@ -3,15 +3,15 @@
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
+from transformers import PreTrainedConfig
 
 from .backbone_relay import check_backbone
 from .conversion_relay import foreign_config_to_relay
+from .versions_relay import BackboneHolderConfig
 
 
 @strict
-class RelayConfig(PreTrainedConfig):
+class RelayConfig(BackboneHolderConfig):
     r"""Configuration of a masked diffusion language model with a relay channel (arXiv 2605.22967).
 
     The transformer itself is described by `text_config`, any decoder configuration of transformers.
@@ -45,7 +45,6 @@ class RelayConfig(PreTrainedConfig):
     """
 
     model_type = "relay"
-    sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2")}
     keys_to_ignore_at_inference = ["cache", "relay_state", "inputs_embeds"]
 
     text_config: Any = None  # given as configuration, dictionary or None; a configuration from then on

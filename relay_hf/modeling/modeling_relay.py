@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
 from .adapter_relay import split_adapter
@@ -26,7 +25,13 @@ from .masks_relay import align_to_positions, block_attention_mask, new_positions
 from .options_relay import add_defaults
 from .outputs_relay import RelayOutput
 from .reveal_relay import best_token
-from .versions_relay import as_cache_argument, takes_past_key_values
+from .versions_relay import (
+    as_cache_argument,
+    hidden_states_request,
+    is_checkpointing,
+    slice_logits_to_keep,
+    takes_past_key_values,
+)
 
 
 class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
@@ -264,7 +269,7 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         """Number of cached positions, if the forward can make use of them."""
         if cache is None:
             return 0
-        if self.training and self.is_activation_checkpointing and not getattr(cache, "survives_checkpointing", False):
+        if self.training and is_checkpointing(self) and not getattr(cache, "survives_checkpointing", False):
             raise ValueError(
                 "Gradient checkpointing drops keys and values while training, so a cache would stay empty: call "
                 "`model.eval()`, or leave the cache out."
@@ -305,7 +310,7 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         if self._state_index is not None and layers is not True:
             others = [] if not layers else [layers] if isinstance(layers, int) else list(layers)
             layers = [*others, self._state_index]
-        return {**kwargs, "output_hidden_states": layers}
+        return {**kwargs, "output_hidden_states": hidden_states_request(layers)}
 
     def _align(
         self, input_ids: Tensor, output: Any, position_ids: Tensor, cache: Cache | None

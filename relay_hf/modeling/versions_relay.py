@@ -1,15 +1,24 @@
 """The one place that knows that versions of transformers differ.
 
 transformers 5.24 renamed the cache of every model from `past_key_values` to `cache`. Our own name is `cache`; what we
-pass on to transformers has the name that the installed version reads.
+pass on to transformers has the name that the installed version reads. What came with 5.20 to 5.23 is made up for here.
 """
 
 import inspect
 from typing import Any
 
+from torch import Tensor
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    configuration_utils,
+    modeling_utils,
+)
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, output_capturing
 from transformers.utils.deprecation import deprecate_kwarg
 
 # What transformers calls the cache: the argument of backbones, mask functions and `generate`.
@@ -39,3 +48,52 @@ class CacheOutput(ModelOutput):
         def past_key_values(self) -> Cache | None:
             """The field `cache`."""
             return self.cache
+
+
+class BackboneHolderConfig(PreTrainedConfig):
+    """Configuration whose field `text_config` may be given as configuration, dictionary or None (Qwen2)."""
+
+    if hasattr(configuration_utils, "SubConfigSpec"):
+        sub_configs_defaults = {
+            "text_config": configuration_utils.SubConfigSpec(config_class=AutoConfig, model_type="qwen2")
+        }
+    else:  # before 5.20, where every class makes its own
+        sub_configs = {"text_config": AutoConfig}
+
+        def __post_init__(self, **kwargs: Any) -> None:
+            if not isinstance(self.text_config, PreTrainedConfig):
+                fields = {"model_type": "qwen2", **(self.text_config or {})}
+                self.text_config = CONFIG_MAPPING[fields["model_type"]](**fields)
+            super().__post_init__(**kwargs)
+
+
+def slice_logits_to_keep(tensor: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """(B, L, X) -> the positions that `logits_to_keep` means to transformers.
+
+    Args:
+        tensor: (B, L, X).
+        logits_to_keep: how many of the last, 0 = all; (N,) positions of every row; or (B, L) bool, which gives (N, X).
+    """
+    if hasattr(modeling_utils, "slice_logits_to_keep"):
+        return modeling_utils.slice_logits_to_keep(tensor, logits_to_keep)
+    # Before 5.21.
+    if isinstance(logits_to_keep, int):
+        return tensor[:, -logits_to_keep:]
+    return tensor[logits_to_keep] if logits_to_keep.ndim == 2 else tensor[:, logits_to_keep]
+
+
+def hidden_states_request(asked: bool | int | list[int]) -> bool | int | list[int]:
+    """`output_hidden_states` for a backbone, so that each index that is asked for is one of `hidden_states`.
+
+    Before 5.23 a list counted the layers in another way, so all are asked for.
+    """
+    if isinstance(asked, bool) or hasattr(output_capturing, "selected_hidden_states"):
+        return asked
+    return True
+
+
+def is_checkpointing(model: PreTrainedModel) -> bool:
+    """Whether the model recomputes activations in the backward pass; 5.23 renamed the property."""
+    if hasattr(PreTrainedModel, "is_activation_checkpointing"):
+        return model.is_activation_checkpointing
+    return model.is_gradient_checkpointing

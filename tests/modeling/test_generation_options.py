@@ -8,6 +8,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, StaticCache
 from transformers.utils import logging
 
+import relay_hf
 from relay_hf import RelayCache, RelayForMaskedDiffusion
 
 from .decoding import STARTS, padded
@@ -267,7 +269,8 @@ def check_refusal(error: Exception, senseless: dict[str, Any], bound: Bound) -> 
     """Ours say in one sentence what is wrong and what to do; nobody lets a forward run first."""
     assert bound.count <= (3 if senseless in REFUSED_LATE else 0)
     assert len(str(error)) > 20
-    if "relay_hf" in traceback.extract_tb(error.__traceback__)[-1].filename:
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    if Path(raised_in).is_relative_to(Path(relay_hf.__file__).parent):
         assert isinstance(error, ValueError)
         assert str(error).endswith(".")
         assert ". " not in str(error)
