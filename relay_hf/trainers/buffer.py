@@ -8,6 +8,8 @@ from ..modeling import RelayConfig
 from .noise import stagger
 from .rows import FIELDS, RolloutRows, fresh_rows
 
+COUNTS = "counts"  # in the state dictionary
+
 
 class RolloutBuffer:
     """A fixed number of rows, each replaced when it is finished by the one that has waited longest.
@@ -32,6 +34,7 @@ class RolloutBuffer:
         self.staggered = staggered
         self.rows: RolloutRows | None = None
         self.queue: list[tuple[Tensor, Tensor]] = []  # (L,) text and (L,) bool, what is learned of it
+        self.entered = self.dropped = 0  # rows since the first batch
 
     def refill(self, batch: dict[str, Tensor], slots: int | None = None) -> int:
         """Queues the rows of `batch` and replaces finished rows.
@@ -57,6 +60,8 @@ class RolloutBuffer:
         if len(free):
             fresh = self._take(len(free))
             self._put(stagger(fresh) if is_cold and self.staggered else fresh, free)
+        self.entered += len(free)
+        self.dropped += len(self.queue[self.queue_size :])
         del self.queue[self.queue_size :]
         return len(free)
 
@@ -69,6 +74,7 @@ class RolloutBuffer:
         if self.rows is None:
             return {}
         tensors = {name: getattr(self.rows, name) for name in FIELDS}
+        tensors[COUNTS] = torch.tensor([self.entered, self.dropped])
         if self.queue:
             ids, maskable = zip(*self.queue, strict=True)
             tensors["queue_ids"], tensors["queue_maskable"] = torch.cat(ids), torch.cat(maskable)
@@ -87,6 +93,7 @@ class RolloutBuffer:
                 "checkpoint as a model and start a new run, or delete its `rollout_buffer_*.safetensors`."
             )
         self.rows = RolloutRows(**{name: state.get(name) for name in FIELDS}) if state else None
+        self.entered, self.dropped = state[COUNTS].tolist() if COUNTS in state else (0, 0)
         self.queue = []
         if "queue_ids" in state:
             lengths = state["queue_lengths"].tolist()
@@ -96,7 +103,9 @@ class RolloutBuffer:
     def _resize(self, slots: int) -> None:
         """The batch has another size after a resume: rows too many begin again later, missing ones are free."""
         surplus = self.rows.map(lambda tensor: tensor[slots:])
-        self.queue[:0] = _unpadded(surplus.map(lambda tensor: tensor[~surplus.is_finished]))
+        again = _unpadded(surplus.map(lambda tensor: tensor[~surplus.is_finished]))
+        self.queue[:0] = again
+        self.entered -= len(again)
         kept, device = self.rows.map(lambda tensor: tensor[:slots]), self.rows.clean_ids.device
         blank = self._blank(slots - len(kept), device).fit(kept.clean_ids.shape[1])
         self.rows = kept.map(lambda *tensors: torch.cat(tensors), blank)

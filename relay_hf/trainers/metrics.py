@@ -1,6 +1,6 @@
-"""Numbers that tell whether the relay channel is used."""
+"""Numbers that show what is learned, and whether the relay channel is used."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -11,42 +11,79 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .rollout import Rollout
 
+Number = float | Tensor  # a tensor has no axes
+
 
 def is_channel_parameter(name: str) -> bool:
     """Whether a parameter name belongs to the relay channel, also inside a PEFT wrapper."""
     return "relay" in name.split(".")
 
 
-def rollout_metrics(rollout: Rollout, reveals: bool) -> dict[str, float]:
-    """What one micro-batch of this process showed.
+class RunningMeans:
+    """Weighted means of numbers by name, kept on their device until they are logged."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[Number, Number]] = {}  # name -> sum of weight * value, sum of weights
+
+    def add(self, values: Mapping[str, Number]) -> None:
+        """Takes in one number of each name."""
+        for name, value in values.items():
+            self.add_sum(name, value, 1.0)
+
+    def add_sum(self, name: str, total: Number, count: Number) -> None:
+        """Takes in `count` numbers of one name, whose sum is `total`."""
+        before, weight = self._sums.get(name, (0.0, 0.0))
+        self._sums[name] = before + total, weight + count
+
+    def pop(self) -> dict[str, float]:
+        """The means since the last call, by name; names without a single number are left out."""
+        flat = [number for pair in self._sums.values() for number in pair]
+        on_device = [number.float() for number in flat if isinstance(number, Tensor)]
+        # One transfer from the device for all.
+        fetched = iter(torch.stack(on_device).tolist() if on_device else [])
+        numbers = [next(fetched) if isinstance(number, Tensor) else number for number in flat]
+        means = {
+            name: total / count
+            for name, total, count in zip(self._sums, numbers[::2], numbers[1::2], strict=True)
+            if count
+        }
+        self._sums = {}
+        return means
+
+
+def record_rollout(means: RunningMeans, rollout: Rollout, reveals: bool) -> None:
+    """Takes in what one micro-batch of this process showed.
+
+    That is the fraction of the learned positions that was masked first, the loss per step, the mean loss of positions
+    by how much of their block was masked, and the positions revealed per step and row.
 
     Args:
+        means: where it goes.
         rollout: when its last window has run.
         reveals: whether its steps reveal positions.
-
-    Returns:
-        Fraction of the learned positions that was masked first, loss per step, and positions revealed per step and row.
     """
     rows = rollout.rows
-    values = {"masked_fraction": rollout.step_masked[0].sum() / rows.maskable.sum().clamp(min=1)}
-    for step, loss in enumerate(rollout.step_losses, start=1):
-        values[f"loss_step_{step}"] = loss
+    values: dict[str, Number] = {
+        "masked_fraction": rollout.step_masked[0].sum() / rows.maskable.sum().clamp(min=1),
+        **{f"loss_step_{step}": loss for step, loss in enumerate(rollout.step_losses, start=1)},
+    }
     if reveals:
         for step, (before, after) in enumerate(pairwise([*rollout.step_masked, rows.masked]), start=1):
             values[f"reveals_step_{step}"] = (before & ~after).sum() / len(rows)
-    # One transfer from the device for all.
-    return dict(zip(values, torch.stack([value.float() for value in values.values()]).tolist(), strict=True))
+    means.add(values)
+    for quarter, (total, count) in enumerate(rollout.loss_by_noise.unbind(-1), start=1):
+        means.add_sum(f"loss_masked_{25 * quarter}", total, count)
 
 
 class ChannelNorms(TrainerCallback):
     """Measures the channel's weights and gradients just before the optimizer steps that are logged, so after clipping.
 
     Args:
-        metrics: lists by name, emptied by the trainer when it logs.
+        means: where they go; emptied by the trainer when it logs.
     """
 
-    def __init__(self, metrics: dict[str, list[float]]) -> None:
-        self.metrics = metrics
+    def __init__(self, means: RunningMeans) -> None:
+        self.means = means
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -60,14 +97,13 @@ class ChannelNorms(TrainerCallback):
             return
         gradient = total_norm(p.grad for _, p in channel)
         backbone = total_norm(p.grad for name, p in named if not is_channel_parameter(name))
-        values = {
+        norms = {
             "relay_weight_norm": total_norm(p for name, p in channel if name.endswith("weight")),
             "relay_bias_norm": total_norm(p for name, p in channel if name.endswith("bias")),
             "relay_grad_norm": gradient,
             "relay_grad_ratio": gradient / max(backbone, torch.finfo(torch.float32).tiny),
         }
-        for name, value in values.items():
-            self.metrics[name].append(value)
+        self.means.add(norms)
 
 
 def total_norm(tensors: Iterable[Tensor | None]) -> float:

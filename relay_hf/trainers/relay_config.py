@@ -10,6 +10,12 @@ from ..modeling import make_policy
 
 Objective = Literal["relay", "relay_sg", "rollout", "residual_context", "masked", "complementary"]
 
+# TRL's name of an option -> that of transformers since 5.24.
+CHECKPOINTING = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+
 
 @dataclass
 class RelayTrainerConfig(SFTConfig):
@@ -81,6 +87,10 @@ class RelayTrainerConfig(SFTConfig):
             # The libraries' defaults expect a GPU; a plain configuration should run on a laptop, and quietly.
             self.bf16 = False if self.bf16 is None else self.bf16
             self.dataloader_pin_memory = False
+        for old, new in CHECKPOINTING.items():
+            # transformers 5.24 warns where only the old name is set, as TRL's defaults do.
+            if getattr(self, new, ...) is None:
+                setattr(self, new, getattr(self, old))
         super().__post_init__()
         if self.objective not in get_args(Objective):
             raise ValueError(f"`objective={self.objective!r}` is unknown: choose one of {list(get_args(Objective))}.")
@@ -92,6 +102,11 @@ class RelayTrainerConfig(SFTConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}={value}` must be at least 1; `None` leaves it open.")
+        if self.max_steps == 0 or (self.max_steps < 0 and self.num_train_epochs <= 0):
+            raise ValueError(
+                f"`max_steps={self.max_steps}` with `num_train_epochs={self.num_train_epochs}` trains nothing: give a "
+                "positive number of one of them, and `max_steps=-1` to count epochs."
+            )
         if self.buffer_queue_size < 0:
             raise ValueError(f"`buffer_queue_size={self.buffer_queue_size}` is negative: 0 means no queue.")
         if self.max_length is not None and self.max_length < 1:

@@ -2,6 +2,7 @@
 
 import copy
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from huggingface_hub import CommitInfo, HfApi
 from peft import PeftConfig
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..hub import push
@@ -24,7 +26,7 @@ from .checkpoints import ResumableTrainer
 from .dataset_checks import check_dataset, check_source, warn_of_dropped_rows
 from .denoiser import keep_caches_under_checkpointing
 from .ema import WeightAverage
-from .metrics import ChannelNorms, is_channel_parameter, rollout_metrics
+from .metrics import ChannelNorms, RunningMeans, is_channel_parameter, record_rollout
 from .model_checks import check_arguments, check_special_tokens, load_reference, relay_model
 from .non_finite import StopOnNonFiniteGradient, check_loss
 from .objectives import RECIPES, mean_of_positions, mean_of_rows, random_masks, rollout_advances
@@ -33,6 +35,7 @@ from .reference import Reference
 from .relay_config import RelayTrainerConfig
 from .rollout import Rollout
 from .rows import fresh_rows
+from .shortfall import ReportShortfall, check_loader
 
 # PEFT looks up default targets by model type; ours are those of the usual backbones.
 TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(RelayConfig.model_type, ["q_proj", "v_proj"])
@@ -138,6 +141,8 @@ class RelayTrainer(ResumableTrainer):
         keep_caches_under_checkpointing(self.model)
 
         self.relay_config = config
+        self.means, self.eval_means = RunningMeans(), RunningMeans()
+        self._eval_prefix: str | None = None  # of an evaluation's metrics, while it runs
         self.recipe = RECIPES[args.objective]
         self.buffer = RolloutBuffer(config, args.carries_state, args.buffer_queue_size, args.staggered_start)
         self.reference = None
@@ -145,7 +150,8 @@ class RelayTrainer(ResumableTrainer):
             self.reference = Reference(self.accelerator.prepare_model(reference, evaluation_mode=True), base)
         self.weight_average = WeightAverage(self.model, args.ema_decay) if args.ema_decay is not None else None
         self.add_callback(StopOnNonFiniteGradient())
-        self.add_callback(ChannelNorms(self._metrics["train"]))
+        self.add_callback(ChannelNorms(self.means))
+        self.add_callback(ReportShortfall(self.buffer))
         if self.weight_average is not None:
             self.add_callback(_FollowWeights(self.weight_average))
 
@@ -186,7 +192,7 @@ class RelayTrainer(ResumableTrainer):
             check_loss(loss, rollout.step_losses, self.state.global_step)
             if self.recipe.is_rollout:
                 self.buffer.store(rollout.rows)
-        self._record(is_training, rollout_metrics(rollout, reveals=self.recipe.is_rollout))
+        record_rollout(self.means if is_training else self.eval_means, rollout, reveals=self.recipe.is_rollout)
         return earlier + loss
 
     def _begin_rollout(self, model: Any, inputs: dict[str, Tensor], is_training: bool) -> Rollout:
@@ -195,7 +201,7 @@ class RelayTrainer(ResumableTrainer):
             if is_training:
                 # The public `args.train_batch_size` is not the one that `auto_find_batch_size` found.
                 refilled = self.buffer.refill(inputs, slots=self._train_batch_size)
-                self._record(True, {"buffer_refills": float(refilled), "buffer_queue": float(len(self.buffer.queue))})
+                self.means.add({"buffer_refills": float(refilled), "buffer_queue": float(len(self.buffer.queue))})
                 rows = self.buffer.rows
             else:
                 rows = fresh_rows(config, inputs, args.carries_state)
@@ -209,13 +215,19 @@ class RelayTrainer(ResumableTrainer):
             model, config, rows, advances, recipe.carry, reduce_loss, window, args.clean_block_starts, self.reference
         )
 
-    def _record(self, is_training: bool, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
-            self._metrics["train" if is_training else "eval"][name].append(value)
-
     def _share(self, count: Tensor) -> Tensor:
         """This process's share of a count over all processes, which makes the mean of their losses exact."""
         return mean_over_processes(self.accelerator, count) if self.args.average_tokens_across_devices else count
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As in SFTTrainer.
+
+        Raises:
+            ValueError: it has no batch.
+        """
+        loader = super().get_train_dataloader()
+        check_loader(loader, self.args)
+        return loader
 
     # -- optimizer and averages ---------------------------------------------------------------------------------------
 
@@ -239,12 +251,26 @@ class RelayTrainer(ResumableTrainer):
                     optimizer.add_param_group({**group, "params": moved, **own})
         return optimizer
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As in SFTTrainer, with the averaged weights if there are any."""
-        if self.weight_average is None:
-            return super().evaluate(*args, **kwargs)
-        with self.weight_average.applied():
-            return super().evaluate(*args, **kwargs)
+    # -- evaluation and logging ---------------------------------------------------------------------------------------
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As in SFTTrainer, with the averaged weights if there are any; all metrics of a data set have its prefix."""
+        outer, self._eval_prefix = self._eval_prefix, metric_key_prefix
+        try:
+            with nullcontext() if self.weight_average is None else self.weight_average.applied():
+                return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self._eval_prefix = outer
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in SFTTrainer, with what the rollouts showed since the last time."""
+        if self._eval_prefix is None:
+            logs.update(self.means.pop())
+        else:
+            logs.update({f"{self._eval_prefix}_{name}": value for name, value in self.eval_means.pop().items()})
+        super().log(logs, start_time)
 
     def create_model_card(
         self,

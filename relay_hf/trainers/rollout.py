@@ -18,6 +18,7 @@ from .denoiser import Denoiser, make_denoiser
 from .reference import Reference
 from .rows import RolloutRows
 
+NOISE_BINS = 4
 Carry = Literal["gradient", "state", "prediction", "nothing"]
 
 
@@ -47,12 +48,10 @@ class Reveal:
     @torch.no_grad()
     def __call__(self, rows: RolloutRows, confidence: Tensor) -> RolloutRows:
         count, length = rows.masked.shape
-        width = self.block_size or length
-        padding = (0, -length % width)
-        masked = F.pad(rows.masked, padding).view(-1, width)
+        masked = _blocks(rows.masked, self.block_size)
         if self.sub_block_size is not None:
             masked = masked & in_earliest_sub_block(masked, self.sub_block_size)
-        reveal = self.policy(F.pad(confidence, padding).view(-1, width), masked)
+        reveal = self.policy(_blocks(confidence, self.block_size), masked)
         return replace(rows, masked=rows.masked & ~reveal.view(count, -1)[:, :length])
 
 
@@ -64,6 +63,33 @@ def complement(rows: RolloutRows, confidence: Tensor) -> RolloutRows:
 def stay(rows: RolloutRows, confidence: Tensor) -> RolloutRows:
     """Nothing changes: there is no step behind this one."""
     return rows
+
+
+def loss_by_noise(token_losses: Tensor, rows: RolloutRows, block_size: int | None) -> Tensor:
+    """Sums the losses of positions at comparable noise, without waiting for the device.
+
+    Args:
+        token_losses: (N,) of the masked positions, row by row.
+        rows: as they were when the losses were computed.
+        block_size: of the model; None = a row is one block.
+
+    Returns:
+        (2, 4): sum of losses, and number of positions, by the quarter of the learned positions of their block that is
+        masked.
+    """
+    losses = torch.zeros(rows.masked.shape, device=token_losses.device).masked_scatter(
+        rows.masked, token_losses.float()
+    )
+    masked, learned = (_blocks(flags, block_size).sum(-1) for flags in (rows.masked, rows.maskable))  # (blocks,)
+    quarter = ((NOISE_BINS * masked - 1) // learned.clamp(min=1)).clamp(min=0)
+    sums = torch.stack([_blocks(losses, block_size).sum(-1), masked.float()])
+    return sums.new_zeros(2, NOISE_BINS).index_add(1, quarter, sums)
+
+
+def _blocks(tensor: Tensor, block_size: int | None) -> Tensor:
+    """(B, L) as one row per block, the last of each row filled up with zeros."""
+    width = block_size or tensor.shape[1]
+    return F.pad(tensor, (0, -tensor.shape[1] % width)).view(-1, width)
 
 
 class Rollout:
@@ -91,6 +117,8 @@ class Rollout:
         rows: as the last step left them, state detached.
         step_losses: detached scalars, one for each step so far.
         step_masked: (B, L) bool, what was masked in each step.
+        loss_by_noise: (2, 4), sum of the losses of positions, and their number, of all steps so far, by which quarter
+            of what is learned of their block was masked: up to 25 %, 50 %, 75 % or all.
     """
 
     def __init__(
@@ -107,6 +135,7 @@ class Rollout:
     ) -> None:
         self._make_denoiser = partial(make_denoiser, model, config, rows, clean_block_starts)
         self._denoiser: Denoiser | None = None
+        self.block_size = config.block_size
         self.reference = reference
         self.clean_block_starts = clean_block_starts
         self.rows = rows
@@ -116,6 +145,7 @@ class Rollout:
         self.window = window or len(advances)
         self.step_losses: list[Tensor] = []
         self.step_masked: list[Tensor] = []
+        self.loss_by_noise = torch.zeros(2, NOISE_BINS, device=rows.masked.device)
 
     @property
     def windows_left(self) -> int:
@@ -138,6 +168,7 @@ class Rollout:
             masked = self.rows.masked
             token_losses, probability, next_state = self._denoiser.step(self.rows, state, leaves_state=goes_on)
             losses.append(self.reduce_loss(token_losses, self.rows))
+            self.loss_by_noise += loss_by_noise(token_losses.detach(), self.rows, self.block_size)
             confidence = torch.zeros(masked.shape, device=masked.device).masked_scatter(masked, probability)
             self.rows = advance(self.rows, confidence)
             if goes_on:

@@ -1,3 +1,6 @@
+import warnings
+from pathlib import Path
+
 import pytest
 
 from relay_hf.trainers import RelayTrainerConfig
@@ -53,3 +56,18 @@ def test_config_wide_budget_is_accepted(tmp_path: object) -> None:
         str(tmp_path), use_cpu=True, unmasking_policy="confidence_budget", unmasking_threshold=3.0, objective="rollout"
     )
     assert not config.carries_state
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_config_gradient_checkpointing_is_set_without_a_warning(tmp_path: Path, enabled: bool) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        assert RelayTrainerConfig(str(tmp_path)).gradient_checkpointing
+        args = RelayTrainerConfig(
+            str(tmp_path), gradient_checkpointing=enabled, gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+    assert args.gradient_checkpointing is enabled
+    for name in ("activation_checkpointing", "activation_checkpointing_kwargs"):  # of transformers 5.24
+        assert getattr(args, name, getattr(args, name.replace("activation", "gradient"))) == getattr(
+            args, name.replace("activation", "gradient")
+        )
