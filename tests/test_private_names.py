@@ -113,6 +113,7 @@ OVERRIDDEN = {
         "_prepare_cache_for_generation",
         "_prepare_generated_length",
         "_prepare_generation_config",
+        "_prepare_model_inputs",
         "_sample",
         "_validate_generated_length",
         "_validate_generation_mode",
@@ -134,7 +135,7 @@ OVERRIDDEN = {
         "_save_rng_state",
     },
     "trl.trainer.base_trainer._BaseTrainer": {"_paper"},
-    "trl.trainer.sft_trainer.SFTTrainer": {"_name", "_save_checkpoint", "_tag_names"},
+    "trl.trainer.sft_trainer.SFTTrainer": {"_name", "_prepare_dataset", "_save_checkpoint", "_tag_names"},
 }
 
 # Imported from modules that are no documented place of it.

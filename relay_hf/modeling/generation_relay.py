@@ -105,6 +105,14 @@ class RelayGenerationMixin(GenerationMixin):
         check_options(self.config, generation_config)
         check_reference(self.config, generation_config, generation_mode_kwargs.get("reference_model"))
 
+    def _prepare_model_inputs(
+        self, inputs: Any, bos_token_id: Tensor | None, model_kwargs: dict[str, Any]
+    ) -> tuple[Tensor, str | None, dict[str, Any]]:
+        given = model_kwargs.get("input_ids") if inputs is None else inputs
+        if given is not None and model_kwargs.get("inputs_embeds") is None:
+            check_inputs(self.config, given, model_kwargs.get("attention_mask"))
+        return super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
+
     def _prepare_cache_for_generation(
         self,
         generation_config: GenerationConfig,
@@ -182,7 +190,6 @@ class RelayGenerationMixin(GenerationMixin):
                 "`cache` holds a prefix of other rows: a cache is carried from turn to turn of one "
                 "conversation, so pass one row, or `reset()` the cache."
             )
-        check_inputs(self.config, input_ids, attention_mask)
         processors = fit_processors(logits_processor, generation_config)
         policy = make_policy(generation_config.unmasking_policy, generation_config.unmasking_threshold)
 

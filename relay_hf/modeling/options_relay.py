@@ -200,17 +200,24 @@ def check_same_tokens(config: RelayConfig, reference: Any) -> None:
         )
 
 
-def check_inputs(config: RelayConfig, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+def check_inputs(config: RelayConfig, input_ids: Any, attention_mask: Any = None) -> None:
     """Refuses prompts that are not a batch of tokens.
 
     Args:
         config: the model's.
-        input_ids: (B, P).
+        input_ids: (B, P) long.
         attention_mask: (B, P), or None.
 
     Raises:
-        ValueError: they are empty, of a wrong type, or of different shapes.
+        ValueError: they are no tensors, empty, of a wrong type, outside the vocabulary, or of different shapes.
     """
+    for name, given in (("input_ids", input_ids), ("attention_mask", attention_mask)):
+        if not isinstance(given, Tensor) and given is not None:
+            raise ValueError(f"`{name}` are a {type(given).__name__}: pass a tensor of shape (rows, positions).")
+    if input_ids.ndim != 2:
+        raise ValueError(
+            f"`input_ids` have shape {tuple(input_ids.shape)}: pass (rows, positions), for one prompt `input_ids[None]`."
+        )
     if len(input_ids) == 0:
         raise ValueError("`input_ids` hold no row: give at least one prompt.")
     if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
@@ -219,6 +226,13 @@ def check_inputs(config: RelayConfig, input_ids: Tensor, attention_mask: Tensor 
         raise ValueError(
             f"`attention_mask` has shape {tuple(attention_mask.shape)}, but `input_ids` {tuple(input_ids.shape)}: "
             "pass one number per token, 0 at padding."
+        )
+    vocab_size = config.text_config.vocab_size
+    lowest, highest = torch.stack(input_ids.aminmax()).tolist() if input_ids.numel() else (0, 0)
+    if lowest < 0 or highest >= vocab_size:
+        raise ValueError(
+            f"`input_ids` hold the token id {lowest if lowest < 0 else highest}, but the model has {vocab_size} tokens: "
+            "tokenize with the model's own tokenizer, or call `resize_token_embeddings`."
         )
 
 

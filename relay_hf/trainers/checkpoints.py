@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from transformers.utils import logging
-from trl import SFTTrainer
 
 from ..modeling.adapter_relay import complete_adapter
 from .buffer import RolloutBuffer
+from .data_preparation import DataCheckingTrainer
 from .ema import WeightAverage
 
 WEIGHT_AVERAGE_FILE = "weight_average.safetensors"
@@ -22,7 +22,7 @@ TRAINER_STATE_FILE = "trainer_state.json"
 logger = logging.get_logger(__name__)
 
 
-class ResumableTrainer(SFTTrainer):
+class ResumableTrainer(DataCheckingTrainer):
     """Adds the rollout buffer and the moving average of the weights to checkpoints.
 
     The model in a checkpoint is what is evaluated: the average, if there is one. The weights that training goes on from

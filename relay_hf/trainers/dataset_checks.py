@@ -1,87 +1,129 @@
-"""Refuses data that cannot be learned from, before work starts; streams can only be checked batch by batch."""
+"""Refuses data that cannot be learned from, before work starts; rows of a stream are looked at as they come."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, IterableDataset
+from torch import Tensor, stack
 from transformers.utils import logging
-from trl import SFTConfig, is_conversational
+from trl import SFTConfig
 
 from ..modeling import RelayConfig
+from .text_rows import TextRows, text_rows
+from .token_rows import FOREIGN, TokenRows
 
 logger = logging.get_logger(__name__)
 
 
-def check_source(dataset: Any, name: str, args: SFTConfig, others: dict[str, Any]) -> None:
-    """Looks at the first row of a data set as it was given: `SFTTrainer` would fail on it without saying why.
+def read_source(
+    dataset: Any, name: str, args: SFTConfig, tokenizer: Any, formatting_func: Any = None
+) -> TextRows | TokenRows | None:
+    """Looks at the first row of a data set as it was given, and says what all of them must look like.
 
     Args:
         dataset: as the user passed it.
         name: what the messages call it.
         args: training arguments.
-        others: the other arguments of `SFTTrainer`.
+        tokenizer: whose end of text and chat template are used.
+        formatting_func: that of `SFTTrainer`, which makes text of a row.
+
+    Returns:
+        What `check_rows` takes; None if rows are not read by us, but by a function of the user.
 
     Raises:
-        ValueError: there is no row, no column holds text, or the tokenizer cannot mark where a text ends.
+        ValueError: it is no data set, there is no row, no column holds text, or the tokenizer cannot mark where a text
+            ends.
     """
     if not isinstance(dataset, Dataset | IterableDataset):
-        return
+        splits = f" with the splits {sorted(map(str, dataset))}" if isinstance(dataset, dict) else ""
+        raise ValueError(
+            f"The {name} is a {type(dataset).__name__}{splits}: give one `Dataset` or `IterableDataset` of the package "
+            "datasets, which `Dataset.from_list` makes of a list of rows."
+        )
     row = next(iter(dataset), None)
     if row is None:
         raise ValueError(f"The {name} has no rows: check where it is loaded from and what was filtered out.")
-    is_prepared = isinstance(args.dataset_kwargs, dict) and args.dataset_kwargs.get("skip_prepare_dataset")
-    if "input_ids" in row or is_prepared:
-        return
-    text_columns = {"messages", "conversations", args.dataset_text_field}
-    has_text = "completion" in row if "prompt" in row else not text_columns.isdisjoint(row)
-    if not has_text and others.get("formatting_func") is None:
-        raise ValueError(
-            f"The {name} has the columns {sorted(row)}, which do not tell what to learn: give `prompt` and "
-            f"`completion`, `messages`, `{args.dataset_text_field}` (named by `dataset_text_field`), or `input_ids` "
-            "and `labels`."
-        )
-    is_unmarked = getattr(others.get("processing_class"), "eos_token", "") is None and args.eos_token is None
-    if is_unmarked and not is_conversational(row):
+    if isinstance(args.dataset_kwargs, dict) and args.dataset_kwargs.get("skip_prepare_dataset"):
+        return None
+    if foreign := sorted(row.keys() & set(FOREIGN)):
+        raise ValueError(f"The {name} has the columns {foreign}, which the model does not read: remove them.")
+    if "input_ids" in row:
+        if args.completion_only_loss and not row.keys() & {"labels", "completion_mask"}:
+            raise ValueError(_without_completion(name, "`completion_mask`"))
+        return TokenRows(name, tuple(row), learns_prompts=args.completion_only_loss is False)
+    if formatting_func is not None:
+        return None
+    template = getattr(tokenizer, "chat_template", None)
+    reader = text_rows(row, name, args.dataset_text_field, template, args.assistant_only_loss)
+    if args.completion_only_loss and "completion" not in reader.columns:
+        raise ValueError(_without_completion(name, "`prompt` and `completion`"))
+    if getattr(tokenizer, "eos_token", "") is None and args.eos_token is None and not reader.is_talk:
         raise ValueError(
             f"The tokenizer has no `eos_token` to end the texts of the {name} with: set `tokenizer.eos_token`, or name "
             "one of its tokens in `eos_token` of the training arguments."
         )
+    reader(row, 0)  # `SFTTrainer` looks at it, too
+    return reader
 
 
-def check_dataset(dataset: Any, name: str, config: RelayConfig) -> None:
-    """Looks at every row of a data set whose columns `input_ids` and `labels` are lists; a stream must have one row.
+def check_rows(dataset: Any, reader: TextRows | TokenRows) -> Any:
+    """Reads every row of a data set as it was given: at once, or as it comes.
 
     Args:
-        dataset: as prepared by `SFTTrainer`; anything but a data set passes.
+        dataset: as the user passed it.
+        reader: of `read_source`.
+
+    Returns:
+        The data set, with columns of tokens folded into `input_ids` and `labels`.
+
+    Raises:
+        ValueError: a row is not as it must be.
+    """
+    folded = reader.folded if isinstance(reader, TokenRows) else []
+    if isinstance(dataset, IterableDataset):
+        features = None if folded else dataset.features
+        return dataset.map(reader, with_indices=True, remove_columns=folded, features=features)
+    rows = dataset.with_format(None)
+    if folded:
+        return rows.map(reader, with_indices=True, remove_columns=folded, desc="Reading columns of tokens")
+    for index, row in enumerate(rows):
+        reader(row, index)
+    return dataset
+
+
+def check_prepared(dataset: Any, name: str, config: RelayConfig) -> Any:
+    """Looks at every row of a data set whose columns `input_ids` and `labels` are lists: at once, or as it comes.
+
+    Args:
+        dataset: as prepared by `SFTTrainer`.
         name: what the messages call it.
         config: the model's configuration.
+
+    Returns:
+        The data set.
 
     Raises:
         ValueError: a row has no label, a label differs from the token at its position or is [MASK], a token is not in
             the model's vocabulary, or nothing of a stream is left.
     """
-    if isinstance(dataset, IterableDataset) and next(iter(dataset), None) is None:
-        # The Trainer would end before its first step and call that a success.
-        raise ValueError(
-            f"No row of the {name} is left to learn from: check that each row has a response and that `max_length` "
-            "leaves room for it."
-        )
-    if not isinstance(dataset, Dataset) or not {"input_ids", "labels"} <= set(dataset.column_names):
-        return
+    if isinstance(dataset, IterableDataset):
+        if next(iter(dataset), None) is None:
+            # The Trainer would end before its first step and call that a success.
+            raise ValueError(
+                f"No row of the {name} is left to learn from: check that each row has a response and that `max_length` "
+                "leaves room for it."
+            )
+        check = partial(_check_row, name=name, config=config)
+        return dataset.map(check, with_indices=True, features=dataset.features)
+    if not {"input_ids", "labels"} <= set(dataset.column_names):
+        return dataset
     unlabelled: list[int] = []
     seen = 0
     for batch in dataset.with_format("arrow").iter(10_000):
         (labels, row), (tokens, _) = _flat(batch["labels"]), _flat(batch["input_ids"])
-        learned = labels != -100
-        check_labels(tokens, labels, learned, name, config.mask_token_id)
-        # Inside a GPU this would end the process without a word about data.
-        outside = tokens[(tokens < 0) | (tokens >= config.text_config.vocab_size)]
-        if len(outside):
-            raise ValueError(
-                f"The {name} has the token id {outside[0]}, but the model has {config.text_config.vocab_size} tokens: "
-                "tokenize with the model's own tokenizer, or call `model.resize_token_embeddings`."
-            )
-        unlabelled += (seen + np.setdiff1d(np.arange(len(batch)), row[learned])).tolist()
+        _check_tokens(tokens, labels, seen + row, name, config)
+        unlabelled += (seen + np.setdiff1d(np.arange(len(batch)), row[labels != -100])).tolist()
         seen += len(batch)
     if len(unlabelled) == seen:  # or none was left: `SFTTrainer` drops rows whose labels `max_length` cut off
         raise ValueError(
@@ -93,6 +135,7 @@ def check_dataset(dataset: Any, name: str, config: RelayConfig) -> None:
             f"{len(unlabelled)} of {seen} rows of the {name} have no label but -100, the first of them row "
             f"{unlabelled[0]}, so there is nothing to learn from them: remove them."
         )
+    return dataset
 
 
 def warn_of_dropped_rows(given: Any, prepared: Any, name: str) -> None:
@@ -110,22 +153,95 @@ def warn_of_dropped_rows(given: Any, prepared: Any, name: str) -> None:
         )
 
 
-def check_labels(tokens: Any, labels: Any, learned: Any, name: str, mask_token_id: int) -> None:
-    """The same for arrays or tensors of one shape; `learned` marks the labels that are not -100.
+def check_batch(ids: Tensor, labels: Tensor, attention_mask: Tensor, config: RelayConfig) -> None:
+    """The same for the rows of a batch, which a data collator of the user may have made.
+
+    Args:
+        ids, labels: (B, L) tokens, and what is learned of them.
+        attention_mask: (B, L) bool, False at padding.
+        config: the model's configuration.
 
     Raises:
-        ValueError: a label differs from the token at its position, or is [MASK].
+        ValueError: all labels are -100, one is at padding, differs from the token at its position or is [MASK], a token
+            is not in the vocabulary, or the padding is not on the right.
     """
-    if tokens.shape != labels.shape or bool((learned & (tokens != labels)).any()):
+    if not ids.shape == labels.shape == attention_mask.shape:
         raise ValueError(
-            f"Labels of the {name} differ from the `input_ids` at their positions: give the clean text as `input_ids`, "
-            "the same as `labels`, and -100 where nothing is learned; masks are put in by the trainer."
+            f"The batch has `input_ids` of shape {tuple(ids.shape)}, `labels` of {tuple(labels.shape)} and an "
+            f"`attention_mask` of {tuple(attention_mask.shape)}: give three of one shape."
         )
-    if bool((learned & (tokens == mask_token_id)).any()):
-        raise ValueError(
-            f"The {name} has the mask token (id {mask_token_id}) among what is to be learned, which could never be "
-            "revealed: use a token of its own as [MASK], and remove it from the text."
-        )
+    learned, outside = labels != -100, (ids < 0) | (ids >= config.text_config.vocab_size)
+    found = (
+        ~learned.any(),
+        ~attention_mask[:, 0].all(),
+        (attention_mask[:, 1:] & ~attention_mask[:, :-1]).any(),
+        (learned & ~attention_mask).any(),
+        outside.any(),
+        (learned & (ids != labels)).any(),
+        (learned & (ids == config.mask_token_id)).any(),
+    )
+    # One answer for all, since an accelerator is waited for each time.
+    if not stack(found).any():
+        return
+    unknown = int(ids[outside][0]) if found[4] else -1
+    messages = (
+        "All labels of the batch are -100, so there is nothing to learn: check the response of each row.",
+        "The batch is padded on the left: blocks are counted from the first column; pad on the right.",
+        "The batch has padding between tokens: the zeros of `attention_mask` must be on the right.",
+        "The batch has labels at padding: give -100 where `attention_mask` is 0.",
+        _is_unknown("The batch", unknown, config),
+        _labels_differ("The batch"),
+        _has_mask("The batch", config),
+    )
+    raise ValueError(next(message for message, is_so in zip(messages, found, strict=True) if is_so))
+
+
+def _check_row(row: dict[str, Any], index: int, name: str, config: RelayConfig) -> dict[str, Any]:
+    """A prepared row of a stream, as it is."""
+    if {"input_ids", "labels"} <= row.keys():
+        tokens, labels = np.asarray(row["input_ids"]), np.asarray(row["labels"])
+        _check_tokens(tokens, labels, np.full(len(labels), index), name, config)
+    return row
+
+
+def _check_tokens(tokens: np.ndarray, labels: np.ndarray, rows: np.ndarray, name: str, config: RelayConfig) -> None:
+    """Refuses tokens and labels of one or more rows; `rows` has the number of the row of each label."""
+    if tokens.shape != labels.shape:
+        raise ValueError(_labels_differ(f"The {name}"))
+    outside, learned = (tokens < 0) | (tokens >= config.text_config.vocab_size), labels != -100
+    for wrong, message in (
+        # Inside a GPU this would end the process without a word about data.
+        (outside, lambda where: _is_unknown(where, tokens[outside][0], config)),
+        (learned & (tokens != labels), _labels_differ),
+        (learned & (tokens == config.mask_token_id), lambda where: _has_mask(where, config)),
+    ):
+        if wrong.any():
+            raise ValueError(message(f"Row {rows[wrong][0]} of the {name}"))
+
+
+def _is_unknown(where: str, token_id: int, config: RelayConfig) -> str:
+    return (
+        f"{where} has the token id {token_id}, but the model has {config.text_config.vocab_size} tokens: tokenize with "
+        "the model's own tokenizer, or call `model.resize_token_embeddings`."
+    )
+
+
+def _labels_differ(where: str) -> str:
+    return (
+        f"{where} has labels that differ from the `input_ids` at their positions: give the clean text as `input_ids`, "
+        "the same as `labels`, and -100 where nothing is learned; masks are put in by the trainer."
+    )
+
+
+def _has_mask(where: str, config: RelayConfig) -> str:
+    return (
+        f"{where} has the mask token (id {config.mask_token_id}) among what is to be learned, which could never be "
+        "revealed: use a token of its own as [MASK], and remove it from the text."
+    )
+
+
+def _without_completion(name: str, columns: str) -> str:
+    return f"`completion_only_loss=True` has no effect on the {name} without {columns}: give them, or leave it out."
 
 
 def _flat(column: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -23,7 +23,7 @@ from ..training_plot import logged, plot_training
 from .buffer import RolloutBuffer
 from .card import TRAINING_PICTURE, training_card
 from .checkpoints import ResumableTrainer
-from .dataset_checks import check_dataset, check_source, warn_of_dropped_rows
+from .data_preparation import check_sources
 from .denoiser import keep_caches_under_checkpointing
 from .ema import WeightAverage
 from .metrics import ChannelNorms, RunningMeans, is_channel_parameter, record_rollout
@@ -114,9 +114,8 @@ class RelayTrainer(ResumableTrainer):
             modules = sorted({*(peft_config.modules_to_save or []), "relay"})
             peft_config = copy.copy(peft_config)  # the caller's stays as it is
             peft_config.modules_to_save = modules
-        given = _data_sets(kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
-        for name, dataset in given.items():
-            check_source(dataset, name, args, kwargs)
+        check_sources(args, kwargs)
+        self.relay_config = config
         own_forward = vars(base).get("forward")
         super().__init__(model, args, peft_config=peft_config, **kwargs)
         args.model_init_kwargs = options
@@ -135,12 +134,8 @@ class RelayTrainer(ResumableTrainer):
             check_deepspeed(args, args.carries_state and base.relay.reads_distribution, stage)
         return_full_precision(self.accelerator)
         check_special_tokens(self.processing_class, config)
-        for name, dataset in _data_sets(self.train_dataset, self.eval_dataset).items():
-            check_dataset(dataset, name, config)
-            warn_of_dropped_rows(given.get(name), dataset, name)
         keep_caches_under_checkpointing(self.model)
 
-        self.relay_config = config
         self.means, self.eval_means = RunningMeans(), RunningMeans()
         self._eval_prefix: str | None = None  # of an evaluation's metrics, while it runs
         self.recipe = RECIPES[args.objective]
@@ -340,12 +335,6 @@ class RelayTrainer(ResumableTrainer):
             commit_message=commit_message,
         )
         return send() if blocking else HfApi().run_as_future(send)
-
-
-def _data_sets(train: Any, evaluated: Any) -> dict[str, Any]:
-    """All data sets, under the names that messages give them."""
-    named = evaluated if isinstance(evaluated, dict) else {"eval": evaluated}
-    return {"training set": train, **{f"data set `{name}`": dataset for name, dataset in named.items()}}
 
 
 class _FollowWeights(TrainerCallback):

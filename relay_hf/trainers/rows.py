@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..modeling import RelayConfig
-from .dataset_checks import check_labels
+from .dataset_checks import check_batch
 
 
 def fit_positions(tensor: Tensor, length: int) -> Tensor:
@@ -80,21 +80,16 @@ def fresh_rows(config: RelayConfig, batch: dict[str, Tensor], carries_state: boo
         carries_state: whether the objective uses the relay channel.
 
     Raises:
-        ValueError: all labels are -100, one differs from the token at its position or is [MASK], or the padding is on
-            the left.
+        ValueError: those of `check_batch`; or there are no labels, or tensors that are not read.
     """
     clean_ids = batch["input_ids"]
     if batch.get("labels") is None:
         raise ValueError("The batch has no `labels`: mark what to learn, with -100 everywhere else.")
+    if unread := sorted(batch.keys() - {"input_ids", "labels", "attention_mask"}):
+        raise ValueError(f"The batch has {unread}, which the rollout does not read: leave them out in `data_collator`.")
     maskable = batch["labels"] != -100
-    if not bool(maskable.any()):
-        raise ValueError(
-            "All labels of the batch are -100, so there is nothing to learn: check the response of each row."
-        )
-    check_labels(clean_ids, batch["labels"], maskable, "batch", config.mask_token_id)
     attention_mask = batch.get("attention_mask", torch.ones_like(clean_ids)).bool()
-    if not bool(attention_mask[:, 0].all()):
-        raise ValueError("The batch is padded on the left: blocks are counted from the first column; pad on the right.")
+    check_batch(clean_ids, batch["labels"], attention_mask, config)
     if config.block_size is not None:
         blocks = -(-attention_mask.sum(-1) // config.block_size)  # (B,)
         length = max(int(blocks.max()) * config.block_size, clean_ids.shape[1])

@@ -161,6 +161,24 @@ def test_generate_fused_commits_of_canvas_raises(make_model: Callable, prompt: T
         make_model(block_size=None).generate(prompt, max_new_tokens=3, fuse_commits=True)
 
 
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"input_ids": torch.tensor([[5, 64]])}, "hold the token id 64, but the model has 64 tokens: tokenize with"),
+        ({"input_ids": torch.tensor([[5, 6], [-1, 7]])}, "hold the token id -1, but the model has 64 tokens"),
+        ({"inputs": torch.tensor([5, 6])}, r"have shape \(2,\): pass \(rows, positions\), for one prompt"),
+        ({"inputs": [[5, 6]]}, "`input_ids` are a list: pass a tensor of shape"),
+        ({"input_ids": torch.tensor([[5]]), "attention_mask": [[1]]}, "`attention_mask` are a list: pass a tensor"),
+    ],
+    ids=["above", "below", "one dimension", "list", "list as mask"],
+)
+def test_generate_prompt_that_is_no_batch_of_tokens_raises(
+    model: RelayForMaskedDiffusion, inputs: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        model.generate(**inputs, max_new_tokens=4)
+
+
 def test_generate_streamer_with_two_rows_raises(model: RelayForMaskedDiffusion, prompt: Tensor, tokenizer: Any) -> None:
     with pytest.raises(ValueError, match="batch size 1"):  # said by the streamer itself
         model.generate(prompt.expand(2, -1), max_new_tokens=4, streamer=TextStreamer(tokenizer))

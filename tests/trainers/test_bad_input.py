@@ -57,7 +57,7 @@ def build(make_trainer: Callable[..., RelayTrainer]) -> Callable[..., RelayTrain
         ([{"input_ids": [258] * 4, "labels": [258] * 4}], {}, r"training set has the mask token \(id 258\) among what"),
         ([{"input_ids": [65, 259]}], {}, "has the token id 259, but the model has 259 tokens: tokenize with"),
         ([{"input_ids": [65, -1]}], {}, "has the token id -1, but the model has 259 tokens"),
-        ([{"input_ids": [65, 66], "labels": [65, 66, 67]}], {"max_length": None}, "differ from the `input_ids`"),
+        ([{"input_ids": [65, 66], "labels": [65, 66, 67]}], {}, "Row 0 .* 3 numbers in `labels` for 2 `input_ids`"),
     ],
 )
 def test_data_without_anything_to_learn_raises(
@@ -120,14 +120,19 @@ def test_collator_that_pads_on_the_left_raises_at_the_first_batch(build: Callabl
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"input_ids": [65, 258], "labels": [65, 258]}, r"The batch has the mask token \(id 258\)"),
-        ({"input_ids": [65, 66], "labels": [66, 67]}, "Labels of the batch differ from the `input_ids`"),
+        ({"input_ids": [65, 258], "labels": [65, 258]}, r"Row 3 of the training set has the mask token \(id 258\)"),
+        ({"input_ids": [65, 66], "labels": [66, 67]}, "Row 3 of the training set has labels that differ from"),
+        ({"input_ids": [65, 259], "labels": [65, -100]}, "Row 3 of the training set has the token id 259, but the mod"),
+        ({"input_ids": [-7, 65], "labels": [-100, 65]}, "Row 3 of the training set has the token id -7, but the mod"),
+        ({"input_ids": [65, 66], "labels": [65]}, "Row 3 of the training set has 1 numbers in `labels` for 2"),
+        ({"input_ids": None, "labels": [65]}, "Row 3 of the training set has `None` in the column `input_ids`"),
     ],
 )
-def test_bad_row_of_a_stream_raises_at_its_batch(
+def test_bad_row_of_a_stream_raises_when_it_comes(
     build: Callable[..., RelayTrainer], row: dict[str, list[int]], message: str
 ) -> None:
-    trainer = build(Dataset.from_list([row] * 4).to_iterable_dataset())
+    good = {"input_ids": [65, 66], "labels": [65, 66]}
+    trainer = build(Dataset.from_list([good] * 3 + [row]).to_iterable_dataset(), max_length=None)
     with pytest.raises(ValueError, match=message):
         trainer.train()
     assert trainer.state.global_step == 0

@@ -21,6 +21,8 @@ def spoiled(kind: str) -> dict[str, torch.Tensor]:
         rows["labels"][5, 4] += 1
     elif kind == "mask":
         rows["input_ids"][5, 6] = rows["labels"][5, 6] = MASK
+    elif kind == "unknown":
+        rows["input_ids"][5, 1] = 40
     return rows
 
 
@@ -30,8 +32,9 @@ def to_dataset(rows: dict[str, torch.Tensor]) -> Dataset:
 
 MESSAGES = {
     "unlabelled": "1 of 8 rows of the {} have no label but -100, the first of them row 5",
-    "shifted": "Labels of the {} differ from the `input_ids`",
-    "mask": r"The {} has the mask token \(id 39\) among what is to be learned",
+    "shifted": "Row 5 of the {} has labels that differ from the `input_ids`",
+    "mask": r"Row 5 of the {} has the mask token \(id 39\) among what is to be learned",
+    "unknown": "Row 5 of the {} has the token id 40, but the model has 40 tokens",
 }
 
 
@@ -53,7 +56,47 @@ def test_trainer_bad_rows_that_were_not_selected_are_no_concern(make_trainer: Ca
     assert len(trainer.train_dataset) == 4
 
 
-@pytest.mark.parametrize("kind", ["shifted", "mask"])
-def test_fresh_rows_bad_batch_of_a_stream_raises(kind: str) -> None:
-    with pytest.raises(ValueError, match=MESSAGES[kind].format("batch")):
-        fresh_rows(build_model().config, spoiled(kind), carries_state=True)
+def test_evaluate_with_a_bad_row_raises(make_trainer: Callable[..., RelayTrainer]) -> None:
+    trainer = make_trainer(max_length=None)
+    with pytest.raises(ValueError, match=MESSAGES["unknown"].format("data set `eval`")):
+        trainer.evaluate(to_dataset(spoiled("unknown")))
+
+
+def spoiled_batch(kind: str) -> dict[str, torch.Tensor]:
+    """As a data collator of the user's could make it."""
+    batch = spoiled(kind)
+    batch["attention_mask"][5, -3:] = 0
+    batch["labels"][5, -3:] = -100
+    if kind == "gap":
+        batch["attention_mask"][5, -1] = 1
+    elif kind == "left":
+        batch["attention_mask"][5] = batch["attention_mask"][5].flip(0)
+    elif kind == "learned padding":
+        batch["labels"][5, -1] = batch["input_ids"][5, -1]
+    elif kind == "narrow":
+        batch["labels"] = batch["labels"][:, 1:]
+    elif kind == "extra":
+        batch["position_ids"] = torch.arange(12).expand(8, 12)
+    return batch
+
+
+BATCHES = {
+    "shifted": "The batch has labels that differ from the `input_ids`",
+    "mask": r"The batch has the mask token \(id 39\) among what is to be learned",
+    "unknown": "The batch has the token id 40, but the model has 40 tokens",
+    "gap": "The batch has padding between tokens",
+    "left": "The batch is padded on the left",
+    "learned padding": "The batch has labels at padding",
+    "narrow": r"`input_ids` of shape \(8, 12\), `labels` of \(8, 11\)",
+    "extra": r"The batch has \['position_ids'\], which the rollout does not read",
+}
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+def test_fresh_rows_bad_batch_raises(kind: str) -> None:
+    with pytest.raises(ValueError, match=BATCHES[kind]):
+        fresh_rows(build_model().config, spoiled_batch(kind), carries_state=True)
+
+
+def test_fresh_rows_batch_with_padding_on_the_right_is_taken() -> None:
+    assert len(fresh_rows(build_model().config, spoiled_batch("none"), carries_state=True)) == 8
