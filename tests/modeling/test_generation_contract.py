@@ -17,6 +17,7 @@ OVERRIDDEN = [
     "_prepare_cache_for_generation",
     "_prepare_generated_length",
     "_prepare_generation_config",
+    "_prepare_model_inputs",
     "_sample",
     "_validate_generated_length",
     "_validate_generation_mode",
