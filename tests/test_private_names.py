@@ -21,7 +21,6 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, Qwe
 from transformers.cli.serving.utils import GenerateManager, _StreamError
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import cached_file
-from trl import SFTTrainer
 
 import relay_hf
 
@@ -96,7 +95,6 @@ CHECKS: dict[str, Callable[[], None]] = {
     "_from_model_config": config_made_of_a_model,
     "_get_output_dir": read_by(Trainer, name="self._get_output_dir(trial=trial)"),
     "_internal_call": read_by(Trainer, name="def save_model(self, output_dir: str | None = None, _internal_call: bool"),
-    "_metrics": read_by(SFTTrainer, name="self._metrics = {"),
     "_pad_token_tensor": special_tokens_as_tensors,
     "_raise_exceptions_for_missing_entries": missing_files_are_none,
     "_train_batch_size": read_by(Trainer, name="self._train_batch_size = args.train_batch_size"),

@@ -216,7 +216,7 @@ def check_inputs(config: RelayConfig, input_ids: Any, attention_mask: Any = None
             raise ValueError(f"`{name}` are a {type(given).__name__}: pass a tensor of shape (rows, positions).")
     if input_ids.ndim != 2:
         raise ValueError(
-            f"`input_ids` have shape {tuple(input_ids.shape)}: pass (rows, positions), for one prompt `input_ids[None]`."
+            f"`input_ids` have shape {tuple(input_ids.shape)}: pass (rows, positions), `input_ids[None]` for one."
         )
     if len(input_ids) == 0:
         raise ValueError("`input_ids` hold no row: give at least one prompt.")
@@ -230,9 +230,10 @@ def check_inputs(config: RelayConfig, input_ids: Any, attention_mask: Any = None
     vocab_size = config.text_config.vocab_size
     lowest, highest = torch.stack(input_ids.aminmax()).tolist() if input_ids.numel() else (0, 0)
     if lowest < 0 or highest >= vocab_size:
+        wrong = lowest if lowest < 0 else highest
         raise ValueError(
-            f"`input_ids` hold the token id {lowest if lowest < 0 else highest}, but the model has {vocab_size} tokens: "
-            "tokenize with the model's own tokenizer, or call `resize_token_embeddings`."
+            f"`input_ids` hold the token id {wrong}, but the model has {vocab_size} tokens: tokenize with the model's "
+            "own tokenizer, or call `resize_token_embeddings`."
         )
 
 

@@ -166,7 +166,7 @@ def test_generate_fused_commits_of_canvas_raises(make_model: Callable, prompt: T
     [
         ({"input_ids": torch.tensor([[5, 64]])}, "hold the token id 64, but the model has 64 tokens: tokenize with"),
         ({"input_ids": torch.tensor([[5, 6], [-1, 7]])}, "hold the token id -1, but the model has 64 tokens"),
-        ({"inputs": torch.tensor([5, 6])}, r"have shape \(2,\): pass \(rows, positions\), for one prompt"),
+        ({"inputs": torch.tensor([5, 6])}, r"have shape \(2,\): pass \(rows, positions\), `input_ids\[None\]`"),
         ({"inputs": [[5, 6]]}, "`input_ids` are a list: pass a tensor of shape"),
         ({"input_ids": torch.tensor([[5]]), "attention_mask": [[1]]}, "`attention_mask` are a list: pass a tensor"),
     ],
