@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
 DEMO ?=
 # The others take a moment, each on a tiny random model.
 SMALL_EXAMPLES := $(filter-out examples/adapt_smollm2.py, $(wildcard examples/*.py))
@@ -11,40 +13,66 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 
 .PHONY: demo test examples docs lint format coverage clean
 
-# Reinstalled when the requirements change. torch first, from the constraints: an unpinned one drags in CUDA.
-$(VENV)/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	touch $@
+# What a stamp stands for is installed again when the requirements change.
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# One line for a package that arrives: pip's own lines are many, and without any, minutes would pass in silence.
+ARRIVALS := sed -E -u -n -e 's,^ *(Downloading|Using cached|Processing) ([^ ]*/)?([^ /]*\.(whl|gz)).*,  \3,p' \
+	-e 's/^Installing collected.*/  unpacking: a minute or two .../p'
+# $(1): what to install. Warnings go into the log, and so does the reason of a failure.
+define install
+	@$(PIP) install --progress-bar off --log $(VENV)/pip.log --constraint constraints.txt $(1) 2>&1 \
+		| $(ARRIVALS) || { tail -n 30 $(VENV)/pip.log; exit 1; }
+endef
 
-demo: $(VENV)/installed
+$(VENV)/pip:
+	@echo "Making $(VENV) with $(PYTHON)."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install --quiet --upgrade pip
+	@touch $@
+
+# torch first, from the constraints: an unpinned one drags in CUDA.
+$(VENV)/demo: pyproject.toml constraints.txt | $(VENV)/pip
+	@echo "Installing what the library needs (PyTorch and 60 packages, about 350 MB): one to three minutes."
+	$(call install,torch)
+	$(call install,--editable .)
+	@touch $@
+
+$(VENV)/web: $(VENV)/demo
+	@echo "Installing what the page needs (Gradio): half a minute."
+	$(call install,--editable ".[web]")
+	@touch $@
+
+$(VENV)/dev: $(VENV)/demo
+	@echo "Adding what tests, checks and documentation need (100 packages, about 200 MB): two to four minutes."
+	$(call install,--editable ".[dev]")
+	@touch $@
+
+demo: $(VENV)/demo $(if $(findstring --web,$(DEMO)),$(VENV)/web)
 	$(BIN)/relay-hf demo $(DEMO)
 
 # Files are shared out among as many processes as there are cores, but not so many that memory becomes scarce.
-test: $(VENV)/installed
+test: $(VENV)/dev
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 # Two at a time, a thread each; what they print is only shown for one that is run by hand.
-examples: $(VENV)/installed
+examples: $(VENV)/dev
 	printf '%s\n' $(SMALL_EXAMPLES) "examples/train_text.py --lora" "examples/adapt_smollm2.py --tiny" \
 		| OMP_NUM_THREADS=1 xargs -P 2 -I{} sh -c 'echo "== {}"; $(BIN)/python {} > /dev/null'
 
 # Into site/; a warning, or anything that a page would fetch from elsewhere, is an error.
-docs: $(VENV)/installed
+docs: $(VENV)/dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-lint: $(VENV)/installed
+lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(VENV)/installed
+format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-coverage: $(VENV)/installed
+coverage: $(VENV)/dev
 	$(BIN)/python -m pytest --cov=relay_hf --cov-report=term-missing
 
 clean:

@@ -1,5 +1,6 @@
 """What can be chosen on the command line of `relay-hf demo`."""
 
+import shlex
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,12 +32,22 @@ class DemoArguments:
     batch_size: int = field(default=256, metadata={"help": "Puzzles per training step."})
     hidden_size: int = field(default=96, metadata={"help": "Width of the model."})
     layers: int = field(default=3, metadata={"help": "Layers of the model."})
+    minutes: float | None = field(
+        default=None,
+        metadata={
+            "help": "Use smaller batches and fewer steps if training would take longer than this. By default ten "
+            "minutes, or as long as it takes if any size was chosen."
+        },
+    )
+    fresh: bool = field(default=False, metadata={"help": "Start anew instead of going on with what is unfinished."})
     output_dir: str = field(default="runs/demo", metadata={"help": "Where results, picture and model are written."})
 
     def __post_init__(self) -> None:
         for name in ("steps", "warmup_steps", "seeds", "puzzles", "test_puzzles", "batch_size", "layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`--{name}={getattr(self, name)}` must be at least 1.")
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError(f"`--minutes={self.minutes:g}` must be above 0; leave it out for the default.")
         if self.hidden_size < 32 or self.hidden_size % 32:
             raise ValueError(f"`--hidden_size={self.hidden_size}` must be a multiple of 32, the width of a head.")
 
@@ -44,6 +55,16 @@ class DemoArguments:
     def objectives(self) -> "list[Objective]":
         """In the order in which they are trained."""
         return ["masked", "rollout", "relay_sg", "relay"] if self.full else ["masked", "rollout", "relay"]
+
+    @property
+    def command(self) -> str:
+        """The command line with these arguments, `--fresh` left out."""
+        options = []
+        for name in changed_fields(self):
+            option, value = f"--{name.replace('_', '-')}", getattr(self, name)
+            if name != "fresh":
+                options += [option] if value is True else [option, str(value)]
+        return shlex.join(["relay-hf", "demo", *options])
 
     @property
     def model_folder(self) -> Path:

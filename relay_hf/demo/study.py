@@ -1,27 +1,33 @@
 """The study behind the demo: one masked diffusion model, adapted with each objective, evaluated at five thresholds."""
 
 import copy
-from dataclasses import dataclass
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict
-from transformers import PreTrainedTokenizerBase, Qwen2Config, set_seed
+from transformers import PreTrainedTokenizerBase, Qwen2Config, TrainerCallback, set_seed
+from transformers.trainer_utils import sort_checkpoints
 
 from ..modeling import RelayConfig, RelayForMaskedDiffusion
 from ..tasks.sudoku import (
     SudokuEvaluation,
+    SudokuScores,
     augment_puzzles,
     evaluate_sudoku,
     generate_puzzles,
     load_sudoku,
-    make_sudoku_tokenizer,
     split_puzzles,
     to_features,
 )
 from ..trainers import Objective, RelayTrainer, RelayTrainerConfig
+from ..trainers.interruption import SaveOnInterrupt
 from ..trainers.objectives import RECIPES
 from .arguments import DemoArguments
+from .keeping import KeptStudy
 
 THRESHOLDS = (0.05, 0.15, 0.25, 0.5, 1.0)
 DEFAULT_THRESHOLD = THRESHOLDS[0]  # of the saved model: the surest
@@ -53,35 +59,51 @@ class Study:
     model: RelayForMaskedDiffusion
 
 
-def run_study(arguments: DemoArguments) -> Study:
-    """Trains and evaluates; every seed has its own warm start, so that seeds show the whole spread."""
-    tokenizer = make_sudoku_tokenizer(arguments.size)
-    puzzles = load_puzzles(arguments)
-    # Now, because a folder that cannot be written would otherwise show after all the training.
-    Path(arguments.output_dir).mkdir(parents=True, exist_ok=True)
+def run_study(
+    arguments: DemoArguments, tokenizer: PreTrainedTokenizerBase, puzzles: DatasetDict, kept: KeptStudy
+) -> Study:
+    """Trains and evaluates; every seed has its own warm start, so that seeds show the whole spread.
+
+    Args:
+        arguments: the sizes of the study.
+        tokenizer, puzzles: what is solved by what; the first `test_puzzles` of the held-out ones.
+        kept: what was trained before and need not be again.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; everything so far is kept.
+    """
+    test = puzzles["test"].select(range(min(arguments.test_puzzles, len(puzzles["test"]))))
+    puzzles = DatasetDict(train=puzzles["train"], test=test)
     runs, warmup_seconds, shown = [], 0.0, None
     for seed in range(arguments.seeds):
         set_seed(seed)
         warm = new_model(arguments, tokenizer)
         print(f"\nseed {seed}: {arguments.warmup_steps} `masked` steps from scratch", flush=True)
-        seconds = train_model(
-            warm, tokenizer, puzzles["train"], "masked", seed, arguments, arguments.warmup_steps, is_warmup=True
-        )
-        warmup_seconds += seconds
+        train = partial(train_model, tokenizer=tokenizer, puzzles=puzzles["train"], seed=seed, arguments=arguments)
+        warmup = partial(train, warm, objective="masked", steps=arguments.warmup_steps, is_warmup=True)
+        warmup_seconds += kept.trained(f"seed-{seed}-warmup", warm, warmup)
         for objective in arguments.objectives:
             print(f"\nseed {seed}: {arguments.steps} `{objective}` steps of adaptation", flush=True)
-            model = copy.deepcopy(warm)
-            seconds = train_model(model, tokenizer, puzzles["train"], objective, seed, arguments, arguments.steps)
-            use_relay = objective.startswith("relay")
-            evaluations = [
-                evaluate_sudoku(model, tokenizer, puzzles["test"], threshold, use_relay=use_relay)
-                for threshold in THRESHOLDS
-            ]
-            runs.append(Run(objective, seed, evaluations, seconds))
+            model, stage = copy.deepcopy(warm), f"seed-{seed}-{objective}"
+            seconds = kept.trained(stage, model, partial(train, model, objective=objective, steps=arguments.steps))
+            evaluations = kept.evaluated(stage, partial(evaluate, model, tokenizer, puzzles["test"], objective))
+            runs.append(Run(objective, seed, [_as_evaluation(fields) for fields in evaluations], seconds))
             if objective == "relay" and shown is None:
                 shown = model
     assert shown is not None
     return Study(puzzles, tokenizer, runs, warmup_seconds, shown)
+
+
+def evaluate(
+    model: RelayForMaskedDiffusion, tokenizer: PreTrainedTokenizerBase, puzzles: Dataset, objective: Objective
+) -> list[dict[str, Any]]:
+    """At every threshold, as JSON takes it."""
+    use_relay = objective.startswith("relay")
+    return [asdict(evaluate_sudoku(model, tokenizer, puzzles, t, use_relay=use_relay)) for t in THRESHOLDS]
+
+
+def _as_evaluation(fields: dict[str, Any]) -> SudokuEvaluation:
+    return SudokuEvaluation(**{**fields, "scores": SudokuScores(**fields["scores"])})
 
 
 def load_puzzles(arguments: DemoArguments) -> DatasetDict:
@@ -132,6 +154,8 @@ def train_model(
     steps: int,
     *,
     is_warmup: bool = False,
+    folder: Path | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
     reference_model: RelayForMaskedDiffusion | None = None,
 ) -> float:
     """Trains in place and returns the seconds it took.
@@ -143,11 +167,16 @@ def train_model(
         arguments: the sizes of the study.
         steps: optimizer steps.
         is_warmup: from scratch, at a higher learning rate.
+        folder: where an interrupted training leaves a checkpoint, and goes on from one; None = neither.
+        callbacks: of the trainer.
         reference_model: for the objective `residual_context`.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; with a folder, the step in work is finished and a checkpoint is there.
     """
     shown = augment_puzzles(puzzles, rows=steps * arguments.batch_size, seed=2 * seed + is_warmup)
     config = RelayTrainerConfig(
-        arguments.output_dir,  # nothing is saved while training
+        str(folder or arguments.output_dir),  # written to by an interruption only
         objective=objective,
         rollout_steps=ROLLOUT_STEPS,
         unmasking_policy="confidence_budget",
@@ -175,6 +204,28 @@ def train_model(
     )
     features = to_features(shown, tokenizer)
     trainer = RelayTrainer(
-        model, config, train_dataset=features, processing_class=tokenizer, reference_model=reference_model
+        model,
+        config,
+        train_dataset=features,
+        processing_class=tokenizer,
+        reference_model=reference_model,
+        callbacks=list(callbacks),
     )
-    return trainer.train().metrics["train_runtime"]
+    if folder is None:
+        return trainer.train().metrics["train_runtime"]
+    return _train_and_keep(trainer, folder)
+
+
+def _train_and_keep(trainer: RelayTrainer, folder: Path) -> float:
+    """Goes on from the checkpoint in `folder` if there is one; returns all seconds, those before it included."""
+    spent = folder / "seconds.txt"
+    checkpoints = sort_checkpoints(str(folder)) if folder.exists() else []
+    before = float(spent.read_text()) if checkpoints and spent.exists() else 0.0
+    with SaveOnInterrupt(trainer) as interruption:
+        seconds = before + trainer.train(bool(checkpoints)).metrics["train_runtime"]
+    if interruption.checkpoint is not None:
+        spent.write_text(str(seconds))
+        raise KeyboardInterrupt
+    for checkpoint in checkpoints:
+        shutil.rmtree(checkpoint)
+    return seconds
