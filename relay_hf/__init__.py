@@ -1,21 +1,12 @@
 """relay_hf: learned relay representations for masked diffusion language models, on the Hugging Face stack.
 
-Importing the package registers `RelayConfig` and `RelayForMaskedDiffusion` with the Auto classes of transformers.
+Where the package is imported, the Auto classes of transformers know `RelayConfig` and `RelayForMaskedDiffusion`.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
-
-from .modeling import (
-    RelayCache,
-    RelayConfig,
-    RelayForMaskedDiffusion,
-    RelayGenerateHistory,
-    RelayGenerateOutput,
-    RelayOutput,
-)
+from .lazy_names import lazy_names
+from .registration import register_with_transformers
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -23,6 +14,14 @@ if TYPE_CHECKING:
     from .denoising import show_denoising
     from .denoising_plot import plot_denoising
     from .hub import PushError, push
+    from .modeling import (
+        RelayCache,
+        RelayConfig,
+        RelayForMaskedDiffusion,
+        RelayGenerateHistory,
+        RelayGenerateOutput,
+        RelayOutput,
+    )
     from .trainers import RelayTrainer, RelayTrainerConfig
 
 __all__ = [
@@ -42,24 +41,29 @@ __all__ = [
     "show_denoising",
 ]
 
-AutoConfig.register(RelayConfig.model_type, RelayConfig, exist_ok=True)
-for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM):
-    _auto_class.register(RelayConfig, RelayForMaskedDiffusion, exist_ok=True)
+# The command line does not wait for torch, nor a program that only loads a model for TRL, PEFT and matplotlib.
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "PushError": "hub",
+        "RelayCache": "modeling",
+        "RelayConfig": "modeling",
+        "RelayForMaskedDiffusion": "modeling",
+        "RelayGenerateHistory": "modeling",
+        "RelayGenerateOutput": "modeling",
+        "RelayOutput": "modeling",
+        "RelayTrainer": "trainers",
+        "RelayTrainerConfig": "trainers",
+        "convert": "conversion",
+        "plot_denoising": "denoising_plot",
+        "push": "hub",
+        "show_denoising": "denoising",
+    },
+)
 
 
-# Imported when first asked for: who only loads a model does not wait for TRL, PEFT and matplotlib.
-_LAZY = {
-    "PushError": "hub",
-    "RelayTrainer": "trainers",
-    "RelayTrainerConfig": "trainers",
-    "convert": "conversion",
-    "plot_denoising": "denoising_plot",
-    "push": "hub",
-    "show_denoising": "denoising",
-}
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+register_with_transformers()

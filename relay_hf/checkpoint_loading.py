@@ -9,6 +9,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from .conversion.gguf_sources import refuse_gguf
 from .modeling import RelayConfig, RelayForMaskedDiffusion
 from .modeling.options_relay import add_defaults, check_options
 from .tokenizer_loading import load_tokenizer
@@ -24,8 +25,9 @@ def read_config(source: str, revision: str | None = None, **options: Any) -> Rel
 
     Raises:
         OSError: there is no configuration to read.
-        ValueError: no relay model can be made from it, or an option does not fit.
+        ValueError: no relay model can be made from it, it must be converted first, or an option does not fit.
     """
+    refuse_gguf(source)
     reason = ""
     try:
         fields, _ = RelayConfig.get_config_dict(source, revision=revision)

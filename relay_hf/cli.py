@@ -5,7 +5,10 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
+from typing import Any
 
+from .plain_stream import PlainStream
 from .version import __version__
 
 # Command -> what it does, in the order of the help. Each is a file of `relay_hf.commands`.
@@ -30,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         try:
-            return _run(argv)
+            with _plain_errors():
+                return _run(argv)
         finally:
             sys.stdout.flush()  # also of `--help`, which leaves by an exception
     except BrokenPipeError:
@@ -40,6 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("relay-hf: interrupted", file=sys.stderr)
         return 130
+
+
+def _plain_errors() -> AbstractContextManager[Any]:
+    """Where stderr is no terminal, colours of the libraries' messages are left out."""
+    plain: Any = PlainStream(sys.stderr)
+    return nullcontext() if sys.stderr.isatty() else redirect_stderr(plain)
 
 
 def _run(argv: Sequence[str] | None) -> int:

@@ -1,3 +1,4 @@
+import logging
 import os
 import re
 import subprocess
@@ -12,7 +13,7 @@ from relay_hf.cli import COMMANDS, main
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--size", "5"], "5"),
+        (["--size", "5"], "`--size=5` is no size of a board: give 4, 6 or 9"),
         (["--steps", "0"], "`--steps=0` must be at least 1"),
         (["--hidden-size", "40"], "`--hidden_size=40` must be a multiple of 32"),
     ],
@@ -84,6 +85,22 @@ def test_interrupted_command_is_told_in_one_line(
     monkeypatch.setattr("relay_hf.commands.compare.run", interrupt)
     assert main(["compare"]) == 130
     assert capsys.readouterr().err == "relay-hf: interrupted\n"
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_colours_go_to_terminals_only(
+    is_terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def complain(*_: object) -> None:
+        logging.StreamHandler().handle(logging.makeLogRecord({"msg": "\033[1mREPORT\033[0m: \033[38;5;208mlost\033[m"}))
+        raise ValueError("\033[31mwrong\033[0m")
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    monkeypatch.setattr("relay_hf.commands.compare.run", complain)
+    assert main(["compare"]) == 2
+    printed = capsys.readouterr().err
+    assert ("\033" in printed) == is_terminal
+    assert is_terminal or printed == "REPORT: lost\nrelay-hf: error: wrong\n"
 
 
 def test_unknown_command_exits_with_usage(capsys: pytest.CaptureFixture) -> None:

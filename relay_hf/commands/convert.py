@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..conversion import ConvertArguments, convert
+from ..conversion import ConvertArguments
 from .parser import make_parser, parse
 
 
@@ -14,4 +14,7 @@ def run(program: str, argv: Sequence[str]) -> None:
     )
     parser.add_argument("output", metavar="OUTPUT", help="folder to write; must not exist, or be empty")
     arguments, where = parse(parser, argv)
+    # Not above: `--help` and refused options would wait for torch.
+    from ..conversion import convert
+
     print(convert(where.source, where.output, **arguments.options()))

@@ -3,11 +3,14 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import GenerationConfig, HfArgumentParser
+from trl import TrlParser
 
 from .parser import make_parser, unknown_option
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 
 def _option(purpose: str, metavar: str, default: Any = None) -> Any:
@@ -38,7 +41,7 @@ class DecodingArguments:
         if self.max_new_tokens < 1:
             raise ValueError(f"`--max_new_tokens={self.max_new_tokens}` must be at least 1.")
 
-    def options(self, defaults: GenerationConfig) -> dict[str, Any]:
+    def options(self, defaults: "GenerationConfig") -> dict[str, Any]:
         """The keyword arguments of `generate` that were given.
 
         Args:
@@ -64,7 +67,7 @@ class DecodingArguments:
 
 def make_decoding_parser(
     program: str, positionals: str, arguments: type[DecodingArguments], description: str | None
-) -> HfArgumentParser:
+) -> TrlParser:
     """A parser for a model, its decoding, and what the caller adds.
 
     Args:
@@ -81,7 +84,7 @@ def make_decoding_parser(
     return parser
 
 
-def parse_decoding(parser: HfArgumentParser, argv: Sequence[str]) -> tuple[Any, argparse.Namespace]:
+def parse_decoding(parser: TrlParser, argv: Sequence[str]) -> tuple[Any, argparse.Namespace]:
     """The dataclass, and what was added to the parser.
 
     Raises:

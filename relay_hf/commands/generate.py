@@ -6,13 +6,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import BatchEncoding
-
-from ..checkpoint_loading import load_for_decoding
-from ..denoising import show_denoising
 from .decoding_arguments import DecodingArguments, make_decoding_parser, parse_decoding
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding
 
 
 @dataclass
@@ -33,6 +32,10 @@ def run(program: str, argv: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print text and forwards as one line of JSON")
     arguments, given = parse_decoding(parser, argv)
     prompt = _read_prompt(given.prompt, arguments.prompt_file)
+    # Not above: `--help` and refused options would wait for torch.
+    from ..checkpoint_loading import load_for_decoding
+    from ..denoising import show_denoising
+
     model, tokenizer = load_for_decoding(
         given.model, arguments.revision, arguments.device, arguments.dtype, arguments.options
     )
@@ -75,7 +78,7 @@ def _read_prompt(given: str | None, file: str | None) -> str:
     return text
 
 
-def _encode(tokenizer: Any, prompt: str, raw: bool) -> BatchEncoding:
+def _encode(tokenizer: Any, prompt: str, raw: bool) -> "BatchEncoding":
     """The prompt's tokens, as a user's turn if the tokenizer has a chat template."""
     if raw or tokenizer.chat_template is None:
         return tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)

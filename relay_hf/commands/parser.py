@@ -1,4 +1,8 @@
-"""The parser that commands share."""
+"""The parser that commands share.
+
+It is that of TRL: transformers' `HfArgumentParser` as well, but `--help` and refused options do not wait for
+transformers and torch.
+"""
 
 import argparse
 import copy
@@ -6,19 +10,18 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from transformers import HfArgumentParser
-from transformers.hf_argparser import string_to_bool
+from trl import TrlParser
 
-# Type -> what stands for a value in the help.
-METAVARS = {int: "N", float: "X", str: "TEXT", string_to_bool: "BOOL"}
+# What a value is read by -> what stands for it in the help.
+METAVARS = {"int": "N", "float": "X", "str": "TEXT", "string_to_bool": "BOOL"}
 
 
-class _Parser(HfArgumentParser):
+class _Parser(TrlParser):
     """Tells the defaults that say something: most of those that are None are the model's."""
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
         if "type" in options and "choices" not in options and names[0].startswith("-"):
-            options.setdefault("metavar", METAVARS.get(options["type"]))
+            options.setdefault("metavar", METAVARS.get(options["type"].__name__))
         if options.get("default") not in (None, False, "", [], argparse.SUPPRESS):
             options["help"] += " [%(default)s]"
         return super().add_argument(*names, **options)
@@ -34,7 +37,7 @@ class _HelpFormatter(argparse.HelpFormatter):
         return super()._format_action_invocation(shown)
 
 
-def make_parser(program: str, positionals: str, arguments: Any, description: str | None) -> HfArgumentParser:
+def make_parser(program: str, positionals: str, arguments: Any, description: str | None) -> TrlParser:
     """A parser for the fields of dataclasses.
 
     Args:
@@ -47,16 +50,16 @@ def make_parser(program: str, positionals: str, arguments: Any, description: str
     return _Parser(arguments, prog=program, usage=usage, description=description, formatter_class=_HelpFormatter)
 
 
-def parse(parser: HfArgumentParser, argv: Sequence[str]) -> tuple[Any, ...]:
+def parse(parser: TrlParser, argv: Sequence[str]) -> tuple[Any, ...]:
     """The dataclasses, and what was added to the parser.
 
     Raises:
         ValueError: something is not understood.
     """
-    *parsed, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if rest:
+    # Before the dataclasses are made, which refuse values.
+    if rest := parser.parse_known_args(argv)[1]:
         raise ValueError(unknown_option(parser, rest[0]))
-    return tuple(parsed)
+    return parser.parse_args_into_dataclasses(argv)
 
 
 def unknown_option(parser: argparse.ArgumentParser, given: str, listing: str = "--help") -> str:

@@ -1,9 +1,10 @@
 """`relay-hf push`."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from ..hub import PushArguments, push
+from ..hub import PushArguments
 from .parser import make_parser, parse
 
 
@@ -13,4 +14,14 @@ def run(program: str, argv: Sequence[str]) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="what `save_pretrained` or a trainer wrote")
     parser.add_argument("repo_id", metavar="REPO_ID", help="owner/name; made if it does not exist")
     arguments, where = parse(parser, argv)
+    # Not above: `--help` and refused options would wait for torch.
+    from ..hub import push
+    from ..hub.contents import whole_model_beside
+
+    if merged := whole_model_beside(where.folder):
+        print(
+            f"relay-hf: `{where.folder}` holds an adapter, which others load on top of its base; the whole model is in "
+            f"`{merged}`.",
+            file=sys.stderr,
+        )
     print(push(where.folder, where.repo_id, **asdict(arguments)).commit_url)

@@ -1,5 +1,7 @@
 """What can be chosen on the command line of `relay-hf train`, and how it is told."""
 
+import math
+import re
 import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -12,6 +14,7 @@ from transformers import TrainingArguments
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 from trl.scripts.utils import DatasetConfig
 
+from ..conversion.gguf_sources import refuse_gguf
 from ..recipes import recipe_path
 from ..trainers import RelayTrainerConfig
 from .parser import unknown_option
@@ -43,6 +46,12 @@ class RelayModelConfig(ModelConfig):
         super().__post_init__()
         if self.model_name_or_path is None:
             raise ValueError("There is no model to train: give `--model_name_or_path`.")
+        for source in filter(None, (self.model_name_or_path, self.reference_model)):
+            refuse_gguf(source)
+        names: Any = self.lora_target_modules
+        if isinstance(names, str) and re.fullmatch(r"[\w.]+", names):
+            # TRL makes a text of a list of one, which PEFT takes for a pattern of whole paths.
+            self.lora_target_modules = [names]
         if self.load_in_4bit or self.load_in_8bit:
             raise ValueError("Quantised weights cannot be trained here: leave out `load_in_4bit` and `load_in_8bit`.")
         if self.block_size is not None and self.block_size < 0:
@@ -80,15 +89,14 @@ def parse(program: str, config: str | None, argv: Sequence[str]) -> TrainArgumen
     """
     usage = f"{program} [--config FILE_OR_RECIPE] [--OPTION VALUE ...]   ({program} --help lists them)"
     parser = TrlParser(ARGUMENTS, prog=program, usage=usage, add_help=False, allow_abbrev=False)
-    argv = list(argv)
+    # Before the dataclasses are made, which refuse values.
+    if unknown := parser.parse_known_args(argv)[1]:
+        raise ValueError(unknown_option(parser, unknown[0], "--help_all"))
     if config is not None:
         path = recipe_path(config)
         _check_recipe(path, parser)
         argv = ["--config", str(path), *argv]
-    *parsed, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
-    if unknown:
-        raise ValueError(unknown_option(parser, unknown[0], "--help_all"))
-    return TrainArguments(*parsed)
+    return TrainArguments(*parser.parse_args_and_config(argv))
 
 
 def _check_recipe(path: Path, parser: TrlParser) -> None:
@@ -125,6 +133,9 @@ def _check_mixture(sources: Any, path: Path) -> None:
     known = {option.name for option in fields(DatasetConfig)}
     if unknown := sorted({str(name) for source in sources for name in source} - known):
         raise ValueError(f"`datasets` in `{path}` does not take {unknown}: a data set has {sorted(known)}.")
+    for fraction in (source["fraction"] for source in sources if source.get("fraction") is not None):
+        if not isinstance(fraction, int | float) or not 0 < fraction < math.inf:
+            raise ValueError(f"`fraction: {fraction}` of a data set in `{path}` is no share: give a number above 0.")
 
 
 # What most runs set, of the nearly two hundred options that come from the libraries.

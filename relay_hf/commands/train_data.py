@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset
+import pandas
+from datasets import Features, Value, load_dataset
 from datasets.exceptions import DatasetsError
 from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
 
@@ -64,6 +65,11 @@ def _check(data: ScriptArguments, mixture: DatasetMixtureConfig, training: Relay
         raise ValueError("`ignore_bias_buffers` has no effect here: leave it out.")
     if bool(data.dataset_name) == bool(mixture.datasets):
         raise ValueError("One of `dataset_name` and `datasets` must tell what to train on: give the one or the other.")
+    if mixture.test_split_size is not None and not 0 < mixture.test_split_size < 1:
+        raise ValueError(
+            f"`test_split_size={mixture.test_split_size:g}` is no part of the rows: give a number between 0 and 1, or "
+            "leave it out to evaluate on a split of its own, or not at all."
+        )
     is_streamed = mixture.streaming if mixture.datasets else data.dataset_streaming
     if mixture.test_split_size is not None and is_streamed:
         raise ValueError("`test_split_size` cannot cut a stream in two: leave it out, or load without streaming.")
@@ -88,4 +94,11 @@ def _load(data: ScriptArguments, split: str) -> Any:
     if Path(name).stat().st_size == 0:
         raise ValueError(f"`dataset_name={name}` is empty: give a file with rows.")
     builder = BUILDERS[Path(name).suffix]
-    return load_dataset(builder, data_files=name, split=split, streaming=data.dataset_streaming)
+    as_written = _texts_of(name) if builder == "csv" else {}
+    return load_dataset(builder, data_files=name, split=split, streaming=data.dataset_streaming, **as_written)
+
+
+def _texts_of(path: str) -> dict[str, Any]:
+    """Options that read cells of a CSV file as they are written, not digits as numbers or "None" as nothing."""
+    columns = pandas.read_csv(path, nrows=0).columns
+    return {"features": Features(dict.fromkeys(columns, Value("string"))), "keep_default_na": False}

@@ -50,6 +50,8 @@ class DemoArguments:
             raise ValueError(f"`--minutes={self.minutes:g}` must be above 0; leave it out for the default.")
         if self.hidden_size < 32 or self.hidden_size % 32:
             raise ValueError(f"`--hidden_size={self.hidden_size}` must be a multiple of 32, the width of a head.")
+        if self.size not in (4, 6, 9):
+            raise ValueError(f"`--size={self.size}` is no size of a board: give 4, 6 or 9.")
 
     @property
     def objectives(self) -> "list[Objective]":

@@ -1,7 +1,14 @@
 """The Hub: one commit with everything that a relay model, or an adapter of one, needs to be loaded by others."""
 
+from typing import TYPE_CHECKING
+
+from ..lazy_names import lazy_names
 from .arguments import PushArguments
-from .pushing import push
-from .upload import PushError
+
+if TYPE_CHECKING:
+    from .pushing import push
+    from .upload import PushError
 
 __all__ = ["PushArguments", "PushError", "push"]
+
+__getattr__ = lazy_names(__name__, {"PushError": "upload", "push": "pushing"})

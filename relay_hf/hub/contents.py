@@ -53,6 +53,14 @@ def matches(path: str, patterns: tuple[str, ...]) -> bool:
     return any(path.count("/") == pattern.count("/") and fnmatch(path, pattern) for pattern in patterns)
 
 
+def whole_model_beside(folder: str | Path | None) -> Path | None:
+    """The merged model inside the folder of an adapter, as `relay-hf train` writes it; None if there is none."""
+    if folder is None or not (Path(folder) / ADAPTER_CONFIG).is_file():
+        return None
+    merged = Path(folder) / "merged"
+    return merged if (merged / CONFIG).is_file() else None
+
+
 def gather(source: Any, scratch: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Puts the files of a model, or of the folder of one, into `scratch`. The source stays as it is.
 
@@ -103,9 +111,11 @@ def complete(
     if (scratch / ADAPTER_CONFIG).exists():
         base = base_model or fields.get(ADAPTER_BASE_FIELD)
         if not is_hub_id(base):
+            merged = whole_model_beside(folder)
+            whole = f"`{merged}`, which holds the whole model" if merged else "the model of `merge_and_unload()`"
             raise ValueError(
                 f"The adapter's base is `{base}`, which others cannot load: push the base and name it as `base_model`, "
-                "or push the model of `merge_and_unload()`."
+                f"or push {whole}."
             )
         fields[ADAPTER_BASE_FIELD] = base
         adapter = json.loads((scratch / ADAPTER_CONFIG).read_text(encoding="utf-8"))
@@ -136,9 +146,10 @@ def _copy(folder: Path, scratch: Path) -> None:
             shutil.copyfile(path, target)
     if not (scratch / CONFIG).exists():
         if (scratch / ADAPTER_CONFIG).exists():
+            merged = whole_model_beside(folder)
             raise FileNotFoundError(
                 f"`{folder}` holds an adapter, but no `config.json` that tells its relay model: save it with "
-                "`RelayTrainer`, or push the PeftModel itself."
+                f"`RelayTrainer`, or push {f'`{merged}`, which holds the whole model' if merged else 'the PeftModel'}."
             )
         raise FileNotFoundError(f"`{folder}` holds no `config.json`: give the folder of a saved relay model.")
 

@@ -1,4 +1,9 @@
-"""The model: configuration, channel, cache, decoding and the model class. Knows nothing of training."""
+"""The model: configuration, channel, cache, decoding and the model class. Knows nothing of training.
+
+Importing it registers `RelayConfig` and `RelayForMaskedDiffusion` with the Auto classes of transformers.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from .cache_relay import RelayCache
 from .configuration_relay import RelayConfig
@@ -17,3 +22,7 @@ __all__ = [
     "RelayOutput",
     "make_policy",
 ]
+
+AutoConfig.register(RelayConfig.model_type, RelayConfig, exist_ok=True)
+for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM):
+    _auto_class.register(RelayConfig, RelayForMaskedDiffusion, exist_ok=True)

@@ -3,8 +3,6 @@
 import contextlib
 import socket
 
-from transformers.utils.import_utils import is_serve_available
-
 from .arguments import ServeArguments
 
 __all__ = ["ServeArguments", "run_server"]
@@ -22,6 +20,9 @@ def run_server(model: str, arguments: ServeArguments) -> None:
         OSError: the address is taken, or the model cannot be read.
         ValueError: the model is no relay model.
     """
+    # Not above: `--help` would wait for it.
+    from transformers.utils.import_utils import is_serve_available
+
     if not is_serve_available():
         raise ImportError("The server's dependencies are not installed: run `pip install 'relay-hf[serve]'`.")
     import uvicorn

@@ -20,6 +20,7 @@ from ..hub import push
 from ..hub_cards import save_card
 from ..modeling import RelayConfig, RelayForMaskedDiffusion
 from ..training_plot import logged, plot_training
+from .adapter_targets import check_targets
 from .buffer import RolloutBuffer
 from .card import TRAINING_PICTURE, training_card
 from .checkpoints import ResumableTrainer
@@ -109,6 +110,7 @@ class RelayTrainer(ResumableTrainer):
             args.ddp_find_unused_parameters = True
         # `model.to(torch.bfloat16)` takes the channel along, whose small weights would then lose updates.
         base.relay.float()
+        check_targets(peft_config, base)
         if peft_config is not None and list(base.relay.parameters()):
             # A channel has a few thousand parameters: adapters would only get in its way.
             modules = sorted({*(peft_config.modules_to_save or []), "relay"})

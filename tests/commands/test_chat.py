@@ -9,7 +9,7 @@ from transformers import AutoModel, AutoTokenizer
 from relay_hf import RelayCache
 from relay_hf.checkpoint_loading import load_for_decoding
 from relay_hf.cli import main
-from relay_hf.commands.chat import Conversation
+from relay_hf.commands.conversation import Conversation
 
 Chat = Callable[..., str]
 

@@ -34,6 +34,13 @@ def run(capsys: pytest.CaptureFixture, *argv: Any) -> tuple[str, str]:
     return printed.out, printed.err
 
 
+def test_gguf_file_in_place_of_a_model_names_convert(refuse: Callable[..., str], tmp_path: Path) -> None:
+    file = tmp_path / "x.gguf"
+    file.touch()
+    for given in (file, tmp_path):
+        assert f"run `relay-hf convert {file} FOLDER`" in refuse("generate", given, "hi")
+
+
 def test_text_and_forwards_equal_those_of_generate(checkpoint: Path, capsys: pytest.CaptureFixture) -> None:
     output, text = generate(checkpoint, PROMPT)
     out, err = run(capsys, checkpoint, PROMPT)

@@ -14,8 +14,8 @@ from trl.scripts.utils import DatasetConfig
 
 from relay_hf import RelayForMaskedDiffusion, RelayTrainer, RelayTrainerConfig
 from relay_hf.cli import main
-from relay_hf.commands.train_arguments import REFUSED, help_text
-from relay_hf.commands.train_data import names_for_card
+from relay_hf.commands.train_arguments import REFUSED, RelayModelConfig, help_text
+from relay_hf.commands.train_data import load_splits, names_for_card
 
 from ..conftest import text_config
 from .conftest import write_rows
@@ -213,6 +213,13 @@ def test_push_to_hub_pushes_the_card_too(recipe: Callable[..., Path], monkeypatc
         ({"report_to": "neptune"}, "`report_to=neptune` needs a package"),
         ({"mask_token_id": 999}, "`mask_token_id=999`"),
         ({"packing": True}, "`packing`"),
+        ({"dataset_name": None, "datasets": [{"path": "json", "fraction": 0}]}, "`fraction: 0` of a data set"),
+        ({"test_split_size": 0}, "`test_split_size=0` is no part of the rows: give a number between 0 and 1"),
+        ({"test_split_size": 1.0, "eval_strategy": "epoch"}, "`test_split_size=1` is no part of the rows"),
+        ({"model_name_or_path": "a/x.gguf"}, "run `relay-hf convert a/x.gguf FOLDER`"),
+        ({"reference_model": "a/x.gguf"}, "run `relay-hf convert a/x.gguf FOLDER`"),
+        ({"use_peft": True, "lora_target_modules": ["q_proj", "q_prj"]}, "`target_modules` names `q_prj`, but no"),
+        ({"use_peft": True, "lora_modules_to_save": ["embeddings"]}, "`modules_to_save` names `embeddings`, but no"),
     ],
 )
 def test_bad_recipe_is_one_sentence_and_exit_code_2(
@@ -264,6 +271,32 @@ def test_rows_without_text_are_refused_before_training(
 ) -> None:
     poems = write_rows(tmp_path / "poems.jsonl", [{"poem": "roses"}])
     assert "['poem']" in refuse("train", "--config", recipe(dataset_name=str(poems)))
+
+
+def test_columns_of_csv_are_the_texts_that_were_written(tmp_path: Path) -> None:
+    cells = "0" * 40 + "1" * 41
+    (tmp_path / "rows.csv").write_text(f"prompt,completion\n{cells},{cells[::-1]}\n007,None\n1.50,true\n")
+    for streams in (False, True):
+        data = ScriptArguments(dataset_name=str(tmp_path / "rows.csv"), dataset_streaming=streams)
+        rows, _ = load_splits(data, DatasetMixtureConfig(), RelayTrainerConfig(str(tmp_path / "run"), use_cpu=True))
+        assert [(row["prompt"], row["completion"]) for row in rows] == [
+            (cells, cells[::-1]),
+            ("007", "None"),
+            ("1.50", "true"),
+        ]
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (["q_proj"], ["q_proj"]),
+        (["q_proj", "v_proj"], ["q_proj", "v_proj"]),
+        (["all-linear"], "all-linear"),
+        ([r".*\.q_proj"], r".*\.q_proj"),
+    ],
+)
+def test_lora_target_modules_are_names_or_one_pattern(given: list[str], meant: Any) -> None:
+    assert RelayModelConfig(model_name_or_path="a", lora_target_modules=given).lora_target_modules == meant
 
 
 def test_file_that_is_not_json_is_told(recipe: Callable[..., Path], refuse: Callable[..., str], tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
 
 from relay_hf import RelayConfig, RelayForMaskedDiffusion, push
+from relay_hf.cli import main
 from relay_hf.hub.contents import CODE
 from relay_hf.hub_cards import RelayCardData
 from relay_hf.modeling.adapter_relay import ADAPTER_BASE_FIELD, complete_adapter
@@ -124,6 +125,24 @@ def test_adapter_folder_without_relay_configuration_is_refused(
     make_adapter().save_pretrained(tmp_path / "adapter")  # PEFT's own files only
     with pytest.raises(FileNotFoundError, match=r"an adapter, but no `config.json` that tells its relay model"):
         push(tmp_path / "adapter", "me/adapter")
+
+
+def test_adapter_beside_the_merged_model_is_pushed_with_a_word_about_it(
+    hub: HubServer, make_adapter: MakeAdapter, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    adapter = make_adapter(str(tmp_path / "base"))
+    adapter.save_pretrained(tmp_path / "run")
+    merged = tmp_path / "run" / "merged"
+    merged.mkdir()
+    (merged / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=f"or push `{merged}`, which holds the whole model"):
+        push(tmp_path / "run", "me/adapter")
+    complete_adapter(adapter.get_base_model(), tmp_path / "run")
+    assert main(["push", str(tmp_path / "run"), "me/adapter"]) == 2
+    note, error = (line for line in capsys.readouterr().err.splitlines() if line.startswith("relay-hf: "))
+    assert f"the whole model is in `{merged}`" in note
+    assert f"or push `{merged}`, which holds the whole model" in error
+    assert not hub.repositories
 
 
 def test_adapter_without_peft_says_what_to_install(

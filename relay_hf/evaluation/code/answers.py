@@ -14,21 +14,9 @@ from ...checkpoint_loading import check_decoding
 from ...modeling import RelayForMaskedDiffusion
 from ...modeling.options_relay import GREEDY
 from ..stop_texts import StopTexts
+from .chat_prompt import ChatPrompt
 from .problems import Problem
 from .samples import FORWARDS
-
-
-@dataclass(frozen=True)
-class ChatPrompt:
-    """What the chat says around a problem; published numbers depend on the words.
-
-    Args:
-        instruction: of the user, in front of the problem.
-        answer_start: of the assistant, in front of the code block that the model is to write.
-    """
-
-    instruction: str = "Solve this problem with one complete Python program, in a single Markdown code block:"
-    answer_start: str = "This program defines the function that was asked for:"
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from .answers import ChatPrompt
+from .chat_prompt import ChatPrompt
 from .sandbox import Limits
 
 # Options of `generate` with arguments of their own here, or one value that an evaluation can use.

@@ -10,7 +10,8 @@ import torch
 
 from relay_hf.cli import main
 from relay_hf.evaluation.code import CodeEvalArguments
-from relay_hf.evaluation.code.answers import Answerer, ChatPrompt
+from relay_hf.evaluation.code.answers import Answerer
+from relay_hf.evaluation.code.chat_prompt import ChatPrompt
 from relay_hf.evaluation.code.evaluate import evaluate_code
 from relay_hf.evaluation.code.problems import load_problems
 from relay_hf.evaluation.code.samples import FORWARDS

@@ -1,0 +1,62 @@
+"""Makes sure that the Auto classes of transformers know Relay wherever `relay_hf` is imported.
+
+`relay_hf.modeling` registers its classes, but needs torch and seconds, which a command line that only prints its help
+should not take. Nobody can use an Auto class without importing transformers, so that `import relay_hf` either finds
+it there and imports the model at once, or waits for it.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+LIBRARY, MODELS = "transformers", "relay_hf.modeling"
+
+
+def register_with_transformers() -> None:
+    """Registers Relay now if transformers has been imported, else right after it will be."""
+    if LIBRARY in sys.modules:
+        importlib.import_module(MODELS)
+    else:
+        sys.meta_path.insert(0, _Finder())
+
+
+class _Finder(MetaPathFinder):
+    """Finds transformers as the other finders do, and adds the registration to its loading."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != LIBRARY:
+            return None
+        others = [finder for finder in sys.meta_path if finder is not self]
+        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader, self)
+        return spec
+
+
+class _Loader(Loader):
+    """Loads transformers, whose submodules are imported later, and then the model.
+
+    Args:
+        loader: what loads transformers.
+        finder: to be removed when its work is done.
+    """
+
+    def __init__(self, loader: Any, finder: _Finder) -> None:
+        self.loader, self.finder = loader, finder
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__.loader = module.__loader__ = self.loader  # as without us
+        self.loader.exec_module(module)
+        if self.finder in sys.meta_path:
+            sys.meta_path.remove(self.finder)
+        # If the model itself is what imports transformers, it is being imported already, and registers at its end.
+        importlib.import_module(MODELS)
