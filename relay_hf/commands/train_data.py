@@ -99,6 +99,6 @@ def _load(data: ScriptArguments, split: str) -> Any:
 
 
 def _texts_of(path: str) -> dict[str, Any]:
-    """Options that read cells of a CSV file as they are written, not digits as numbers or "None" as nothing."""
+    """Options that read cells of a CSV file as written: digits are no number, "None" is a text; only "" is nothing."""
     columns = pandas.read_csv(path, nrows=0).columns
-    return {"features": Features(dict.fromkeys(columns, Value("string"))), "keep_default_na": False}
+    return {"features": Features(dict.fromkeys(columns, Value("string"))), "keep_default_na": False, "na_values": [""]}

@@ -275,7 +275,7 @@ def test_rows_without_text_are_refused_before_training(
 
 def test_columns_of_csv_are_the_texts_that_were_written(tmp_path: Path) -> None:
     cells = "0" * 40 + "1" * 41
-    (tmp_path / "rows.csv").write_text(f"prompt,completion\n{cells},{cells[::-1]}\n007,None\n1.50,true\n")
+    (tmp_path / "rows.csv").write_text(f"prompt,completion\n{cells},{cells[::-1]}\n007,None\n1.50,true\nempty,\n")
     for streams in (False, True):
         data = ScriptArguments(dataset_name=str(tmp_path / "rows.csv"), dataset_streaming=streams)
         rows, _ = load_splits(data, DatasetMixtureConfig(), RelayTrainerConfig(str(tmp_path / "run"), use_cpu=True))
@@ -283,6 +283,7 @@ def test_columns_of_csv_are_the_texts_that_were_written(tmp_path: Path) -> None:
             (cells, cells[::-1]),
             ("007", "None"),
             ("1.50", "true"),
+            ("empty", None),  # which is refused as a row without text
         ]
 
 
