@@ -11,7 +11,7 @@ SMALL_EXAMPLES := $(filter-out examples/adapt_smollm2.py, $(wildcard examples/*.
 # Libraries would report which trainer runs where.
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test examples docs lint format coverage clean
+.PHONY: demo test test-oldest examples docs lint format coverage clean
 
 # What a stamp stands for is installed again when the requirements change.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -54,6 +54,22 @@ demo: $(VENV)/demo $(if $(findstring --web,$(DEMO)),$(VENV)/web)
 test: $(VENV)/dev
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
+# The oldest supported versions, in an environment of their own, and the short part of the suite that concerns them.
+OLDEST := .venv-oldest
+OLDEST_TESTS := tests/modeling/test_reference_forward.py tests/modeling/test_reference_generate.py \
+	tests/modeling/test_configuration.py tests/modeling/test_channel.py tests/modeling/test_versions.py \
+	tests/modeling/test_modeling.py tests/test_import_rules.py tests/trainers/test_reference.py tests/demo/test_demo.py
+
+$(OLDEST)/installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt torch
+	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable . hypothesis pytest
+	touch $@
+
+test-oldest: $(OLDEST)/installed
+	$(OLDEST)/bin/python -m pytest $(OLDEST_TESTS)
+
 # Two at a time, a thread each; what they print is only shown for one that is run by hand.
 examples: $(VENV)/dev
 	printf '%s\n' $(SMALL_EXAMPLES) "examples/train_text.py --lora" "examples/adapt_smollm2.py --tiny" \
@@ -76,4 +92,4 @@ coverage: $(VENV)/dev
 	$(BIN)/python -m pytest --cov=relay_hf --cov-report=term-missing
 
 clean:
-	rm -rf $(VENV) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,6 +7,8 @@ pass on to transformers has the name that the installed version reads. What came
 import inspect
 from typing import Any
 
+import torch
+import transformers
 from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
@@ -18,8 +20,24 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
-from transformers.utils import ModelOutput, output_capturing
+from transformers.utils import ModelOutput, logging, output_capturing
 from transformers.utils.deprecation import deprecate_kwarg
+
+logger = logging.get_logger(__name__)
+
+NEWEST_TESTED = "5.24"
+
+
+def warn_of_untested(version: str) -> None:
+    """Warns once if `version` of transformers is a newer minor one than those that the tests know."""
+    installed = [int(part) for part in version.split(".")[:2]]
+    if installed > [int(part) for part in NEWEST_TESTED.split(".")]:
+        logger.warning_once(
+            f"transformers {version} is newer than {NEWEST_TESTED}, the newest version that relay_hf was tested with."
+        )
+
+
+warn_of_untested(transformers.__version__)
 
 # What transformers calls the cache: the argument of backbones, mask functions and `generate`.
 CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
@@ -72,13 +90,16 @@ def slice_logits_to_keep(tensor: Tensor, logits_to_keep: int | Tensor) -> Tensor
 
     Args:
         tensor: (B, L, X).
-        logits_to_keep: how many of the last, 0 = all; (N,) positions of every row; or (B, L) bool, which gives (N, X).
+        logits_to_keep: how many of the last, 0 = all; (N,) positions of every row; (B, N) positions of each; or (B, L)
+            bool, which gives (N, X).
     """
     if hasattr(modeling_utils, "slice_logits_to_keep"):
         return modeling_utils.slice_logits_to_keep(tensor, logits_to_keep)
     # Before 5.21.
     if isinstance(logits_to_keep, int):
         return tensor[:, -logits_to_keep:]
+    if logits_to_keep.ndim == 2 and logits_to_keep.dtype != torch.bool:
+        return tensor.take_along_dim(logits_to_keep[..., None], dim=1)
     return tensor[logits_to_keep] if logits_to_keep.ndim == 2 else tensor[:, logits_to_keep]
 
 
