@@ -5,7 +5,7 @@ pass on to transformers has the name that the installed version reads. What came
 """
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -70,6 +70,9 @@ class CacheOutput(ModelOutput):
 
 class BackboneHolderConfig(PreTrainedConfig):
     """Configuration whose field `text_config` may be given as configuration, dictionary or None (Qwen2)."""
+
+    if TYPE_CHECKING:  # a field of the class that is built on this one
+        text_config: Any
 
     if hasattr(configuration_utils, "SubConfigSpec"):
         sub_configs_defaults = {

@@ -7,6 +7,7 @@ from typing import Any
 import gradio as gr
 
 from ..demo.arguments import DemoArguments
+from ..denoising import Timeline
 from ..tasks.sudoku import generate_puzzles
 from .rendering import STYLE, render_board, render_legend, render_side, render_text
 from .runs import Run, Runner, Runs
@@ -50,6 +51,8 @@ def build_page(runner: Runner, name: str) -> gr.Blocks:
         step = gr.Slider(0, 1, value=0, step=1, label="step: after this many denoise forwards", elem_id="step")
         with gr.Row():
             sides = [gr.HTML(elem_id="relay-on", padding=True), gr.HTML(elem_id="relay-off", padding=True)]
+        if runner.board_size is not None:
+            _show_before_the_run(runner, inputs[0], sides)
         gr.HTML(render_legend(states), padding=True)
         shown = gr.State(None)
 
@@ -125,6 +128,27 @@ def _add_board_inputs(runner: Runner) -> Parts:
         return render_side(title, render_board(run.timeline, step), note, min(step, last))
 
     return [question, threshold], runner.solve, _drawer(draw_run), ("given", "fresh", "known")
+
+
+def _show_before_the_run(runner: Runner, question: gr.Textbox, sides: list[gr.HTML]) -> None:
+    """Both sides show the puzzle, from the start and whenever another one is picked or typed."""
+
+    def draw(text: str) -> list[str]:
+        cells = "".join(text.split()).replace("0", ".")
+        given = [cell != "." for cell in cells]
+        try:
+            timeline = Timeline(
+                [0] * len(cells), [0 if g else 1 for g in given], [0.0] * len(cells), given, [*cells], 0
+            )
+            board = render_board(timeline, 0)
+        except ValueError:  # not yet typed to the end
+            return ["", ""]
+        on, off = (render_side(title, board, "not run yet") for title in (ON, OFF))
+        return [on if runner.has_channel else render_side(ON, note=NO_CHANNEL), off]
+
+    for side, html in zip(sides, draw(question.value), strict=True):
+        side.value = html
+    question.change(draw, question, sides, api_visibility="private", show_progress="hidden")
 
 
 def _add_text_inputs(runner: Runner) -> Parts:

@@ -87,6 +87,7 @@ class Runner:
     def __init__(self, model: RelayForMaskedDiffusion, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model: Any = model
         self.tokenizer: Any = tokenizer
+        self.has_channel = model.config.relay_channel != "none"
         self.board_size = _board_size(model.config, tokenizer)
         self._turn = threading.Lock()
 
@@ -142,12 +143,13 @@ class Runner:
 
     def _compare(self, ids: Tensor, threshold: float, tokens: int, tell: Tell, **options: Any) -> Runs:
         options["unmasking_threshold"] = threshold
-        has_channel = self.model.config.relay_channel != "none"
-        half = 0.5 if has_channel else 1.0
+        half = 0.5 if self.has_channel else 1.0
         with self._turn:
             # A relay that is off has no start, whatever the model's own options say.
             off = self._run(ids, _Watcher(tell, tokens, 0, half), use_relay=False, relay_start=None, **options)
-            on = self._run(ids, _Watcher(tell, tokens, half, 1), use_relay=True, **options) if has_channel else None
+            on = (
+                self._run(ids, _Watcher(tell, tokens, half, 1), use_relay=True, **options) if self.has_channel else None
+            )
         return Runs(off, on)
 
     def _run(self, ids: Tensor, watcher: _Watcher, **options: Any) -> Run:

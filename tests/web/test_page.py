@@ -34,6 +34,21 @@ def test_board_page_fills_both_boards(pages: dict[str, str]) -> None:
     assert 'class="fresh' in frames[1][1]
 
 
+def test_board_page_shows_the_puzzle_before_it_is_run(board_model, board_tokenizer) -> None:
+    page = build_page(Runner(board_model, board_tokenizer), "board")
+    puzzle, on, off = (
+        next(block for block in page.blocks.values() if block.elem_id == name)
+        for name in ("puzzle", "relay-on", "relay-off")
+    )
+    for side in (on, off):
+        assert side.value.count("<td") == 16
+        assert side.value.count('class="masked') == puzzle.value.count(".")
+        assert "not run yet" in side.value
+    (draw,) = [event.fn for event in page.fns.values() if event.targets == [(puzzle._id, "change")]]
+    assert draw(QUESTION)[0].count('class="masked') == QUESTION.count(".")
+    assert draw("12") == ["", ""]
+
+
 def test_text_page_writes_block_by_block(pages: dict[str, str]) -> None:
     steps = Client(pages["text"], verbose=False).submit("Hi", 16, 0.3, api_name="/run")
     _, on, off = steps.result(timeout=60)
