@@ -22,4 +22,4 @@ def run(program: str, argv: Sequence[str]) -> None:
     # Not above: `--help` and refused options would wait for the trainer.
     from .training import train
 
-    train(arguments)
+    train(arguments, program, argv)

@@ -41,6 +41,12 @@ class RelayModelConfig(ModelConfig):
     save_merged: bool = field(
         default=True, metadata={"help": "With LoRA: also save the whole model, in `merged` inside the output."}
     )
+    dry_run: bool = field(
+        default=False, metadata={"help": "Say what would be trained, time two steps, and write nothing."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace the model and the checkpoints that are in the output."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

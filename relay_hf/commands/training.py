@@ -1,10 +1,11 @@
 """What `relay-hf train` does once its options are parsed: checks, training, and what is saved."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl import get_peft_config
@@ -15,20 +16,39 @@ from ..hub_cards import CARD, set_usage
 from ..modeling.configuration_relay import RELAY_FIELDS
 from ..trainers import RelayTrainer
 from ..trainers.card import TRAINING_PICTURE
+from ..trainers.interruption import SaveOnInterrupt
+from ..trainers.progress import ReadableProgress
+from ..trainers.summary import time_two_steps
 from .train_arguments import RelayModelConfig, TrainArguments
 from .train_data import load_splits, names_for_card
+from .train_output import MERGED, check_output, command, leaves_no_empty_folder, remove, resume_command
 
 
-def train(arguments: TrainArguments) -> None:
+def train(arguments: TrainArguments, program: str, argv: Sequence[str]) -> None:
     """Runs one training from its first or last step to the saved model.
 
+    Args:
+        arguments: what was parsed.
+        program, argv: what was typed, from which the command that goes on is made.
+
     Raises:
-        ValueError: the options do not fit together, or to the model or the data.
+        ValueError: the options do not fit together, or to the model, the data or the output folder.
         OSError: the model or the data cannot be read.
+        KeyboardInterrupt: the training was interrupted; its checkpoint is saved.
     """
+    with leaves_no_empty_folder(Path(arguments.training.output_dir)):
+        _train(arguments, program, argv)
+
+
+def _train(arguments: TrainArguments, program: str, argv: Sequence[str]) -> None:
     data, training, model, mixture = arguments
     resume = _checkpoint_to_resume(training.resume_from_checkpoint)
+    merges = model.use_peft and model.save_merged
+    sources = [model.model_name_or_path, model.reference_model]
+    replaced = check_output(Path(training.output_dir), resume, model.overwrite_output_dir, merges, sources)
     _check_reports(training.report_to)
+    if model.dry_run:
+        training.report_to, training.push_to_hub = [], False
     train_set, eval_set = load_splits(data, mixture, training)
     options = {
         "revision": model.model_revision,
@@ -48,26 +68,66 @@ def train(arguments: TrainArguments) -> None:
         eval_dataset=eval_set,
         processing_class=tokenizer,
     )
-    merges = model.use_peft and model.save_merged
     if merges and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise ValueError("`save_merged=True` needs whole weights, but they are sharded: set it to false, merge later.")
-    trainer.train(resume_from_checkpoint=resume)
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    say = trainer.accelerator.print  # by the first process only
+    say(f"relay-hf: what {'would be' if model.dry_run else 'is'} trained\n{trainer.summary()}", flush=True)
+    if model.dry_run:
+        say(time_two_steps(trainer))
+        say("relay-hf: nothing is written, because of `dry_run`")
+        return
+    if trainer.is_world_process_zero():
+        remove(replaced)
+    trainer.add_callback(ReadableProgress())
+    with SaveOnInterrupt(trainer) as interruption:
+        trainer.train(resume_from_checkpoint=resume)
+    if interruption.checkpoint is not None:
+        step, steps = trainer.state.global_step, trainer.state.max_steps
+        how = _how_to_go_on(program, argv, interruption.checkpoint, training.world_size)
+        say(f"relay-hf: step {step} of {steps} is saved; {how}", flush=True)
+        raise KeyboardInterrupt
     trainer.save_model()
     names = names_for_card(data, mixture)
     trainer.create_model_card(dataset_name=names)
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=names)
+    result = training.output_dir
     if merges and trainer.is_world_process_zero():
-        # Adapters alone are of no use without the checkpoint that they started from.
-        whole: Any = trainer.accelerator.unwrap_model(trainer.model)
-        folder = Path(training.output_dir) / "merged"
-        whole.merge_and_unload().save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        for name in (CARD, TRAINING_PICTURE):
-            if (file := Path(training.output_dir) / name).exists():
-                shutil.copyfile(file, folder / name)
-        set_usage(folder, str(folder.resolve()), "")
-    trainer.accelerator.print(f"relay-hf: the model is in `{training.output_dir}`")
+        result = _save_merged(trainer, tokenizer)
+    generate = command("relay-hf generate", str(result), _a_prompt(train_set))
+    say(f"relay-hf: the model is in `{result}`; try it:\n{generate}")
+
+
+def _save_merged(trainer: RelayTrainer, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The whole model in a folder of its own: adapters alone are of no use without what they started from."""
+    output = Path(trainer.args.output_dir)
+    folder = output / MERGED
+    whole: Any = trainer.accelerator.unwrap_model(trainer.model)
+    whole.merge_and_unload().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for name in (CARD, TRAINING_PICTURE):
+        if (file := output / name).exists():
+            shutil.copyfile(file, folder / name)
+    set_usage(folder, str(folder.resolve()), "")
+    return str(folder)
+
+
+def _how_to_go_on(program: str, argv: Sequence[str], checkpoint: Path, processes: int) -> str:
+    if processes > 1:
+        return f"to go on, launch it as before with `--resume_from_checkpoint {checkpoint}`"
+    return f"this goes on from there:\n{resume_command(program, argv, checkpoint)}"
+
+
+def _a_prompt(rows: Any) -> str:
+    """The beginning of the training text's first row, as something to try the model with."""
+    row = next(iter(rows), {})
+    text = next((row[name] for name in ("prompt", "messages", "text") if row.get(name)), "Hello")
+    if not isinstance(text, str):
+        text = next((turn["content"] for turn in text if turn.get("role") == "user"), "Hello")
+    line = next((line for line in text.splitlines() if line.strip()), "Hello")
+    return line[:80].rstrip()
 
 
 def _checkpoint_to_resume(given: str | bool | None) -> str | bool | None:

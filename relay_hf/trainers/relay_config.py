@@ -58,6 +58,9 @@ class RelayTrainerConfig(SFTConfig):
         ema_decay: decay of an exponential moving average of the weights, ramped up as (1 + n) / (10 + n). The average
             is what is evaluated, saved and left in the model when training ends; checkpoints keep the weights that
             training goes on from in a file beside it. `None` = no average.
+        sample_rows: at each evaluation the model answers the prompts of that many rows of each evaluation set. Its
+            texts are printed, with the forwards they took, and kept in `state.log_history`; the mean numbers of
+            forwards go to the trackers. 0 = none.
 
     Gradient accumulation and processes: the loss of a step is a mean over the masked positions of its micro-batch. With
     `average_tokens_across_devices` (the default) the micro-batch counts as one over all processes, so that n processes
@@ -81,6 +84,7 @@ class RelayTrainerConfig(SFTConfig):
     relay_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the channel."})
     relay_weight_decay: float | None = field(default=None, metadata={"help": "Weight decay of the channel."})
     ema_decay: float | None = field(default=None, metadata={"help": "Decay of the moving average of the weights."})
+    sample_rows: int = field(default=0, metadata={"help": "Rows whose prompts are answered at each evaluation."})
 
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
@@ -102,6 +106,8 @@ class RelayTrainerConfig(SFTConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}={value}` must be at least 1; `None` leaves it open.")
+        if self.sample_rows < 0:
+            raise ValueError(f"`sample_rows={self.sample_rows}` is negative: 0 means no samples.")
         if self.max_steps == 0 or (self.max_steps < 0 and self.num_train_epochs <= 0):
             raise ValueError(
                 f"`max_steps={self.max_steps}` with `num_train_epochs={self.num_train_epochs}` trains nothing: give a "

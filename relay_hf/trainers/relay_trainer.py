@@ -1,6 +1,7 @@
 """RelayTrainer: TRL's SFTTrainer with the loss of a relay model. Wiring only; the work is in its siblings."""
 
 import copy
+import sys
 from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import replace
@@ -14,6 +15,7 @@ from peft import PeftConfig
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..hub import push
@@ -36,7 +38,9 @@ from .reference import Reference
 from .relay_config import RelayTrainerConfig
 from .rollout import Rollout
 from .rows import fresh_rows
+from .samples import describe_sample, write_samples
 from .shortfall import ReportShortfall, check_loader
+from .summary import describe_run
 
 # PEFT looks up default targets by model type; ours are those of the usual backbones.
 TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(RelayConfig.model_type, ["q_proj", "v_proj"])
@@ -134,10 +138,14 @@ class RelayTrainer(ResumableTrainer):
         if self.is_deepspeed_enabled:
             stage = self.accelerator.state.deepspeed_plugin.zero_stage
             check_deepspeed(args, args.carries_state and base.relay.reads_distribution, stage)
+        if args.sample_rows and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise ValueError("`sample_rows` needs whole weights to write with, but they are sharded: set it to 0.")
         return_full_precision(self.accelerator)
         check_special_tokens(self.processing_class, config)
         keep_caches_under_checkpointing(self.model)
 
+        train_set = kwargs.get("train_dataset")
+        self.rows_given = len(train_set) if hasattr(train_set, "__len__") else None  # before any was left out
         self.means, self.eval_means = RunningMeans(), RunningMeans()
         self._eval_prefix: str | None = None  # of an evaluation's metrics, while it runs
         self.recipe = RECIPES[args.objective]
@@ -151,6 +159,10 @@ class RelayTrainer(ResumableTrainer):
         self.add_callback(ReportShortfall(self.buffer))
         if self.weight_average is not None:
             self.add_callback(_FollowWeights(self.weight_average))
+
+    def summary(self) -> str:
+        """What training would do, a fact a line: rows, objective, steps, parameters, memory, and the first row."""
+        return describe_run(self)
 
     # -- loss -------------------------------------------------------------------------------------------------------
 
@@ -257,9 +269,25 @@ class RelayTrainer(ResumableTrainer):
         outer, self._eval_prefix = self._eval_prefix, metric_key_prefix
         try:
             with nullcontext() if self.weight_average is None else self.weight_average.applied():
+                self._sample(self.eval_dataset if eval_dataset is None else eval_dataset, metric_key_prefix)
                 return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
             self._eval_prefix = outer
+
+    def _sample(self, dataset: Any, prefix: str) -> None:
+        """Prints and notes what the model writes; of several sets, each comes here by itself."""
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]
+        is_prepared = {"input_ids", "labels"} <= set(getattr(dataset, "column_names", None) or ())
+        if not self.args.sample_rows or not is_prepared or not self.is_world_process_zero():
+            return
+        with self.accelerator.autocast():
+            samples = list(write_samples(self.accelerator.unwrap_model(self.model), dataset, self.args))
+        texts = [self.processing_class.decode(sample.tokens) for sample in samples]
+        self.state.log_history.append({f"{prefix}_samples": texts, "step": self.state.global_step})
+        for sample in samples:
+            self.eval_means.add({f"sample_{kind}_forwards": count for kind, count in sample.forwards.items()})
+            tqdm.write(describe_sample(sample, self.processing_class), file=sys.stdout)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in SFTTrainer, with what the rollouts showed since the last time."""

@@ -147,13 +147,14 @@ def test_further_fields_of_the_model_go_through_model_init_kwargs(recipe: Callab
 
 
 def test_mixture_evaluates_on_rows_kept_apart(
-    recipe: Callable[..., Path], rows: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Callable[..., Path], rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[RelayTrainer] = []
     monkeypatch.setattr(RelayTrainer, "train", lambda self, **_: seen.append(self))
     mixture = [{"path": "json", "data_files": str(rows)}, {"path": "json", "data_files": str(rows)}]
-    for _ in range(2):
-        train(recipe(dataset_name=None, datasets=mixture, test_split_size=0.25, eval_strategy="epoch"))
+    for folder in ("first", "second"):
+        mixed = recipe(dataset_name=None, datasets=mixture, test_split_size=0.25, eval_strategy="epoch")
+        train(mixed, output_dir=tmp_path / folder)
     assert [len(data) for data in (seen[0].train_dataset, seen[0].eval_dataset)] == [18, 6]
     assert seen[0].eval_dataset["input_ids"][:] == seen[1].eval_dataset["input_ids"][:]
 

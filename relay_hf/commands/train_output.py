@@ -1,0 +1,107 @@
+"""The output folder of `relay-hf train`: whose it is, and how a training that left it goes on."""
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+# What a training leaves in its folder; other files there are nobody's business.
+LEFT_BY_A_RUN = (
+    "checkpoint-*", "merged", "*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json",
+    "generation_config.json", "training_args.bin",
+)  # fmt: skip
+MERGED = "merged"
+
+
+def check_output(
+    folder: Path, resume: str | bool | None, overwrite: bool, merges: bool, sources: Sequence[str | None]
+) -> list[Path]:
+    """Refuses a folder whose model or checkpoints this run would mix with its own.
+
+    Args:
+        folder: the output.
+        resume: the checkpoint that the run goes on from; True = the last of `folder`.
+        overwrite: whether the user wants what is there to be replaced.
+        merges: whether the run will write a merged model.
+        sources: models that the run reads.
+
+    Returns:
+        What is to be replaced.
+
+    Raises:
+        ValueError: the folder is in use.
+    """
+    place = folder.resolve()
+    if resume is True or (isinstance(resume, str) and Path(resume).resolve().parent == place):
+        if (folder / MERGED).exists() and not merges:
+            raise ValueError(
+                f"`{folder / MERGED}` holds a merged model, which this run would leave older than what it trains: "
+                "remove it, or merge again with `--use_peft true --save_merged true`."
+            )
+        return []
+    found = sorted({path for pattern in LEFT_BY_A_RUN for path in folder.glob(pattern)})
+    if found and not overwrite:
+        raise ValueError(
+            f"`output_dir={folder}` holds `{found[0].name}` of another run: give another folder, go on with "
+            "`--resume_from_checkpoint true`, or replace it with `--overwrite_output_dir true`."
+        )
+    read = [Path(source).resolve() for source in (*sources, resume) if isinstance(source, str)]
+    if found and (mine := [path for path in read if path == place or place in path.parents]):
+        raise ValueError(
+            f"`overwrite_output_dir` would remove `{mine[0]}`, which this run reads: give another `output_dir`."
+        )
+    return found
+
+
+def remove(paths: Sequence[Path]) -> None:
+    """Removes files and folders."""
+    for path in paths:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextmanager
+def leaves_no_empty_folder(folder: Path) -> Iterator[None]:
+    """Removes what was made of the folder inside, and of those around it, if nothing was put there."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        yield
+    finally:
+        for place in missing:
+            try:
+                place.rmdir()
+            except OSError:  # it is not empty, or was never made
+                break
+
+
+def resume_command(program: str, argv: Sequence[str], checkpoint: Path) -> str:
+    """The command that goes on from a checkpoint, as it can be typed into a shell in the same folder."""
+    option, kept, skips = "resume_from_checkpoint", [], False
+    for text in argv:
+        name = text.removeprefix("--").replace("-", "_") if text.startswith("--") else ""
+        if skips and not text.startswith("--"):
+            skips = False
+            continue
+        skips = name == option
+        if not skips and not name.startswith(f"{option}="):
+            kept.append(text)
+    return shlex.join([*_typed(program), *kept, f"--{option}", str(checkpoint)])
+
+
+def command(program: str, *argv: str) -> str:
+    """A command line, quoted for the shell."""
+    return shlex.join([*_typed(program), *argv])
+
+
+def _typed(program: str) -> list[str]:
+    """How this process was started: by the script on the path, by the script elsewhere, or as a module."""
+    name, *rest = program.split()
+    script = Path(sys.argv[0])
+    if (script.parent.name, script.name) == ("relay_hf", "__main__.py"):
+        return [sys.executable, "-m", "relay_hf", *rest]
+    found = shutil.which(name)
+    if script.name == name and not (found and os.path.exists(script) and os.path.samefile(found, script)):
+        return [str(script), *rest]
+    return [name, *rest]
