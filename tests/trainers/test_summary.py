@@ -8,10 +8,11 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 
+from relay_hf import RelayConfig, RelayForMaskedDiffusion
 from relay_hf.trainers import RelayTrainer
 from relay_hf.trainers.summary import optimizer_bytes
 
-from .conftest import build_model
+from ..conftest import text_config
 
 
 def test_summary_counts_rows_tokens_and_what_is_learned(make_trainer: Callable[..., RelayTrainer]) -> None:
@@ -20,7 +21,9 @@ def test_summary_counts_rows_tokens_and_what_is_learned(make_trainer: Callable[.
         {"prompt": "ab", "completion": "cdefgh"},  # cut to six
         {"prompt": "abcdefgh", "completion": "i"},  # nothing of the completion is left
     ]
-    model = build_model()
+    model = RelayForMaskedDiffusion(
+        RelayConfig(text_config=text_config(vocab_size=257), block_size=4, mask_token_id=256)
+    )
     trainer = make_trainer(model, Dataset.from_list(rows), max_length=6, objective="rollout", max_steps=3)
     text = trainer.summary()
     assert "2 rows, 11 tokens, 7 of them learned; the longest row has 6" in text
