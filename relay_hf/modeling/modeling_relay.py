@@ -82,6 +82,11 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         self._state_index = None if config.relay_readout == "post_norm" else config.relay_layer % layers + 1
         self.post_init()
 
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """`is_activation_checkpointing` of transformers 5.24 under the name that PEFT asks for, without a warning."""
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -2,8 +2,11 @@ import warnings
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig
 
 from relay_hf.trainers import RelayTrainerConfig
+
+from .conftest import build_trainer
 
 
 @pytest.mark.parametrize(
@@ -71,3 +74,12 @@ def test_config_gradient_checkpointing_is_set_without_a_warning(tmp_path: Path, 
         assert getattr(args, name, getattr(args, name.replace("activation", "gradient"))) == getattr(
             args, name.replace("activation", "gradient")
         )
+
+
+def test_train_adapters_prints_no_future_warning(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        adapters = LoraConfig(r=2, target_modules=["q_proj"])
+        trainer = build_trainer(tmp_path, max_steps=1, trainer_options={"peft_config": adapters})
+        trainer.train()
+        assert trainer.model.get_base_model().is_gradient_checkpointing
