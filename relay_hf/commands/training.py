@@ -127,7 +127,7 @@ def _a_prompt(rows: Any) -> str:
     if not isinstance(text, str):
         text = next((turn["content"] for turn in text if turn.get("role") == "user"), "Hello")
     line = next((line for line in text.splitlines() if line.strip()), "Hello")
-    return line[:80].rstrip()
+    return line.strip("- ")[:80].rstrip()
 
 
 def _checkpoint_to_resume(given: str | bool | None) -> str | bool | None:
