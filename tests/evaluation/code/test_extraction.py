@@ -7,13 +7,75 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay_hf.evaluation.code.extraction import _longest_python, _parse, extract_code
+from relay_hf.evaluation.code.extraction import _run_from, extract_code
+from relay_hf.evaluation.code.needed import parse_python
 
 FUNCTION = "def f(x):\n    return x + 1"
 # Lines that answers are made of, wherever they stand.
 LINES = st.sampled_from(
     ["```", "```python", "def f(x):", "    return x", "print(f(1))", "A = 1", "Sure!", "", "import os", "\t'''", "é\f("]
 )
+
+
+ANSWERS = {
+    "loop that fills a table": (
+        "P = []\nfor i in range(2, 9):\n    if all(i % p for p in P):\n        P.append(i)\ndef f(x):\n"
+        "    return x in P\n"
+    ),
+    "option of a module": (
+        "import sys\nsys.setrecursionlimit(5000)\ndef f(x):\n    return sys.getrecursionlimit() == 5000\n"
+    ),
+    "method call": ("D = {}\nD.update({3: True})\ndef f(x):\n    return D[x]\n"),
+    "fence in a docstring": ('def f(x):\n    """Example:\n    ```\n    f(3)\n    ```\n    """\n    return True\n```\n'),
+    "indented block": ("  ```python\n  def f(x):\n      return True\n  ```\n"),
+    "helper in its own block": ("def g(x):\n    return True\n```\nand\n```python\ndef f(x):\n    return g(x)\n```\n"),
+    "function that fills a table": (
+        "T = []\ndef build():\n    for i in range(5): T.append(i)\nbuild()\ndef f(x):\n    return x in T\n"
+    ),
+    "function that assigns a global": (
+        "def build():\n    global T\n    T = [3]\nT = []\nbuild()\ndef f(x):\n    return x in T\n"
+    ),
+    "function given the table": ("T = []\ndef build(t):\n    t.append(3)\nbuild(T)\ndef f(x):\n    return x in T\n"),
+    "module's function given the table": ("import heapq\nT = [9,3]\nheapq.heapify(T)\ndef f(x):\n    return T[0]==3\n"),
+    "prose around code without fences": ("Here is it:\ndef f(x):\n    return True\nThat is all."),
+    "tildes": ("~~~python\ndef f(x):\n    return True\n~~~\n"),
+    "question repeated": (
+        'def f(x):\n    """Doc."""\n```\nNow:\n```python\ndef f(x):\n    """Doc."""\n    return True\n```'
+    ),
+    "unit test that ends the program": (
+        "import unittest\ndef f(x):\n    return True\nclass T(unittest.TestCase):\n    def test(self):\n"
+        "        self.assertTrue(f(3))\nunittest.main()\n"
+    ),
+    "script that ends the program": (
+        "import sys\ndef f(x):\n    return sys.maxsize>1\ndef main():\n    input()\n    print(f(3))\n"
+        "main()\nsys.exit(1)\n"
+    ),
+    "limit set": (
+        "import sys\nsys.setrecursionlimit(6000)\ndef f(x):\n    import sys as s\n"
+        "    return s.getrecursionlimit()==6000"
+    ),
+    "helpers in later blocks": (
+        "def f(x):\n    return g(x)\n```\nwith\n```python\ndef g(x):\n    return h\n```\n```\nh = True\n```"
+    ),
+    "block never closed": ("def f(x):\n    return True\n\n```python\nprint(f(3)"),
+    "everything indented": ("    def f(x):\n        return True\n"),
+    "part of an object": (
+        "class C:\n    def __init__(self):\n        self.d={}\nc=C()\nc.d[3]=True\ndef f(x): return c.d[x]"
+    ),
+    "fence of four": ('````python\ndef f(x):\n    """\n```\nq\n```\n"""\n    return True\n````\n'),
+    "table filled in try": ("T={}\ntry:\n    T.update({3:True})\nfinally:\n    pass\ndef f(x): return T[x]"),
+    "method of a helper": (
+        "from functools import lru_cache\n@lru_cache(None)\ndef g(x):\n    return True\n"
+        "def f(x): return g(x)\ng.cache_clear()\nprint(f(1))"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_right_answer_gives_a_program_that_is_right(kind: str) -> None:
+    names: dict = {}
+    exec(extract_code(ANSWERS[kind], "f"), names)
+    assert names["f"](3) is True
 
 
 @pytest.mark.parametrize(
@@ -75,9 +137,9 @@ def test_future_import_stays_first() -> None:
 @given(st.lists(LINES, max_size=8))
 def test_cut_is_the_longest_that_parses(lines: list[str]) -> None:
     runs = ["\n".join(lines[:end]) for end in range(len(lines), 0, -1)]
-    parsed = [(run, _parse(run)) for run in runs]
-    longest = next((run for run, tree in parsed if isinstance(tree, ast.Module)), "")
-    assert _longest_python(runs[0] if runs else "") == (longest if _parse(longest).body else "\n".join(lines))
+    parsed = [(run, parse_python(run)) for run in runs]
+    longest, tree = next((pair for pair in parsed if isinstance(pair[1], ast.Module)), ("", None))
+    assert _run_from(lines) == (longest if tree and tree.body else None)
 
 
 def test_long_answer_that_breaks_off_takes_no_time() -> None:
@@ -105,7 +167,7 @@ def test_answer_without_a_program_is_returned_as_it_is(answer: str) -> None:
 @given(st.lists(LINES, max_size=12).map("\n".join))
 def test_any_answer_gives_a_part_of_itself_and_again_the_same(answer: str) -> None:
     code = extract_code(answer, "f")
-    assert set(code.split("\n")) <= {*answer.split("\n"), ""}
+    assert {line.strip() for line in code.split("\n")} <= {*map(str.strip, answer.split("\n")), ""}
     assert extract_code(code, "f") == code
 
 
