@@ -65,7 +65,7 @@ def gather(source: Any, scratch: Path, tokenizer: PreTrainedTokenizerBase | None
     """Puts the files of a model, or of the folder of one, into `scratch`. The source stays as it is.
 
     Raises:
-        ValueError: the source is neither, or no relay model.
+        ValueError: the source is neither, or no relay model, or a file of it is a link out of the folder.
         FileNotFoundError: the folder does not exist, or holds no model.
     """
     if isinstance(source, str | Path):
@@ -136,7 +136,11 @@ def _copy(folder: Path, scratch: Path) -> None:
         raise FileNotFoundError(f"`{folder}` is no folder: give one that `save_pretrained` or a trainer wrote.")
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
-        if not path.is_file() or not matches(name, KEPT):
+        is_kept = path.is_file() and matches(name, KEPT)
+        # A linked folder is not looked into.
+        if is_kept or (path.is_symlink() and path.is_dir() and any(kept.startswith(f"{name}/") for kept in KEPT)):
+            _check_inside(path, folder)
+        if not is_kept:
             continue
         target = scratch / name
         target.parent.mkdir(exist_ok=True)
@@ -152,6 +156,14 @@ def _copy(folder: Path, scratch: Path) -> None:
                 f"`RelayTrainer`, or push {f'`{merged}`, which holds the whole model' if merged else 'the PeftModel'}."
             )
         raise FileNotFoundError(f"`{folder}` holds no `config.json`: give the folder of a saved relay model.")
+
+
+def _check_inside(path: Path, folder: Path) -> None:
+    """Refuses a link out of the folder: what others are to see lies in it."""
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"`{path}` is a link to `{path.resolve()}`, out of the folder: put a copy there, or remove the link."
+        )
 
 
 def _save(model: Any, scratch: Path) -> None:

@@ -85,13 +85,15 @@ class RolloutBuffer:
         """Restores what `state_dict` returned.
 
         Raises:
-            ValueError: it is of an objective that carries a state where this one does not, or the other way round.
+            ValueError: it is of an objective that carries a state where this one does not, or the other way round, of
+                another model or tokenizer, or damaged.
         """
         if state and self.carries_state != ("relay_state" in state):
             raise ValueError(
                 "The checkpoint's rollout buffer is of another objective, which this run cannot go on with: load the "
                 "checkpoint as a model and start a new run, or delete its `rollout_buffer_*.safetensors`."
             )
+        self._check_state(state)
         self.rows = RolloutRows(**{name: state.get(name) for name in FIELDS}) if state else None
         self.entered, self.dropped = state[COUNTS].tolist() if COUNTS in state else (0, 0)
         self.queue = []
@@ -99,6 +101,22 @@ class RolloutBuffer:
             lengths = state["queue_lengths"].tolist()
             ids, maskable = (state[name].cpu().split(lengths) for name in ("queue_ids", "queue_maskable"))
             self.queue = list(zip(ids, maskable, strict=True))
+
+    def _check_state(self, state: dict[str, Tensor]) -> None:
+        if not state:
+            return
+        ids, others = state.get("clean_ids"), [state.get(name) for name in ("maskable", "attention_mask", "masked")]
+        relay_state, vocab_size = state.get("relay_state"), self.config.text_config.vocab_size
+        texts = [tensor for tensor in (ids, state.get("queue_ids")) if tensor is not None and tensor.numel()]
+        fits = ids is not None and all(other is not None and other.shape == ids.shape for other in others)
+        fits = fits and (relay_state is None or relay_state.shape == (*ids.shape, self.config.relay_state_width))
+        fits = fits and all(int(t.min()) >= 0 and int(t.max()) < vocab_size for t in texts)
+        # Only what is learned counts: [MASK] may stand in a prompt, and stands behind a text.
+        if not fits or bool((state["maskable"] & (ids == self.config.mask_token_id)).any()):
+            raise ValueError(
+                "The checkpoint's rollout buffer is damaged, or of another model or tokenizer: resume with the model "
+                "that it was trained with, or delete its `rollout_buffer_*.safetensors`."
+            )
 
     def _resize(self, slots: int) -> None:
         """The batch has another size after a resume: rows too many begin again later, missing ones are free."""

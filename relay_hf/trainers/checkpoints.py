@@ -6,18 +6,20 @@ from typing import Any
 
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 
+from ..modeling import RelayConfig
 from ..modeling.adapter_relay import complete_adapter
 from .buffer import RolloutBuffer
 from .data_preparation import DataCheckingTrainer
 from .ema import WeightAverage
+from .whole_checkpoints import LIST_FILE, TRAINER_STATE_FILE, find_problem, list_files
 
 WEIGHT_AVERAGE_FILE = "weight_average.safetensors"
-# The Trainer writes this file last.
-TRAINER_STATE_FILE = "trainer_state.json"
+# What a rollout buffer depends on: of the backbone, and of the relay model.
+SHAPE = ("vocab_size", "hidden_size", "num_hidden_layers")
+TOKENS = ("mask_token_id", "block_size", "relay_channel")
 
 logger = logging.get_logger(__name__)
 
@@ -34,13 +36,15 @@ class ResumableTrainer(DataCheckingTrainer):
     weight_average: WeightAverage | None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in the Trainer, but a checkpoint whose writing was interrupted is passed over for the last whole one.
+        """As in the Trainer, but `True` passes over checkpoints that are not whole.
 
         Raises:
-            ValueError: there is no whole checkpoint to resume from.
+            ValueError: there is no whole checkpoint to resume from, the one that was named has a file that is missing
+                or cannot be read, or it is of another model.
         """
         if resume_from_checkpoint:
             resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
+            check_same_model(Path(resume_from_checkpoint), self.relay_config)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -54,25 +58,34 @@ class ResumableTrainer(DataCheckingTrainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _whole_checkpoint(self, asked: str | bool) -> str:
-        folder = self.args.output_dir
         if isinstance(asked, str):
-            if _is_whole(asked) or not Path(asked).exists():
-                return asked
-            folder = str(Path(asked).parent)
+            if not Path(asked).is_dir():
+                raise ValueError(f"`resume_from_checkpoint={asked}` is no folder: give one, or `True` for the last.")
+            if problem := find_problem(Path(asked)):
+                raise ValueError(
+                    f"The checkpoint `{asked}` is not whole: {problem}. Give an earlier one, or `True` for the last "
+                    "that is whole."
+                )
+            return asked
+        folder = self.args.output_dir
         for checkpoint in reversed(sort_checkpoints(folder) if Path(folder).exists() else []):
-            if _is_whole(checkpoint):
-                if isinstance(asked, str):
-                    logger.warning(f"{asked} was not written to its end: going on from {checkpoint} instead.")
+            problem = find_problem(Path(checkpoint))
+            if problem is None:
                 return checkpoint
-        raise ValueError(f"{folder} has no checkpoint that was written to its end: leave out `resume_from_checkpoint`.")
+            logger.warning(f"{checkpoint} is not whole ({problem}): it is passed over.")
+        raise ValueError(f"{folder} has no checkpoint that is whole: leave out `resume_from_checkpoint`.")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.is_world_process_zero():
             # If the folder is written a second time, it is not whole meanwhile.
-            (Path(self._get_output_dir(trial=trial)) / name / TRAINER_STATE_FILE).unlink(missing_ok=True)
+            for file in (LIST_FILE, TRAINER_STATE_FILE):
+                (Path(self._get_output_dir(trial=trial)) / name / file).unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial=trial)) / name
+        if self.is_world_process_zero() and folder.is_dir():
+            list_files(folder)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -116,9 +129,19 @@ class ResumableTrainer(DataCheckingTrainer):
         return Path(folder) / f"rollout_buffer_{self.args.process_index}.safetensors"
 
 
-def _is_whole(checkpoint: str) -> bool:
-    try:
-        TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_FILE))
-    except (OSError, ValueError):
-        return False
-    return True
+def check_same_model(checkpoint: Path, config: RelayConfig) -> None:
+    """Refuses a checkpoint of another model, whose rollout buffer would be of other tokens.
+
+    Raises:
+        ValueError: vocabulary, [MASK], blocks or shape differ.
+    """
+    if not (checkpoint / CONFIG_NAME).exists():  # sharded weights alone
+        return
+    theirs = RelayConfig.from_pretrained(checkpoint)
+    for name in (*SHAPE, *TOKENS):
+        mine, other = (getattr(c if name in TOKENS else c.text_config, name, None) for c in (config, theirs))
+        if mine != other:
+            raise ValueError(
+                f"The checkpoint `{checkpoint}` is of a model with `{name}={other}`, but this one has {mine}: resume "
+                "with the model that it was trained with, or start a new run from it."
+            )

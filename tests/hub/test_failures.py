@@ -168,3 +168,28 @@ def test_interrupted_push_removes_the_repository_it_made(
     assert process.returncode not in (0, 2), said
     assert any(request.startswith("PUT") for request in hub.requests)
     assert hub.repositories == {}
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "README.md", "model.safetensors", ".eval_results", "vocab.json"])
+def test_link_out_of_the_folder_raises_and_nothing_is_sent(
+    name: str, hub: HubServer, folder: Path, tmp_path: Path
+) -> None:
+    outside = tmp_path / "private"
+    if name == ".eval_results":
+        outside.mkdir()
+        (outside / "a.yaml").write_text("secret")
+    else:
+        outside.write_text("secret")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(outside)
+    before = hub.snapshot()
+    with pytest.raises(ValueError, match=r"is a link to `.*private`, out of the folder: put a copy there"):
+        push(folder, "me/relay")
+    assert hub.snapshot() == before
+
+
+def test_link_within_the_folder_is_followed(hub: HubServer, folder: Path) -> None:
+    (folder / "weights").mkdir()
+    (folder / "model.safetensors").rename(folder / "weights" / "whole.safetensors")
+    (folder / "model.safetensors").symlink_to(folder / "weights" / "whole.safetensors")
+    push(folder, "me/relay")

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -188,3 +190,24 @@ def test_staggered_buffer_starts_out_of_phase_only_once() -> None:
     finish(buffer, [0, 1, 2, 3])
     buffer.refill(build_rows(4, seed=1))
     assert torch.equal(buffer.rows.masked, buffer.rows.maskable)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state["clean_ids"].fill_(40),
+        lambda state: state["clean_ids"].fill_(MASK),
+        lambda state: state.update(relay_state=state["relay_state"][..., :-1]),
+        lambda state: state.update(masked=state["masked"][:, :-1]),
+        lambda state: state.pop("clean_ids"),
+    ],
+    ids=["vocabulary", "mask token", "width", "length", "missing"],
+)
+def test_load_state_dict_of_another_model_raises(change: Callable) -> None:
+    config = build_model().config
+    buffer = RolloutBuffer(config, carries_state=True)
+    buffer.refill(build_rows(2))
+    state = {name: tensor.clone() for name, tensor in buffer.state_dict().items()}
+    change(state)
+    with pytest.raises(ValueError, match="rollout buffer is damaged, or of another model or tokenizer"):
+        RolloutBuffer(config, carries_state=True).load_state_dict(state)

@@ -52,6 +52,7 @@ def test_resume_without_the_buffer_would_differ(make_trainer: Callable[..., Rela
     whole.train()
     checkpoint = tmp_path / "whole" / "checkpoint-3"
     (checkpoint / "rollout_buffer_0.safetensors").unlink()
+    (checkpoint / "checkpoint_files.json").unlink()  # it would name the missing file
     resumed = make_trainer(output_dir=tmp_path / "resumed", **saving)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert losses(resumed)[3:] != losses(whole)[3:]
@@ -126,22 +127,18 @@ class RecordBegin(TrainerCallback):
         self.began.append(state.global_step)
 
 
-def test_resume_from_a_checkpoint_that_is_not_whole_takes_the_one_before(
-    make_trainer: Callable[..., RelayTrainer], tmp_path: Path
-) -> None:
+def test_resume_without_a_whole_checkpoint_raises(make_trainer: Callable[..., RelayTrainer], tmp_path: Path) -> None:
     saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     make_trainer(**saving).train()
     folder = tmp_path / "run"
-    (folder / "checkpoint-4" / "trainer_state.json").write_text('{"global_st')
-    began: list[int] = []
-    trainer = make_trainer(**saving)
-    trainer.add_callback(RecordBegin(began))
-    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
-    assert began == [2]
     (folder / "checkpoint-2" / "trainer_state.json").unlink()
-    (folder / "checkpoint-4" / "trainer_state.json").unlink()
-    with pytest.raises(ValueError, match="has no checkpoint that was written to its end"):
+    (folder / "checkpoint-4" / "trainer_state.json").write_text('{"global_st')
+    with pytest.raises(ValueError, match="has no checkpoint that is whole: leave out"):
         make_trainer(**saving).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=r"checkpoint-2` is not whole: `trainer_state.json` is missing"):
+        make_trainer(**saving).train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    with pytest.raises(ValueError, match=r"nowhere` is no folder|nowhere is no folder"):
+        make_trainer(**saving).train(resume_from_checkpoint=str(folder / "nowhere"))
 
 
 def test_resume_with_another_batch_size_keeps_training(

@@ -30,14 +30,23 @@ REASON_LENGTH = 200  # characters
 
 # Audit events of Python. Processes would outlive the program, and neither they nor interpreters obey the audit hook.
 REFUSED = {
-    "cpython.PyInterpreterState_New", "ctypes.dlsym", "os.exec", "os.fork", "os.forkpty", "os.kill", "os.killpg",
+    "cpython.PyInterpreterState_New", "os.exec", "os.fork", "os.forkpty", "os.kill", "os.killpg",
     "os.posix_spawn", "os.spawn", "os.system", "pty.spawn", "resource.prlimit", "subprocess.Popen",
 }  # fmt: skip
-# Functions that would make processes, or change others or files outside the folder, and raise no event.
+# Events that begin with these: calls into compiled libraries, and connections.
+REFUSED_KINDS = ("ctypes.", "socket.")
+# A socket that is not connected does no harm, and asyncio makes a pair of them.
+HARMLESS = {"socket.__new__"}
+# Ways into compiled libraries without events. `_ctypes` is loaded by now; anew it would have all its functions.
+REFUSED_MODULES = {"_cffi_backend", "_ctypes", "_ctypes_test", "_testcapi", "_testinternalcapi"}
+# Functions, and addresses of functions, that would make processes, write into memory, or change other processes or
+# files outside the folder, and raise no event.
 WITHOUT_EVENT = {
     "_posixsubprocess": ["fork_exec"],
     "posix": ["mkfifo", "mknod", "sched_setaffinity", "sched_setparam", "sched_setscheduler", "setpriority"],
     "_signal": ["pidfd_send_signal"],
+    "ctypes": ["memmove", "memset", "_memmove_addr", "_memset_addr"],
+    "_ctypes": ["_cast_addr", "_memmove_addr", "_memset_addr", "_string_at_addr", "_wstring_at_addr"],
 }
 # Events that change what a path names, and how many folders (`dir_fd`) their last arguments name.
 CHANGING = {
@@ -163,12 +172,18 @@ def make_guard(folder: str) -> Callable[[str, tuple[Any, ...]], None]:
         if not f"{path}/".startswith(inside) and path != os.devnull:
             raise error(f"the sandbox refuses to change `{path}`, which is outside its folder ({event})")
 
+    def check_import(name: str, path: Any) -> None:
+        # A loader may call a module otherwise. A compiled one in the folder was put there by the program.
+        file = resolve(path) if isinstance(path, (str, bytes)) else ""
+        names = {name, decode(file).split("/")[-1].split(".")[0]}
+        if names & REFUSED_MODULES or decode(file).startswith(inside):
+            raise error(f"the sandbox refuses to import `{name}`")
+
     def guard(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in REFUSED or (event == "ctypes.dlopen" and arguments[0] is not None):
+        if event in REFUSED or (event.startswith(REFUSED_KINDS) and event not in HARMLESS):
             raise error(f"the sandbox refuses `{event}`")
-        # A socket that is not connected does no harm, and asyncio makes a pair of them.
-        if event.startswith("socket.") and event != "socket.__new__":
-            raise error(f"the sandbox refuses `{event}`")
+        if event == "import":
+            check_import(*arguments[:2])
         if event == "open" and not isinstance(arguments[0], int) and arguments[2] & WRITING:
             check_path(event, arguments[0])  # of `os.open(..., dir_fd=...)` the event does not say the folder
         elif event in CHANGING:
