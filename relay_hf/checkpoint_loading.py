@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .conversion.gguf_sources import refuse_gguf
 from .modeling import RelayConfig, RelayForMaskedDiffusion
+from .modeling.files_relay import check_json_files, explained
 from .modeling.options_relay import add_defaults, check_options
 from .tokenizer_loading import load_tokenizer
 
@@ -28,6 +29,7 @@ def read_config(source: str, revision: str | None = None, **options: Any) -> Rel
         ValueError: no relay model can be made from it, it must be converted first, or an option does not fit.
     """
     refuse_gguf(source)
+    check_json_files(source)
     reason = ""
     try:
         fields, _ = RelayConfig.get_config_dict(source, revision=revision)
@@ -43,10 +45,11 @@ def read_config(source: str, revision: str | None = None, **options: Any) -> Rel
             f"`{source}` is not a model{reason}: give a folder that holds a `config.json`, or the id of a repository "
             "that can be reached."
         )
-    try:
-        return RelayConfig.from_pretrained(source, revision=revision, **options)
-    except StrictDataclassFieldValidationError as error:
-        raise ValueError(f"{error.__cause__}: give one that `RelayConfig` takes.") from error
+    with explained(source, "configuration"):
+        try:
+            return RelayConfig.from_pretrained(source, revision=revision, **options)
+        except StrictDataclassFieldValidationError as error:
+            raise ValueError(f"{error.__cause__}: give one that `RelayConfig` takes.") from error
 
 
 def read_diffusion_config(source: str, revision: str | None = None, **options: Any) -> RelayConfig:
@@ -77,7 +80,8 @@ def read_tokenizer(source: str, config: RelayConfig, revision: str | None = None
     """
     problem = f"`{source}` has no tokenizer that can be loaded: save it there with `tokenizer.save_pretrained`."
     try:
-        tokenizer = load_tokenizer(source, config, revision)
+        with explained(source, "tokenizer"):
+            tokenizer = load_tokenizer(source, config, revision)
     except (OSError, ValueError) as error:
         raise OSError(problem) from error
     if tokenizer is None:

@@ -20,6 +20,7 @@ from transformers.utils import cached_file
 from ..modeling import RelayConfig, RelayForMaskedDiffusion
 from ..modeling.configuration_relay import RELAY_FIELDS
 from ..modeling.conversion_relay import FOREIGN_PARAMETER_NAMES
+from ..modeling.files_relay import check_json_files, explained
 from ..tokenizer_loading import load_tokenizer
 from .gguf_file import open_gguf, read_gguf_weights
 from .mask_token import add_rows, choose_mask_token
@@ -69,6 +70,7 @@ def convert(
         source, gguf_file = str(Path(source).parent), Path(source).name
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"`{target}` exists already: choose another output, or remove it.")
+    check_json_files(source)
     file = None if gguf_file is None else open_gguf(source, gguf_file, revision)
     try:
         fields, _ = PreTrainedConfig.get_config_dict(source, revision=revision, gguf_file=gguf_file)
@@ -83,11 +85,13 @@ def convert(
         raise ValueError(f"`{source}` is a relay model already: load it with `AutoModel.from_pretrained`.")
     if unknown := sorted(options.keys() - RELAY_FIELDS):
         raise ValueError(f"`convert` does not take {unknown}: give arguments of `RelayConfig`.")
-    try:
-        config = RelayConfig.from_pretrained(source, revision=revision, gguf_file=gguf_file, **options)
-    except StrictDataclassFieldValidationError as error:
-        raise ValueError(f"{error.__cause__}: give one that `RelayConfig` takes.") from error
-    tokenizer = load_tokenizer(source, config, revision, gguf_file)
+    with explained(source, "configuration"):
+        try:
+            config = RelayConfig.from_pretrained(source, revision=revision, gguf_file=gguf_file, **options)
+        except StrictDataclassFieldValidationError as error:
+            raise ValueError(f"{error.__cause__}: give one that `RelayConfig` takes.") from error
+    with explained(source, "tokenizer"):
+        tokenizer = load_tokenizer(source, config, revision, gguf_file)
     rows = config.text_config.vocab_size
     mask = choose_mask_token(mask_token_id, config.mask_token_id, tokenizer, rows)
 

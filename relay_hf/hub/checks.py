@@ -9,6 +9,7 @@ from safetensors import safe_open
 from transformers import GenerationConfig
 
 from ..modeling import RelayConfig
+from ..modeling.files_relay import check_json_files, explained
 from ..tokenizer_loading import load_tokenizer
 from .contents import ADAPTER_CONFIG, CONFIG, WEIGHTS, matches
 
@@ -24,6 +25,7 @@ def check_contents(folder: Path) -> None:
         ValueError: the configuration is not that of a relay model, weights are missing or not finite, or the tokenizer
             is another model's.
     """
+    check_json_files(folder)
     model_type = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("model_type")
     if model_type != RelayConfig.model_type:
         raise ValueError(f"`config.json` is of a `{model_type}`, not of a relay model: run `relay-hf convert` first.")
@@ -33,8 +35,10 @@ def check_contents(folder: Path) -> None:
         raise ValueError(f"{error.__cause__}: correct `config.json`.") from error
     if (folder / "generation_config.json").exists():
         GenerationConfig.from_pretrained(folder)
-    _check_weights(folder)
-    _check_tokenizer(folder, config)
+    with explained(folder, "weights"):
+        _check_weights(folder)
+    with explained(folder, "tokenizer"):
+        _check_tokenizer(folder, config)
 
 
 def check_base(config: RelayConfig, base: str, token: str | None) -> None:

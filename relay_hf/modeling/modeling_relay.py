@@ -19,6 +19,7 @@ from .cache_relay import RelayCache
 from .channel_relay import Readings, RelayLayerNorm, SoftMaskChannel, in_scope, make_channel
 from .configuration_relay import RelayConfig
 from .conversion_relay import FOREIGN_PARAMETER_NAMES
+from .files_relay import check_json_files, explained
 from .generation_relay import RelayGenerationMixin
 from .head_relay import RelayHead
 from .masks_relay import align_to_positions, block_attention_mask, new_positions
@@ -104,12 +105,15 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
 
         Raises:
             ValueError: the configuration fits no relay model, or the head has a bias.
+            OSError: a file is missing, damaged, or of another model.
             ImportError: it is an adapter, and `peft` is not installed.
         """
+        check_json_files(pretrained_model_name_or_path)
         source, kwargs, adapter = split_adapter(cls.config_class, pretrained_model_name_or_path, kwargs)
         kwargs["key_mapping"] = {**FOREIGN_PARAMETER_NAMES, **(kwargs.get("key_mapping") or {})}
         tells_all = kwargs.pop("output_loading_info", False)
-        loaded: Any = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
+        with explained(source, "weights"):
+            loaded: Any = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         model, info = loaded
         if "lm_head.bias" in info["unexpected_keys"]:
             raise ValueError(
