@@ -1,5 +1,6 @@
 """RelayConfig: every switch that changes what a relay model computes."""
 
+import math
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -8,6 +9,10 @@ from transformers import PreTrainedConfig
 from .backbone_relay import check_backbone
 from .conversion_relay import foreign_config_to_relay
 from .versions_relay import BackboneHolderConfig
+
+# Fields of a backbone that count something it cannot be without.
+COUNTS = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+          "num_key_value_heads", "max_position_embeddings"}  # fmt: skip
 
 
 @strict
@@ -71,6 +76,7 @@ class RelayConfig(BackboneHolderConfig):
         super().__post_init__(**kwargs)
         # First: what follows reads fields that every supported backbone has.
         self.validate_backbone()
+        self.validate_numbers()
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         if self.relay_channel == "soft_mask":
@@ -84,6 +90,15 @@ class RelayConfig(BackboneHolderConfig):
         self.validate_relay_layer()
         self.validate_distribution_channel()
 
+    def validate_numbers(self) -> None:
+        for name, value in {**self.text_config.to_dict(), "relay_norm_eps": self.relay_norm_eps}.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"`{name}={value}` is not a finite number: correct the configuration.")
+            if name in COUNTS and isinstance(value, int) and value < 1:
+                raise ValueError(f"`{name}={value}` must be at least 1: correct the configuration of the backbone.")
+            if name.endswith("norm_eps") and isinstance(value, float | int) and not 0 < value < 1:
+                raise ValueError(f"`{name}={value}` must lie between 0 and 1: 1e-6 is usual.")
+
     def validate_mask_token(self) -> None:
         vocab_size = self.text_config.vocab_size
         if self.mask_token_id is not None and not 0 <= self.mask_token_id < vocab_size:
@@ -96,6 +111,12 @@ class RelayConfig(BackboneHolderConfig):
         if self.block_size is not None and self.block_size < 1:
             raise ValueError(
                 f"`block_size={self.block_size}` must be at least 1; use `None` to denoise the whole sequence at once."
+            )
+        positions = getattr(self.text_config, "max_position_embeddings", None)
+        if self.block_size is not None and isinstance(positions, int) and self.block_size > positions:
+            raise ValueError(
+                f"`block_size={self.block_size}` exceeds the {positions} positions of the backbone: choose a smaller "
+                "one, or `None` to denoise the whole sequence at once."
             )
 
     def validate_relay_layer(self) -> None:
@@ -115,10 +136,15 @@ class RelayConfig(BackboneHolderConfig):
         check_backbone(self.text_config)
 
     def validate_distribution_channel(self) -> None:
-        if not self.relay_temperature > 0:
-            raise ValueError(f"`relay_temperature={self.relay_temperature}` must be above 0; 1 leaves it as it is.")
-        if self.relay_top_k < 1:
-            raise ValueError(f"`relay_top_k={self.relay_top_k}` must be at least 1: how many predictions to mix.")
+        if not 0 < self.relay_temperature < math.inf:
+            raise ValueError(
+                f"`relay_temperature={self.relay_temperature}` must be above 0, and finite; 1 leaves it as it is."
+            )
+        if not 1 <= self.relay_top_k <= self.text_config.vocab_size:
+            raise ValueError(
+                f"`relay_top_k={self.relay_top_k}` must be at least 1, and at most the {self.text_config.vocab_size} "
+                "tokens of the vocabulary: how many predictions to mix."
+            )
         if self.relay_channel in ("residual_context", "soft_mask") and self.relay_scope == "all":
             raise ValueError(
                 f"`relay_scope='all'` has no meaning for `relay_channel={self.relay_channel!r}`, which replaces "

@@ -9,7 +9,7 @@ from transformers import AutoConfig, Gemma2Config, LlamaConfig, MistralConfig, Q
 
 from relay_hf import RelayConfig
 
-from ..conftest import MASK, VOCAB_SIZE
+from ..conftest import MASK, VOCAB_SIZE, text_config
 
 
 def test_fast_dllm_v2_preset_is_published_instance(tiny_text_config: Qwen2Config) -> None:
@@ -124,3 +124,40 @@ def test_sliding_window_backbone_raises(text_config: Any) -> None:
 def test_backbone_with_sliding_window_switched_off_accepted() -> None:
     config = RelayConfig(text_config=MistralConfig(vocab_size=VOCAB_SIZE, sliding_window=None))
     assert config.text_config.model_type == "mistral"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"block_size": 10**9}, "`block_size=1000000000` exceeds the 128 positions of the backbone"),
+        ({"block_size": -8}, "`block_size=-8` must be at least 1"),
+        ({"relay_norm_eps": float("nan")}, "`relay_norm_eps=nan` is not a finite number"),
+        ({"relay_norm_eps": 0.0}, "`relay_norm_eps=0.0` must lie between 0 and 1"),
+        ({"relay_norm_eps": -1e-5}, "`relay_norm_eps=-1e-05` must lie between 0 and 1"),
+        ({"relay_temperature": 0.0}, "`relay_temperature=0.0` must be above 0"),
+        ({"relay_temperature": float("inf")}, "`relay_temperature=inf` must be above 0, and finite"),
+        ({"relay_temperature": float("nan")}, "`relay_temperature=nan` must be above 0, and finite"),
+        ({"relay_top_k": 65}, "`relay_top_k=65` must be at least 1, and at most the 64 tokens"),
+        ({"mask_token_id": 64}, "`mask_token_id=64` is outside the vocabulary of 64 tokens"),
+        ({"mask_token_id": -1}, "`mask_token_id=-1` is outside the vocabulary"),
+    ],
+)
+def test_config_absurd_value_raises(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RelayConfig(text_config=text_config(), **{"block_size": 8, "mask_token_id": 63, **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rms_norm_eps": float("nan")}, "`rms_norm_eps=nan` is not a finite number"),
+        ({"rms_norm_eps": -1.0}, "`rms_norm_eps=-1.0` must lie between 0 and 1"),
+        ({"initializer_range": float("inf")}, "`initializer_range=inf` is not a finite number"),
+        ({"num_hidden_layers": 0}, "`num_hidden_layers=0` must be at least 1"),
+        ({"hidden_size": 0}, "`hidden_size=0` must be at least 1"),
+        ({"max_position_embeddings": -5}, "`max_position_embeddings=-5` must be at least 1"),
+    ],
+)
+def test_config_absurd_backbone_raises(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RelayConfig(text_config=text_config(**fields), mask_token_id=63, block_size=8)
