@@ -1,5 +1,6 @@
 """The data sets that the options of `relay-hf train` name: of the Hub, of a folder, of files, or a mixture."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,31 @@ def _load(data: ScriptArguments, split: str) -> Any:
     if Path(name).stat().st_size == 0:
         raise ValueError(f"`dataset_name={name}` is empty: give a file with rows.")
     builder = BUILDERS[Path(name).suffix]
+    if Path(name).suffix == ".jsonl":
+        _check_lines(Path(name))
     as_written = _texts_of(name) if builder == "csv" else {}
     return load_dataset(builder, data_files=name, split=split, streaming=data.dataset_streaming, **as_written)
+
+
+def _check_lines(path: Path) -> None:
+    """Reads a file of JSON lines once: the library numbers lines within a chunk of the file.
+
+    Raises:
+        ValueError: a line is no JSON, or holds no names and values.
+    """
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"Line {number} of `{path}` is no JSON ({error}): correct or remove it.") from error
+            if not isinstance(row, dict):
+                raise ValueError(
+                    f"Line {number} of `{path}` holds a {type(row).__name__}, not the columns of a row: write "
+                    '`{"prompt": ..., "completion": ...}`, for instance.'
+                )
 
 
 def _texts_of(path: str) -> dict[str, Any]:

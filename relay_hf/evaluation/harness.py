@@ -7,6 +7,7 @@ configuration and to decode through. `tests/evaluation/test_harness.py` fails if
 Legend: B rows of a batch, P columns of their prompts.
 """
 
+import copy
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -215,6 +216,7 @@ class RelayLM(HFLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """As in `HFLM`, task by task, noting what each request costs."""
         by_task = defaultdict(list)
+        requests = [_without_empty_stops(request) for request in requests]
         for index, request in enumerate(requests):
             by_task[request.task_name, repr(request.args[1])].append(index)
         texts: list[Any] = [None] * len(requests)
@@ -273,3 +275,13 @@ class RelayLM(HFLM):
 
     def _quiet(self, disable_tqdm: bool) -> bool:
         return disable_tqdm or self.rank != 0
+
+
+def _without_empty_stops(request: Instance) -> Instance:
+    """The request with `until` a list of texts: `null` and "" stop at nothing."""
+    context, options = request.args
+    until = options.get("until") or []
+    stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
+    clean = copy.copy(request)
+    clean.arguments = (context, {**options, "until": stops})
+    return clean

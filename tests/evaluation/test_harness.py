@@ -50,6 +50,16 @@ def alone(model: RelayForMaskedDiffusion, tokenizer: Any, context: str, **option
 # -- decoding ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("until", [None, [None], "", [""]], ids=["null", "list of null", "empty", "list of empty"])
+def test_generate_until_no_text_stops_at_none(
+    text_model: Callable[..., RelayForMaskedDiffusion], tokenizer: Any, until: Any
+) -> None:
+    model = text_model(block_size=8)
+    lm = RelayLM(model, tokenizer=tokenizer)
+    written = lm.generate_until(generation_requests(CONTEXTS[:1], until=until, max_gen_toks=20), disable_tqdm=True)
+    assert written == [alone(model, tokenizer, CONTEXTS[0], max_new_tokens=20)[0]]
+
+
 @pytest.mark.parametrize("block_size", [8, None])
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_generate_until_equals_generate_alone_cut_at_the_stop_text(
