@@ -57,7 +57,7 @@ class BlockDecoder:
         use_relay: carry the state between denoising steps.
         start: makes the state of each block's first step; None = the model's initial one.
         stop_token_ids: (n,) tokens that end a row, or None.
-        pad_token_id: scalar written behind a row's end, or None (0 is written).
+        pad_token_id: scalar written behind a row's end, or None; see `padding_token`.
         stopping_criteria: further criteria, asked about every prefix of a row when its block is complete.
         streamer: gets drafts (if it can) and finished blocks of the only row.
         output_history: note which forward reveals which token.
@@ -93,7 +93,7 @@ class BlockDecoder:
         self.use_relay = use_relay
         self.start = start
         self.stop_token_ids = stop_token_ids
-        self.pad_token_id = 0 if pad_token_id is None else int(pad_token_id)
+        self.pad_token_id = padding_token(pad_token_id, stop_token_ids, model.config.mask_token_id)
         self.stopping_criteria = stopping_criteria
         self.streamer = streamer
         self.output_history = output_history
@@ -394,3 +394,18 @@ class BlockDecoder:
             given=given,
             denoise_forwards=self.denoise_forwards,
         )
+
+
+def padding_token(pad_token_id: Tensor | None, stop_token_ids: Tensor | None, mask_token_id: int) -> int:
+    """What is written behind a row's end: the padding token, or if there is none that is not [MASK], a stop token or 0.
+
+    Args:
+        pad_token_id: scalar, or None.
+        stop_token_ids: (n,), or None.
+        mask_token_id: which is never written.
+    """
+    if pad_token_id is not None and int(pad_token_id) != mask_token_id:
+        return int(pad_token_id)
+    if stop_token_ids is not None and len(stop_token_ids):
+        return int(stop_token_ids[0])
+    return 1 if mask_token_id == 0 else 0

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor
 
 from relay_hf import RelayCache, RelayForMaskedDiffusion
+from relay_hf.modeling.decoding_relay import padding_token
 
 from ..conftest import MASK, VOCAB_SIZE
 from .decoding import PAD, padded, prompt_of, prompts_of, run
@@ -277,3 +278,21 @@ def test_two_runs_of_one_model_leave_nothing_behind(model: RelayForMaskedDiffusi
     run(model, inputs, max_new_tokens=9, do_sample=True, t_max=2.0, t_min=1.0, suppress_tokens=[3], eos_token_id=4,
         sampling_seeds=[1] * 5, fuse_commits=True, use_relay=False, pad_token_id=PAD)  # fmt: skip
     assert torch.equal(run(model, inputs, max_new_tokens=20).sequences, first)
+
+
+@pytest.mark.parametrize(("mask", "pad"), [(0, None), (0, 0), (63, 63)])
+@pytest.mark.parametrize("stop", [None, 7])
+def test_generate_mask_token_as_padding_is_not_written(
+    make_model: Callable, mask: int, pad: int | None, stop: int | None
+) -> None:
+    model = make_model(mask_token_id=mask, text={"pad_token_id": None})
+    padding = padding_token(
+        None if pad is None else torch.tensor(pad), None if stop is None else torch.tensor([stop]), mask
+    )
+    assert padding == (stop if stop is not None else 1 if mask == 0 else 0)
+    # The first row ends at once, the second goes on: the first is padded.
+    prompts = torch.tensor([[5, 6, 9], [8, 3, 2]])
+    first = model.generate(prompts, max_new_tokens=16)[0, 3]
+    written = model.generate(prompts, max_new_tokens=16, eos_token_id=int(first), pad_token_id=pad)
+    assert written[0, 3] == first
+    assert not bool((written == mask).any())
