@@ -77,7 +77,7 @@ def test_resume_takes_the_checkpoint_before_or_names_the_file(
     ("other", "message"),
     [
         ({"block_size": 2}, "of a model with `block_size=4`, but this one has 2"),
-        ({"mask_token_id": 38}, "of a model with `mask_token_id=39`, but this one has 38"),
+        ({"mask_token_id": 1}, "of a model with `mask_token_id=39`, but this one has 1"),
     ],
 )
 def test_resume_of_another_model_raises(
