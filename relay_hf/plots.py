@@ -155,18 +155,13 @@ def _draw_curve(axes: Axes, label: str, points: Sequence[CurvePoint], colour: st
 
 
 def _set_limits(axes: Axes, points: Sequence[CurvePoint]) -> None:
-    """Room around the points, and above them for the direction hint; ticks at round numbers, none above 100 %."""
-    bars = [_ends_of_bar(point) for point in points]
-    highest = max(high for _, high in bars)
-    height = max(highest - min(low for low, _ in bars), 8.0)
-    bottom, top = max(highest - 1.08 * height, -2.0), highest + 0.16 * height
-    ticks = MaxNLocator(7, steps=[1, 2, 5, 10]).tick_values(bottom, min(top, 100.0))
-    axes.set_ylim(bottom, top)
-    axes.set_yticks([tick for tick in ticks if bottom <= tick <= top])
-
-    left, right = min(point.forwards for point in points), max(point.forwards for point in points)
-    margin = 0.06 * max(right - left, 1.0)
-    axes.set_xlim(left - margin, right + margin)
+    """Both axes start at 0, so that lengths compare; room above the points for the hint; no tick above 100 %."""
+    highest = max(max(_ends_of_bar(point)[1] for point in points), 8.0)
+    top = 1.16 * highest
+    ticks = MaxNLocator(7, steps=[1, 2, 5, 10]).tick_values(0.0, min(top, 100.0))
+    axes.set_ylim(0.0, top)
+    axes.set_yticks([tick for tick in ticks if tick <= top])
+    axes.set_xlim(0.0, 1.06 * max(max(point.forwards for point in points), 1.0))
 
 
 def _dress_axes(axes: Axes, metric: str, unit: str, has_thresholds: bool) -> None:

@@ -133,7 +133,16 @@ def test_ticks_stop_at_100_percent_where_the_error_bar_does_not():
 
 def test_ticks_do_not_stretch_the_picture():
     axes = draw_accuracy_against_forwards({"relay": [CurvePoint(0.5, 4.0, 0.1), CurvePoint(0.1, 5.0, 0.73)]}).axes[0]
-    assert axes.get_ylim()[1] == pytest.approx(73 + 0.16 * 63)
+    assert axes.get_ylim()[1] == pytest.approx(1.16 * 73)
+
+
+@pytest.mark.parametrize("accuracies", [(0.9, 0.95), (0.0, 0.0), (0.02, 1.0)])
+def test_axes_start_at_zero(accuracies):
+    low, high = accuracies
+    points = [CurvePoint(0.5, 60.0, low, 0.05), CurvePoint(0.1, 66.0, high, 0.05)]
+    axes = draw_accuracy_against_forwards({"relay": points}).axes[0]
+    assert (axes.get_xlim()[0], axes.get_ylim()[0]) == (0, 0)
+    assert axes.get_xlim()[1] > 66
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,5 @@ def _card(
             "Trained for minutes; the order of the objectives at this size need not hold for larger models.",
             *(["One training seed: differences of a few points are within noise."] if arguments.seeds == 1 else []),
         ],
-        license="apache-2.0",
         tags=["sudoku"],
     )

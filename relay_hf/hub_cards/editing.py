@@ -10,12 +10,13 @@ from .evaluation_section import describe_evaluation
 from .markdown import bullets, get_section, set_section
 from .metadata import OWN_TAG, is_hub_id, make_results
 from .render import CARD, write_card
-from .snippets import describe_usage, loaded_models, quote
+from .snippets import describe_usage, loaded_models, quote, say_where_code_is
 
 USAGE, EVALUATION, LIMITS = "## How to use", "## Evaluation", "## Limits"
 # What follows in the template: new sections go before the first of these that a card has.
 BEHIND_EVALUATION = ("## Model", "## Training", LIMITS, "## Citation", "## Framework versions")
 BEHIND_USAGE = (EVALUATION, *BEHIND_EVALUATION)
+CODE_FILE = "modeling_relay.py"  # `push` puts it, and what it imports, beside the weights
 # What is in the cards that libraries write unasked, as long as nobody has filled them in.
 UNFILLED = ("# Model Card for Model ID", "[More Information Needed]")
 
@@ -81,7 +82,7 @@ def set_usage(folder: Path, model_id: str, snippet: str, earlier_id: str | None 
 
     Args:
         folder: with the card.
-        model_id: Hub id.
+        model_id: Hub id, or the folder where the model stays.
         snippet: code for it; "" if there is none.
         earlier_id: the folder that the model is in.
     """
@@ -93,6 +94,7 @@ def set_usage(folder: Path, model_id: str, snippet: str, earlier_id: str | None 
                 usage = usage.replace(quote(place), quote(model_id))
     elif OWN_TAG in (card.data.tags or []) and snippet:
         usage = describe_usage(snippet)
+    usage = say_where_code_is(usage, in_repository=(folder / CODE_FILE).is_file())
     if usage != before:
         card.text = set_section(card.text, USAGE, usage, before=BEHIND_USAGE)
         _write(card, folder)

@@ -9,12 +9,15 @@ if TYPE_CHECKING:
 
     from ..modeling import RelayConfig
 
-_LOAD = """\
-import relay_hf  # or, without the package, pass trust_remote_code=True below: the code is in the repository
+# Remarks on the import. `push` puts the model's code into the repository; a folder has none.
+_CODE_IN_REPOSITORY = "or, without the package, pass trust_remote_code=True below: the code is in the repository"
+_NO_CODE = "`relay-hf push FOLDER OWNER/NAME` uploads the code as well, for readers without the package"
+_LOAD = f"""\
+import relay_hf  # {_NO_CODE}
 from transformers import AutoModel, AutoTokenizer
 
-model = AutoModel.from_pretrained({model})
-tokenizer = AutoTokenizer.from_pretrained({model})
+model = AutoModel.from_pretrained({{model}})
+tokenizer = AutoTokenizer.from_pretrained({{model}})
 """
 _LOADED = re.compile(r'^model = AutoModel\.from_pretrained\(("(?:[^"\\]|\\.)*")\)$', re.M)
 
@@ -85,6 +88,12 @@ def usage_snippet(model_id: str, config: "RelayConfig", tokenizer: "PreTrainedTo
 def loaded_models(code: str) -> set[str]:
     """What the code of these snippets loads, in code that may hold more."""
     return {json.loads(name) for name in _LOADED.findall(code)}
+
+
+def say_where_code_is(usage: str, in_repository: bool) -> str:
+    """The text with the remark of these snippets that is true: whether the code of the model is beside its weights."""
+    remarks = _NO_CODE, _CODE_IN_REPOSITORY
+    return usage.replace(remarks[not in_repository], remarks[in_repository])
 
 
 def describe_usage(snippet: str) -> str:

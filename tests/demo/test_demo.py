@@ -60,6 +60,7 @@ def test_demo_results_hold_every_run_and_agree_with_the_card(demo: tuple[Path, s
     relay = [run["evaluations"][1] for run in results["runs"] if run["objective"] == "relay"]
     forwards = sum(evaluation["denoise_forwards"] for evaluation in relay) / 2
     card = ModelCard.load(demo[0] / "relay-sudoku-4x4" / "README.md")
+    assert card.data.license is None  # weights that somebody trained: theirs to license
     exact = [r for r in card.data.eval_results if r.metric_type == "exact_match"]
     assert exact[1].metric_args["denoise_forwards"] == pytest.approx(forwards, abs=1e-4)
     assert card.content.count("| relay_sg |") == 5

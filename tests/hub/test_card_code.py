@@ -59,6 +59,7 @@ def test_code_of_published_cards_runs(
 
     cards = [hub.repositories[name].files["README.md"].decode() for name in ("me/whole", "me/lora", "me/plain")]
     assert all(str(tmp_path) not in card for card in cards)
+    assert all("the code is in the repository" in card for card in cards)
     command = [sys.executable, "-c", f"import sys; {start}\n{RUN}", "me/whole", "me/lora", "me/plain"]
     done = subprocess.run(command, cwd=tmp_path, env=hub_environment(hub), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

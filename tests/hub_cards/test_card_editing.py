@@ -166,6 +166,22 @@ def test_usage_of_a_folder_that_was_moved_becomes_that_of_the_repository(
     assert (tmp_path / "README.md").read_text() == render_card(expected)
 
 
+def test_code_is_said_to_be_in_the_repository_only_beside_the_code(tmp_path: Path) -> None:
+    card, code, claim = tmp_path / "README.md", tmp_path / "modeling_relay.py", "the code is in the repository"
+    save_card(RelayCardData("x", usage=generate_snippet("my-relay")), tmp_path)
+    assert claim not in card.read_text()
+    assert "`relay-hf push FOLDER OWNER/NAME` uploads the code as well" in card.read_text()
+    set_usage(tmp_path, "me/x", "")
+    assert claim not in card.read_text()
+    code.touch()
+    set_usage(tmp_path, "me/x", "")
+    assert claim in card.read_text()
+    assert "relay-hf push" not in card.read_text()
+    code.unlink()
+    set_usage(tmp_path, str(tmp_path), "")
+    assert claim not in card.read_text()
+
+
 def test_usage_is_added_to_our_cards_only(tmp_path: Path) -> None:
     save_card(RelayCardData("x", limits=["Small."]), tmp_path)
     set_usage(tmp_path, "me/x", 'load("me/x")')
