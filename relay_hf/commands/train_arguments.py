@@ -27,7 +27,7 @@ class RelayModelConfig(ModelConfig):
     Everything else that `RelayConfig` takes goes into `model_init_kwargs`.
     """
 
-    mask_token_id: int | None = field(default=None, metadata={"help": "Id of [MASK]; a plain decoder needs one."})
+    mask_token_id: int | None = field(default=None, metadata={"help": "Id of [MASK]; `relay-hf convert` adds one."})
     block_size: int | None = field(
         default=None, metadata={"help": "Positions denoised together; 0: the whole sequence."}
     )

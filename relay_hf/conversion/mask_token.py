@@ -39,8 +39,8 @@ def choose_mask_token(
     known, origin = (given, "as given") if given is not None else (of_family, "the source's own")
     if known is not None and not 0 <= known < vocab_size:
         raise ValueError(
-            f"`mask_token_id={known}` is outside the embeddings of {vocab_size} tokens: choose an id in "
-            f"[0, {vocab_size - 1}], or leave it out to have one added."
+            f"`mask_token_id={known}` is outside the embeddings of {vocab_size} tokens: leave it out, and `convert` "
+            "adds a row for a new [MASK]; or give the id of a token that no text uses."
         )
     if tokenizer is None:
         if known is None:

@@ -103,8 +103,9 @@ class RelayConfig(BackboneHolderConfig):
         vocab_size = self.text_config.vocab_size
         if self.mask_token_id is not None and not 0 <= self.mask_token_id < vocab_size:
             raise ValueError(
-                f"`mask_token_id={self.mask_token_id}` is outside the vocabulary of {vocab_size} tokens: choose an id "
-                f"in [0, {vocab_size - 1}], or enlarge the vocabulary."
+                f"`mask_token_id={self.mask_token_id}` is outside the vocabulary of {vocab_size} tokens: let "
+                "`relay_hf.convert(source, output)` add a row for a new [MASK], or give the id of a token that no text "
+                "uses."
             )
 
     def validate_block(self) -> None:

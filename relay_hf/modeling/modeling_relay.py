@@ -65,8 +65,8 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         super().__init__(config)
         if config.mask_token_id is None:
             raise ValueError(
-                "`mask_token_id` is not set: pass the id of your tokenizer's [MASK], e.g. "
-                "`from_pretrained(path, mask_token_id=tokenizer.mask_token_id)`."
+                "`mask_token_id` is not set: let `relay_hf.convert(source, output)` add a [MASK] to a plain decoder "
+                "and its tokenizer, or give the id of a token that no text uses."
             )
         # The dtype that is in force here: a dtype noted in `text_config` would make the backbone differ from the head.
         self.model = AutoModel.from_config(config.text_config, dtype=torch.get_default_dtype())

@@ -41,8 +41,8 @@ def relay_model(model: Any, args: RelayTrainerConfig) -> RelayForMaskedDiffusion
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(base, RelayForMaskedDiffusion):
         raise ValueError(
-            f"`model` is a {type(base).__name__}, which has no relay channel: load it with "
-            "`RelayForMaskedDiffusion.from_pretrained(path, mask_token_id=...)`."
+            f"`model` is a {type(base).__name__}, which has no relay channel: make a relay model of it with "
+            "`relay_hf.convert(source, output)`, and load that with `RelayForMaskedDiffusion.from_pretrained(output)`."
         )
     if args.carries_state and base.config.relay_channel == "none":
         raise ValueError(

@@ -112,7 +112,10 @@ def test_tokenizer_whose_ids_have_gaps_raises(write_source: Callable, tmp_path: 
 
 @pytest.mark.parametrize(
     ("mask_token_id", "message"),
-    [(VOCAB_SIZE, "outside the embeddings of 264 tokens"), (257, "is the tokenizer's `pad_token`")],
+    [
+        (VOCAB_SIZE, "outside the embeddings of 264 tokens: leave it out, and `convert` adds"),
+        (257, "is the tokenizer's `pad_token`"),
+    ],
 )
 def test_mask_token_that_cannot_be_one_raises(
     write_source: Callable, tmp_path: Path, mask_token_id: int, message: str

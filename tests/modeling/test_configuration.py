@@ -66,7 +66,10 @@ def test_tie_word_embeddings_unset_follows_backbone(tiny_text_config: Qwen2Confi
 
 @pytest.mark.parametrize("mask_token_id", [-1, VOCAB_SIZE])
 def test_mask_token_outside_vocabulary_raises(tiny_text_config: Qwen2Config, mask_token_id: int) -> None:
-    with pytest.raises(ValueError, match=f"`mask_token_id={mask_token_id}` is outside the vocabulary of 64 tokens"):
+    with pytest.raises(
+        ValueError,
+        match=f"`mask_token_id={mask_token_id}` is outside the vocabulary of 64 tokens: let `relay_hf.convert",
+    ):
         RelayConfig(text_config=tiny_text_config, mask_token_id=mask_token_id)
 
 

@@ -124,7 +124,7 @@ def test_inputs_embeds_without_tokens_raises(make_model: Callable) -> None:
 
 
 def test_model_without_mask_token_raises(tiny_text_config: Any) -> None:
-    with pytest.raises(ValueError, match="`mask_token_id` is not set"):
+    with pytest.raises(ValueError, match=r"`mask_token_id` is not set: let `relay_hf.convert\("):
         RelayForMaskedDiffusion(RelayConfig(text_config=tiny_text_config))
 
 

@@ -275,7 +275,9 @@ def test_trainer_peft_model_with_frozen_channel_raises(
 
 
 def test_trainer_plain_decoder_raises(make_trainer: Callable[..., RelayTrainer]) -> None:
-    with pytest.raises(ValueError, match="`model` is a Qwen2ForCausalLM, which has no relay channel"):
+    with pytest.raises(
+        ValueError, match="`model` is a Qwen2ForCausalLM, which has no relay channel: make a relay model of it"
+    ):
         make_trainer(Qwen2ForCausalLM(build_model().config.text_config))
 
 
