@@ -20,7 +20,7 @@ import torch
 from accelerate.commands.launch import launch_command_parser
 from lm_eval.__main__ import HarnessCLI
 from starlette.testclient import TestClient
-from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from trl import TrlParser
 
 import relay_hf
@@ -51,6 +51,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = folder / "Qwen" / "Qwen2.5-0.5B"
     Qwen2ForCausalLM(backbone).bfloat16().save_pretrained(base)  # as most published checkpoints are
     tokenizer.save_pretrained(base)
+    _save_plain_decoder(folder / "HuggingFaceTB" / "SmolLM2-135M-Instruct")
     config = RelayConfig(text_config=backbone, block_size=8, mask_token_id=tokenizer.mask_token_id, token_shift=True)
     model = RelayForMaskedDiffusion(config)
     # It writes a few letters and soon a stop token, and takes few steps.
@@ -62,6 +63,19 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer.save_pretrained(folder / name)
     shutil.copytree(REFERENCE / "checkpoint", folder / "published-relay")
     return folder
+
+
+def _save_plain_decoder(folder: Path) -> None:
+    """As transformers writes it: no [MASK], and no row of the embeddings without a token."""
+    tokenizer = make_byte_tokenizer(pad_token="[PAD]", eos_token="[EOS]")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 @pytest.fixture
@@ -134,6 +148,7 @@ def test_readme_ten_lines_load_train_and_generate(run_page: Callable, capsys: py
     assert {p.dtype for p in names["trainer"].model.parameters()} == {torch.float32}
     assert re.search(r"tensor\(\[\d+\]\)", capsys.readouterr().out)
     assert Path("my-relay", "model.safetensors").exists()
+    assert names["model"].config.mask_token_id == names["tokenizer"].mask_token_id == 258  # a new row, the last
 
 
 def test_pages_few_snippets_are_not_run() -> None:
