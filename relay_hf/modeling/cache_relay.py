@@ -118,6 +118,18 @@ class RelayCache(DynamicCache):
             self.block_states[layer_idx] = new
         return new
 
+    def rows_for_channel(
+        self, read_out: Tensor, head_inputs: Tensor, is_masked: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What a channel makes a state of, given what a forward computed: the same, unless rows were cut for it.
+
+        Args:
+            read_out: (B, L, D), position-aligned like the following one.
+            head_inputs: (B, L, D).
+            is_masked: (B, L) bool.
+        """
+        return read_out, head_inputs, is_masked
+
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """How many keys the forward's positions see: a recomputed sub-block sees its whole block."""
         if self._columns is not None:

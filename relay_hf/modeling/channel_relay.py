@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from .configuration_relay import RelayConfig
+from .head_relay import is_plain
 
 # Logits held at a time while states are made of them.
 LOGITS_AT_ONCE = 2**24
@@ -98,6 +99,8 @@ class LayerNormChannel(nn.Module):
     """
 
     reads_distribution: ClassVar[bool] = False
+    # When PEFT merges, it copies the `weight` of each module that it had replaced, without asking if there is one.
+    weight: Tensor | None = None
 
     def __init__(self, config: RelayConfig) -> None:
         super().__init__()
@@ -200,14 +203,10 @@ class DistributionChannel(nn.Module):
         Returns:
             (B, L, D + 1) fp32, zeros where nothing is masked.
         """
-        table: Any = embeddings.weight  # (V, D)
-        if isinstance(table, DTensor):
-            table = table.full_tensor()  # FSDP shards them again as soon as tokens are looked up
+        table = token_table(embeddings)
         chunks = head_inputs.split(max(LOGITS_AT_ONCE // len(table), 1))
         means, numbers = zip(*[self.summarise(at_least_single(head(chunk)), table) for chunk in chunks], strict=True)
-        # Gemma's module scales what it looks up.
-        mean = at_least_single(torch.cat(means)) * getattr(embeddings, "embed_scale", 1.0)
-        summaries = torch.cat([mean, torch.cat(numbers)[:, None]], dim=-1)
+        summaries = torch.cat([at_least_single(torch.cat(means)), torch.cat(numbers)[:, None]], dim=-1)
         return summaries.new_zeros(*is_masked.shape, self.width).masked_scatter(is_masked[..., None], summaries)
 
 
@@ -280,6 +279,17 @@ def in_scope(config: RelayConfig, is_masked: Tensor) -> Tensor:
 def make_channel(config: RelayConfig) -> Channel:
     """Builds the channel that `config.relay_channel` names."""
     return CHANNELS[config.relay_channel](config)
+
+
+def token_table(embeddings: nn.Module) -> Tensor:
+    """(V, D) what a module looks up of all tokens, also behind an adapter, a hook, a scale or a quantised weight."""
+    weight: Any = embeddings.weight
+    if isinstance(weight, DTensor):
+        # FSDP shards them again as soon as tokens are looked up. Gemma's module scales what it looks up.
+        return weight.full_tensor() * getattr(embeddings, "embed_scale", 1.0)
+    if is_plain(embeddings, nn.Embedding):
+        return weight
+    return embeddings(torch.arange(len(weight), device=weight.device))
 
 
 def at_least_single(tensor: Tensor) -> Tensor:

@@ -11,12 +11,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from .reveal_relay import best_token
 
 # Logits of one tile: on a CPU they should stay in its cache (measured: 2**19 to 2**22 equal, half as fast beyond);
 # an accelerator wants few, large matrix products.
 TILE_NUMBERS = {"cpu": 2**20}
 TILE_NUMBERS_ELSEWHERE = 2**26
+# Positions whose logits are alive together, where a head has to be called for logits.
+POSITIONS_AT_ONCE = 256
 
 
 class RelayHead(nn.Linear):
@@ -35,6 +42,41 @@ class RelayHead(nn.Linear):
         if mask_token_id is not None:
             return best_tokens(input, self.weight, mask_token_id)
         return super().forward(input)
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether reading the weight of a module says the same as calling it.
+
+    It does not where an adapter is in its place, a hook or another `forward` changes what it returns, or the weight is
+    quantised. The hooks and the class of FSDP only gather weights.
+    """
+    gathers = isinstance(module, FSDPModule) and isinstance(module, kind)
+    untouched = type(module) is kind and not module._forward_hooks and "forward" not in vars(module)
+    return (gathers or untouched) and type(module.weight) in (nn.Parameter, Tensor, DTensor)
+
+
+def score(head: nn.Module, hidden: Tensor, targets: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
+    """What `score_positions` returns, of any head: one that is no plain `RelayHead` is asked for logits.
+
+    Args:
+        head: (N, D) -> (N, V) logits.
+        hidden: (N, D).
+        targets: (N,) tokens.
+        mask_token_id: never the best token, but counted in the normalisation.
+    """
+    if is_plain(head, RelayHead):
+        return head(hidden, targets, mask_token_id)
+
+    def score_some(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(hidden).float()
+        with torch.no_grad():
+            confidence, _ = best_token(logits.clone(), mask_token_id)  # which it writes into
+        return F.cross_entropy(logits, targets, reduction="none"), confidence
+
+    parts = zip(hidden.split(POSITIONS_AT_ONCE), targets.split(POSITIONS_AT_ONCE), strict=True)
+    scores = [checkpoint(score_some, *part, use_reentrant=False) for part in parts]
+    losses, confidences = zip(*scores, strict=True)
+    return torch.cat(losses), torch.cat(confidences)
 
 
 def score_positions(hidden: Tensor, weight: Tensor, targets: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:

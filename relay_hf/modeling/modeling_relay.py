@@ -21,7 +21,7 @@ from .configuration_relay import RelayConfig
 from .conversion_relay import FOREIGN_PARAMETER_NAMES
 from .files_relay import check_json_files, explained
 from .generation_relay import RelayGenerationMixin
-from .head_relay import RelayHead
+from .head_relay import RelayHead, is_plain, score
 from .masks_relay import align_to_positions, block_attention_mask, new_positions
 from .options_relay import add_defaults
 from .outputs_relay import RelayOutput
@@ -217,16 +217,18 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         hidden, read_out = self._align(input_ids, backbone_output, position_ids, cache)
         return RelayOutput(
             **self._score(kept_positions(hidden, logits_to_keep), logits_to_keep, labelled, targets, unscored),
-            relay_state=self._next_state(read_out, hidden, input_ids) if output_relay_state else None,
+            relay_state=self._next_state(read_out, hidden, input_ids, cache) if output_relay_state else None,
             inputs_embeds=inputs_embeds,
             cache=cache,
             hidden_states=backbone_output.hidden_states if self._asks_for_hidden_states(kwargs) else None,
             attentions=backbone_output.attentions,
         )
 
-    def _next_state(self, read_out: Tensor, hidden: Tensor, input_ids: Tensor) -> Tensor | None:
-        is_masked = input_ids == self.config.mask_token_id
-        return self.relay.next_state(Readings(read_out, hidden, is_masked, self.lm_head, self.get_input_embeddings()))
+    def _next_state(self, read_out: Tensor, hidden: Tensor, input_ids: Tensor, cache: Cache | None) -> Tensor | None:
+        seen = (read_out, hidden, input_ids == self.config.mask_token_id)
+        if isinstance(cache, RelayCache):
+            seen = cache.rows_for_channel(*seen)
+        return self.relay.next_state(Readings(*seen, self.lm_head, self.get_input_embeddings()))
 
     def _score(
         self,
@@ -241,7 +243,7 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
             return {"head_inputs": kept}
         if targets is not None:
             chosen = kept_positions(targets[..., None], logits_to_keep).flatten()
-            losses, confidence = self.lm_head(kept.flatten(0, -2), chosen, self.config.mask_token_id)
+            losses, confidence = score(self.lm_head, kept.flatten(0, -2), chosen, self.config.mask_token_id)
             return {"token_losses": losses, "confidence": confidence}
         logits = self.lm_head(kept)
         if labelled is None:
@@ -251,8 +253,7 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
     def best_tokens(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """(N, D) inputs of the head -> (N,) fp32 probability of the best token that is not [MASK], and (N,) token."""
         mask_token_id = self.config.mask_token_id
-        # An adapter or a hook works on logits, so it needs to see them.
-        if type(self.lm_head) is RelayHead and not self.lm_head._forward_hooks:
+        if is_plain(self.lm_head, RelayHead):
             return self.lm_head(hidden, mask_token_id=mask_token_id)
         return best_token(self.lm_head(hidden), mask_token_id)
 

@@ -3,6 +3,7 @@
 Legend: B rows, A active blocks, S positions of a block, D hidden size.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -65,14 +66,18 @@ class CleanPrefix(RelayCache):
         clean: the clean pass.
         length: only that many positions are looked at.
         before: (B, A * S, D) input of the head at the position before each packed one; None without token shift.
+        whole_rows: makes of what the pass leaves of its blocks, what a channel reads of the rows that they are part of.
     """
 
     survives_checkpointing = True
 
-    def __init__(self, clean: CleanText, length: int, before: Tensor | None) -> None:
+    def __init__(
+        self, clean: CleanText, length: int, before: Tensor | None, whole_rows: Callable[..., tuple[Tensor, ...]]
+    ) -> None:
         super().__init__()
         self.is_drafting = True
-        # The state is put together from raw outputs, those of known blocks included, so only the head needs aligning.
+        self.whole_rows = whole_rows
+        # The channel reads raw outputs, those of known blocks included, so only the head needs aligning.
         self.last_hidden = before
         self.read_out: Tensor | None = None
         source: Any
@@ -81,3 +86,9 @@ class CleanPrefix(RelayCache):
 
     def record(self, input_ids: Tensor, hidden: Tensor, read_out: Tensor) -> None:
         self.read_out = read_out
+
+    def rows_for_channel(
+        self, read_out: Tensor, head_inputs: Tensor, is_masked: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        whole, head_inputs, is_masked = self.whole_rows(self.read_out, head_inputs, is_masked)
+        return whole, head_inputs, is_masked

@@ -19,6 +19,7 @@ V vocabulary, N masked positions.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -27,7 +28,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..modeling import RelayConfig
-from ..modeling.channel_relay import CHANNELS, in_scope
+from ..modeling.channel_relay import in_scope
 from ..modeling.masks_relay import align_to_positions
 from ..modeling.versions_relay import as_cache_argument
 from .clean_text import CleanPrefix, CleanText
@@ -174,6 +175,11 @@ class PackedBlocks:
         """(B, L', ...) -> (B, A * S, ...)."""
         return tensor[self._row, self.columns]  # `gather` would keep the whole tensor for the backward pass
 
+    def unpack(self, packed: Tensor, known: Tensor) -> Tensor:
+        """(B, A * S, ...) -> (B, L', ...): what is packed, and in blocks that are not what is `known`."""
+        columns = self.active_columns.view(*self.active_columns.shape, *[1] * (packed.ndim - 2))
+        return known.masked_scatter(columns, packed[self.is_active].to(known.dtype))
+
 
 class BlockDenoiser:
     """Block diffusion: one clean pass, then noisy passes over the active blocks, packed side by side in each row.
@@ -187,7 +193,6 @@ class BlockDenoiser:
         self.model = model
         self.config = config
         self.clean_block_starts = clean_block_starts
-        self.reads_distribution = CHANNELS[config.relay_channel].reads_distribution
         self.size: int = config.block_size
         self.length = rows.clean_ids.shape[1]
         self.is_text = self._pad(rows.attention_mask)  # (B, L') with L' a multiple of S
@@ -231,7 +236,7 @@ class BlockDenoiser:
             self.clean = self.stand_in
             self.edge = torch.zeros((), device=self.clean_ids.device)
         hidden = self.clean.hidden[:, :-1]
-        self.clean_hidden = align_to_positions(hidden, self.positions) if self.config.token_shift else None
+        self.clean_hidden = align_to_positions(hidden, self.positions) if self.config.token_shift else hidden
 
     def step(self, rows: RolloutRows, state: Tensor | None, leaves_state: bool) -> Step:
         blocks, prefix = self._open_blocks(rows)
@@ -243,26 +248,20 @@ class BlockDenoiser:
             targets=blocks.pack(self.clean_ids),
             output_relay_state=leaves_state,
         )
-        token_losses = output.token_losses + self.edge
-        if not leaves_state:
-            return Step(token_losses, output.confidence, None)
-        if self.reads_distribution:
-            return Step(token_losses, output.confidence, self._unpack(output.relay_state, blocks))
-        known = self.clean.read_out[:, :-1]
-        read_out = known.masked_scatter(blocks.active_columns[..., None], prefix.read_out[blocks.is_active])
-        return Step(token_losses, output.confidence, self._state(read_out))
+        state = output.relay_state[:, : self.length] if leaves_state else None
+        return Step(output.token_losses + self.edge, output.confidence, state)
 
     def predicted_state(self, rows: RolloutRows) -> Tensor:
         blocks, prefix = self._open_blocks(rows)
         nothing = torch.empty(0, dtype=torch.long, device=self.clean_ids.device)
         output = self.model(**self._inputs(blocks, prefix), logits_to_keep=nothing, unscored=True)
-        return self._unpack(output.relay_state, blocks)
+        return output.relay_state[:, : self.length]
 
     def _open_blocks(self, rows: RolloutRows) -> tuple[PackedBlocks, CleanPrefix]:
         """The blocks that a pass runs, and what it sees of the clean text."""
         blocks = PackedBlocks(self._pad(rows.masked), self.size)
-        before = None if self.clean_hidden is None else blocks.pack(self.clean_hidden)
-        prefix = CleanPrefix(self.clean, blocks.last * self.size, before)
+        before = blocks.pack(self.clean_hidden) if self.config.token_shift else None
+        prefix = CleanPrefix(self.clean, blocks.last * self.size, before, partial(self._whole_rows, blocks))
         prefix.is_cut = self._is_cut(blocks.columns)
         return blocks, prefix
 
@@ -277,19 +276,24 @@ class BlockDenoiser:
             "inputs_embeds": embeds,
         }
 
-    def _unpack(self, state: Tensor, blocks: PackedBlocks) -> Tensor:
-        """(B, A * S, D) states of a channel that reads distributions -> (B, L, D): known blocks need none."""
-        unpacked = state.new_zeros(*self.clean_ids.shape, state.shape[-1])
-        return unpacked.masked_scatter(blocks.active_columns[..., None], state[blocks.is_active])[:, : self.length]
+    def _whole_rows(
+        self, blocks: PackedBlocks, raw: Tensor, head_inputs: Tensor, is_masked: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What a channel reads of whole rows: active blocks as the pass saw them, known blocks as the clean pass did.
 
-    def _state(self, read_out: Tensor) -> Tensor:
-        """(B, L, D) position-aligned state from the raw outputs of the row."""
+        Args:
+            blocks: what the pass ran.
+            raw: (B, A * S, D) its outputs that the channel reads, before they are aligned.
+            head_inputs: (B, A * S, D) aligned.
+            is_masked: (B, A * S) bool.
+        """
+        clean = self.clean.read_out[:, :-1]
+        read_out = blocks.unpack(raw, clean)
         if self.config.token_shift:
-            before = (
-                align_to_positions(self.clean.read_out[:, :-1], self.positions) if self.clean_block_starts else None
-            )
+            before = align_to_positions(clean, self.positions) if self.clean_block_starts else None
             read_out = align_to_positions(read_out, self.positions, before, self._is_cut(self.positions))
-        return read_out[:, : self.length]
+        nothing = torch.zeros_like(blocks.active_columns)
+        return read_out, blocks.unpack(head_inputs, self.clean_hidden), blocks.unpack(is_masked, nothing)
 
     def _is_cut(self, positions: Tensor) -> Tensor | None:
         """Positions that are aligned with clean text, whatever stands before them."""

@@ -2,10 +2,9 @@
 
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
-from ..modeling import RelayForMaskedDiffusion
+from ..modeling import RelayCache, RelayForMaskedDiffusion
 from ..modeling.channel_relay import DistributionChannel
 from ..modeling.outputs_relay import RelayOutput
 
@@ -32,14 +31,15 @@ class Reference:
         """A pass of the reference; with `output_relay_state`, its (B, L, D + 1) state for the target."""
         if not output_relay_state:
             return self.model(input_ids, logits_to_keep=logits_to_keep, output_relay_state=False, **kwargs)
-        is_masked = input_ids == self.config.mask_token_id
-        output = self.model(input_ids, logits_to_keep=is_masked, output_relay_state=False, **kwargs)
+        output = self.model(input_ids, logits_to_keep=0, output_relay_state=False, **kwargs)
+        head_inputs, is_masked = output.head_inputs, input_ids == self.config.mask_token_id
+        if isinstance(cache := kwargs.get("cache"), RelayCache):
+            _, head_inputs, is_masked = cache.rows_for_channel(head_inputs, head_inputs, is_masked)
         channel = cast(DistributionChannel, self.target.relay)
         embeddings = self.target.get_input_embeddings()
-        output.relay_state = channel.state_of(output.head_inputs, is_masked, self._head, embeddings)
+        output.relay_state = channel.state_of(head_inputs[is_masked], is_masked, self._head, embeddings)
         return output
 
     def _head(self, hidden: Tensor) -> Tensor:
         # Under autocast, accelerate turns every output of the model into fp32, whatever its dtype.
-        head: torch.nn.Linear = self.model.lm_head
-        return head(hidden.to(head.weight.dtype))
+        return self.model.lm_head(hidden.to(self.model.dtype))

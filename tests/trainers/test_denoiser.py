@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from relay_hf.modeling import make_policy
+from relay_hf.modeling.channel_relay import CHANNELS, LayerNormChannel, Readings
 from relay_hf.trainers import Objective, rollout
 from relay_hf.trainers.denoiser import BlockDenoiser, keep_caches_under_checkpointing
 from relay_hf.trainers.noise import mask_uniformly
@@ -134,3 +135,27 @@ def test_block_denoiser_nothing_masked_has_zero_loss_and_gradient() -> None:
     result, gradients = run(model, done, BlockDenoiser, "relay", 2, 0.5)
     assert [float(loss) for loss in result.step_losses] == [0.0, 0.0]
     assert all(not gradient.any() for gradient in gradients.values())
+
+
+class Doubling(LayerNormChannel):
+    def next_state(self, readings: Readings) -> Tensor:
+        return 2 * readings.read_out
+
+
+@pytest.mark.parametrize("clean_block_starts", [False, True])
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("block_size", [4, None])
+def test_channel_decides_what_training_carries(
+    monkeypatch: pytest.MonkeyPatch, block_size: int | None, shift: bool, clean_block_starts: bool
+) -> None:
+    states = []
+    for channel in (LayerNormChannel, Doubling):
+        monkeypatch.setitem(CHANNELS, "layer_norm", channel)
+        model = build_model(block_size=block_size, token_shift=shift)
+        rows = fresh_rows(model.config, build_rows(2), carries_state=True)
+        options = {"clean_block_starts": clean_block_starts}
+        rollout_ = begin_rollout(model, rows, [make_policy("confidence_threshold", 0.3)], "relay", **options)
+        rollout_.run_window()
+        states.append(rollout_.rows.relay_state)
+    torch.testing.assert_close(states[1], 2 * states[0])
+    assert states[0][:, 3:].any()
