@@ -5,6 +5,9 @@ that `push` and the trainer put beside an adapter is that of the relay model, an
 """
 
 import copy
+import importlib
+import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,18 @@ from transformers.utils import (
 
 # In `config.json` beside an adapter only; a configuration in memory never has it.
 ADAPTER_BASE_FIELD = "base_model_name_or_path"
+
+# Where a relay model keeps the PeftModel around it: outside of its modules, of which it would be its own grandchild.
+_LOADED = "_loaded_adapter"
+# These change the weights of the base when an adapter is made, each time otherwise, or by what only their maker has.
+_UNREPEATABLE = ("pissa_niter_", "corda", "lora_ga", "loftq")
+# What is wrong with some kinds of adapters.
+_UNFIT = {
+    "LN_TUNING": "leaves the channel behind when it is merged",
+    "POLY": "asks for `task_ids`, which a denoising step does not have",
+    "SHADOW": "looks for `hidden_size` in the configuration, which a relay model keeps in `text_config`",
+    "XLORA": "mixes adapters by a second pass over the text",
+}
 
 # What `from_pretrained` takes about where and how to download.
 _PLACE = ("revision", "subfolder")
@@ -38,27 +53,35 @@ def split_adapter(
         options: the other arguments of `from_pretrained`.
 
     Returns:
-        Where the base is, the arguments to load it with, and those of `load_adapter`. Anything but such an adapter
-        comes back as it is, with None.
+        Where the base is, the arguments to load it with, and those of `load_adapter`. Anything but an adapter comes
+        back as it is, with None.
 
     Raises:
-        ImportError: it is one, and `peft` is not installed.
+        ValueError: it is an adapter that names no base.
+        ImportError: it is an adapter, and `peft` is not installed.
     """
     found = {name: options[name] for name in (*_PLACE, *_DOWNLOAD) if name in options}
-    if find_adapter_config_file(source, **found) is None:
-        return source, options, None
+    auto = options.get("adapter_kwargs") or {}
+    if (adapter_config := find_adapter_config_file(source, **found)) is None:
+        if "_adapter_model_path" not in auto:
+            return source, options, None
+        # The Auto classes went from an adapter without a configuration of its model to its base.
+        rest = {name: value for name, value in options.items() if name not in ("adapter_kwargs", "adapter_name")}
+        return source, rest, _adapter_arguments(source, options, found)
     config, rest = options.get("config"), {name: value for name, value in options.items() if name not in _PLACE}
     if not isinstance(config, PreTrainedConfig):
         if _own_file(source, CONFIG_NAME, found) is None:
-            return source, options, None
+            rest.pop("adapter_kwargs", None)
+            adapter = _adapter_arguments(source, {**options, **rest}, found)
+            rest.pop("adapter_name", None)
+            return _base_of_peft(source, adapter_config), rest, adapter
         held = {name: options[name] for name in _OF_THE_MODEL if name in options}
         others = {name: value for name, value in options.items() if name not in held}
         config, rest = config_class.from_pretrained(source, return_unused_kwargs=True, **others)
         rest |= {**held, **{name: found[name] for name in _DOWNLOAD if name in found}}
     base = getattr(config, ADAPTER_BASE_FIELD, None)
     if not base:
-        # A whole model with an adapter beside it.
-        return source, options, None
+        base = _base_of_peft(source, adapter_config)
     if not is_peft_available():
         raise ImportError(f"`{source}` holds an adapter of `{base}`, which needs peft: run `pip install peft`.")
     config = copy.deepcopy(config)
@@ -67,17 +90,130 @@ def split_adapter(
     rest["config"] = config
     if rest.get("generation_config") is None and _own_file(source, GENERATION_CONFIG_NAME, found) is not None:
         rest["generation_config"] = GenerationConfig.from_pretrained(source, **found)
+    adapter = _adapter_arguments(source, rest, found)
+    for name in ("adapter_kwargs", "adapter_name"):
+        rest.pop(name, None)
+    return base, rest, adapter
+
+
+def _adapter_arguments(source: Any, options: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `load_adapter`."""
     # The Auto classes followed the name in the adapter's file, and tell where they came from: of a copied repository,
     # `source` is the original. `tests/hub/test_adapters.py` fails if they call it otherwise.
-    found_adapter = {**found, **(rest.pop("adapter_kwargs", None) or {})}
-    adapter = {"peft_model_id": found_adapter.pop("_adapter_model_path", source), "adapter_kwargs": found_adapter}
-    if "adapter_name" in rest:
-        adapter["adapter_name"] = rest.pop("adapter_name")
-    return base, rest, adapter
+    place = {**found, **(options.get("adapter_kwargs") or {})}
+    adapter = {"peft_model_id": place.pop("_adapter_model_path", source), "adapter_kwargs": place}
+    return adapter | {name: options[name] for name in ("adapter_name",) if name in options}
+
+
+def _base_of_peft(source: Any, adapter_config: str) -> str:
+    """The base that PEFT noted in an adapter's own file."""
+    base = json.loads(Path(adapter_config).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base or str(base) == str(source):
+        raise ValueError(
+            f"`{source}` holds an adapter that names no base, because its model had not been saved: save the base with "
+            f"`save_pretrained`, load it from there, and put the adapter on it with `load_adapter({str(source)!r})`."
+        )
+    return base
 
 
 def _own_file(source: Any, name: str, found: dict[str, Any]) -> str | None:
     return cached_file(source, name, _raise_exceptions_for_missing_entries=False, **found)
+
+
+def check_adapter(config: Any) -> None:
+    """Refuses a kind of adapter that cannot work here.
+
+    Args:
+        config: the `PeftConfig`.
+
+    Raises:
+        ValueError: it learns prompts, cannot hold the channel, or would be another adapter once it is loaded.
+    """
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if config.is_prompt_learning or config.is_adaption_prompt:
+        raise ValueError(
+            f"`peft_type={kind!r}` learns a prompt in front of the text, which shifts the blocks that are denoised: "
+            "choose an adapter of weights, `LoraConfig` for instance."
+        )
+    if reason := _UNFIT.get(kind):
+        raise ValueError(f"`peft_type={kind!r}` {reason}: choose another adapter, `LoraConfig` for instance.")
+    if not any(field.name == "modules_to_save" for field in fields(config)):
+        raise ValueError(
+            f"`peft_type={kind!r}` has no `modules_to_save`, in which the channel is trained and saved: choose another "
+            "adapter, `LoraConfig(trainable_token_indices=...)` for instance."
+        )
+    for name in ("layer_replication", "alora_invocation_tokens"):
+        if getattr(config, name, None):
+            raise ValueError(f"`{name}` changes what a pass over a block is: leave it out.")
+    start = getattr(config, "init_lora_weights", None)
+    if isinstance(start, str) and start.startswith(_UNREPEATABLE):
+        raise ValueError(
+            f"`init_lora_weights={start!r}` changes the base in a way that loading the adapter cannot repeat: choose "
+            "'pissa', 'olora' or True."
+        )
+
+
+def put_adapter(model: Any, source: Any, adapter_name: str, place: dict[str, Any]) -> Any:
+    """Puts a saved adapter on a relay model, trainable; returns the PeftModel around it.
+
+    Args:
+        model: the relay model that it belongs to.
+        source: folder or Hub id.
+        adapter_name: what PEFT is to call it.
+        place: arguments about where and how to download.
+
+    Raises:
+        ValueError: a part of the adapter is missing, has no place in the model or another size, or the kind of adapter
+            cannot work here.
+    """
+    # By its name, or remote code would insist on it for models without adapters.
+    peft = importlib.import_module("peft")
+    place = {name: value for name, value in place.items() if value is not None}
+    config = peft.PeftConfig.from_pretrained(source, **place)
+    check_adapter(config)
+    config.inference_mode = False
+    classes = peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+    wrapped = classes.get(config.task_type, peft.PeftModel)(model, config, adapter_name)
+    try:
+        found = wrapped.load_adapter(source, adapter_name, is_trainable=True, torch_device="cpu", **place)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"The adapter `{source}` does not fit its base ({reason}): name the right base.") from error
+    given = set(peft.load_peft_weights(source, device="cpu", **place))
+    # Embeddings may be among them.
+    needed, known = (
+        set(peft.get_peft_model_state_dict(wrapped, adapter_name=adapter_name, save_embedding_layers=embeddings))
+        for embeddings in (False, True)
+    )
+    differences = {
+        "lacks": needed - given,
+        "has, beside what belongs to it,": (given - known) | {*found.unexpected_keys},
+    }
+    for difference, keys in differences.items():
+        if keys:
+            raise ValueError(
+                f"The adapter `{source}` {difference} {sorted(keys)}: save it again, or load it on the base that it "
+                "was trained on."
+            )
+    vars(model)[_LOADED] = wrapped
+    return wrapped.eval()
+
+
+def loaded_adapter(model: Any) -> Any:
+    """The PeftModel around a relay model on which an adapter was loaded, or None."""
+    return vars(model).get(_LOADED)
+
+
+def merge_adapter(model: Any, **options: Any) -> Any:
+    """The relay model with its loaded adapter put into the weights, as PEFT's `merge_and_unload` does it.
+
+    Raises:
+        ValueError: no adapter was loaded on it.
+    """
+    wrapped = vars(model).pop(_LOADED, None)
+    if wrapped is None:
+        raise ValueError("The model has no adapter that was loaded: there is nothing to merge.")
+    return wrapped.merge_and_unload(**options)
 
 
 def complete_adapter(model: Any, folder: str | Path) -> None:

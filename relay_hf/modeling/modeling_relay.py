@@ -13,7 +13,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils.generic import can_return_tuple
 
-from .adapter_relay import split_adapter
+from .adapter_relay import complete_adapter, loaded_adapter, merge_adapter, put_adapter, split_adapter
 from .backbone_relay import check_backbone, embedding_name
 from .cache_relay import RelayCache
 from .channel_relay import Readings, RelayLayerNorm, SoftMaskChannel, in_scope, make_channel
@@ -128,9 +128,45 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
             model.load_adapter(**adapter)
         return loaded if tells_all else model
 
-    def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
-        """As in transformers, but always under our parameter names, wherever the checkpoint came from."""
-        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+    def save_pretrained(
+        self, save_directory: Any, *args: Any, save_original_format: bool = False, **kwargs: Any
+    ) -> None:
+        """As in transformers, but always under our parameter names, wherever the checkpoint came from.
+
+        Of a model on which an adapter was loaded, the adapter is written, with the configuration of the relay model.
+        """
+        adapter = loaded_adapter(self)
+        if adapter is None:
+            super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+        elif kwargs.get("is_main_process", True):
+            adapter.save_pretrained(save_directory)
+            complete_adapter(self, save_directory)
+
+    def load_adapter(
+        self,
+        peft_model_id: Any,
+        adapter_name: str = "default",
+        adapter_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        """Loads an adapter through PEFT, trainable; transformers' own loader asks for a PEFT that does not exist yet.
+
+        Args:
+            peft_model_id: folder or Hub id.
+            adapter_name: what PEFT is to call it.
+            adapter_kwargs: arguments about where and how to download.
+
+        Raises:
+            ValueError: a part of it is missing, has no place in the model or another size; or it learns prompts.
+        """
+        put_adapter(self, peft_model_id, adapter_name, adapter_kwargs or {})
+
+    def merge_and_unload(self, **kwargs: Any) -> "RelayForMaskedDiffusion":
+        """Puts a loaded adapter into the weights; arguments of PEFT's method of that name.
+
+        Returns: the model itself, a relay model like any other.
+        Raises: ValueError: no adapter was loaded.
+        """
+        return merge_adapter(self, **kwargs)
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Takes any linear layer without bias; `resize_token_embeddings` makes a plain one."""
