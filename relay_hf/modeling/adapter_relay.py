@@ -174,27 +174,23 @@ def put_adapter(model: Any, source: Any, adapter_name: str, place: dict[str, Any
     config.inference_mode = False
     classes = peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING
     wrapped = classes.get(config.task_type, peft.PeftModel)(model, config, adapter_name)
-    try:
-        found = wrapped.load_adapter(source, adapter_name, is_trainable=True, torch_device="cpu", **place)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"The adapter `{source}` does not fit its base ({reason}): name the right base.") from error
+    # Before loading: of a module that is saved whole, PEFT takes for granted that all parts are there.
     given = set(peft.load_peft_weights(source, device="cpu", **place))
-    # Embeddings may be among them.
-    needed, known = (
+    needed, known = (  # embeddings may be there
         set(peft.get_peft_model_state_dict(wrapped, adapter_name=adapter_name, save_embedding_layers=embeddings))
         for embeddings in (False, True)
     )
-    differences = {
-        "lacks": needed - given,
-        "has, beside what belongs to it,": (given - known) | {*found.unexpected_keys},
-    }
-    for difference, keys in differences.items():
+    for difference, keys in {"lacks": needed - given, "has, beside what belongs to it,": given - known}.items():
         if keys:
             raise ValueError(
                 f"The adapter `{source}` {difference} {sorted(keys)}: save it again, or load it on the base that it "
                 "was trained on."
             )
+    try:
+        wrapped.load_adapter(source, adapter_name, is_trainable=True, torch_device="cpu", **place)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"The adapter `{source}` does not fit its base ({reason}): name the right base.") from error
     vars(model)[_LOADED] = wrapped
     return wrapped.eval()
 
@@ -227,5 +223,9 @@ def complete_adapter(model: Any, folder: str | Path) -> None:
         config = copy.deepcopy(model.config)
         # Not what PEFT calls the base: of an adapter that was loaded from the Hub, that is its own repository.
         setattr(config, ADAPTER_BASE_FIELD, model.name_or_path or None)
+        quantizer = getattr(model, "hf_quantizer", None)
+        if quantizer is not None and not quantizer.pre_quantized:
+            # The base's files are whole: with this they would be taken for quantised ones.
+            del config.quantization_config
         config.save_pretrained(folder)
         model.generation_config.save_pretrained(folder)

@@ -12,7 +12,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 # Regular expressions for `from_pretrained`; each starts with a prefix that only its own family has.
 FOREIGN_PARAMETER_NAMES = {
@@ -186,3 +186,38 @@ _FAMILIES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 
 def _without(config: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name not in names}
+
+
+def check_whole(source: Any, config: Any, missing: list[str], options: dict[str, Any]) -> None:
+    """Refuses a checkpoint of which a part is missing.
+
+    A channel may be, if the checkpoint does not claim to have it, and so may the head of a backbone that was saved
+    alone.
+
+    Args:
+        source: folder or Hub id.
+        config: the `RelayConfig` that was loaded.
+        missing: names of parameters that the files do not have.
+        options: the arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: a part is missing.
+    """
+    if not missing:
+        return
+    own = _own_fields(source, options)
+    is_relay = own.get("model_type") == config.model_type
+    has_channel = is_relay and own.get("relay_channel", "layer_norm") == config.relay_channel
+    has_channel = has_channel or bool(own.get("use_relay") or own.get("use_loopholing"))
+    allowed = (() if has_channel else ("relay.",)) + (() if is_relay else ("lm_head.",))
+    if all(name.startswith(allowed) for name in missing):
+        return
+    shown = ", ".join(f"`{name}`" for name in missing[:3]) + (" and others" if len(missing) > 3 else "")
+    raise ValueError(f"`{source}` is not whole, it lacks {len(missing)} weights ({shown}): save or download it again.")
+
+
+def _own_fields(source: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's own `config.json` says."""
+    place = ("revision", "subfolder", "cache_dir", "force_download", "local_files_only", "proxies", "token")
+    place = {name: options[name] for name in place if name in options}
+    return PreTrainedConfig.get_config_dict(source, **place)[0] if source is not None else {}

@@ -18,7 +18,7 @@ from .backbone_relay import check_backbone, embedding_name
 from .cache_relay import RelayCache
 from .channel_relay import Readings, RelayLayerNorm, SoftMaskChannel, in_scope, make_channel
 from .configuration_relay import RelayConfig
-from .conversion_relay import FOREIGN_PARAMETER_NAMES
+from .conversion_relay import FOREIGN_PARAMETER_NAMES, check_whole
 from .files_relay import check_json_files, explained
 from .generation_relay import RelayGenerationMixin
 from .head_relay import RelayHead, is_plain, score
@@ -60,6 +60,7 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
     accepts_loss_kwargs = False
     # A backbone without a channel, or with a fresh one, is a normal checkpoint to start from.
     _keys_to_ignore_on_load_missing = [r"^relay\."]
+    _missing_when_loaded: list[str] = []
 
     def __init__(self, config: RelayConfig) -> None:
         super().__init__(config)
@@ -104,7 +105,8 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         adapter that our trainer saved, or `push` uploaded, the base is loaded and the adapter put on it.
 
         Raises:
-            ValueError: the configuration fits no relay model, or the head has a bias.
+            ValueError: the configuration fits no relay model, a part of the weights is missing (a channel that nobody
+                has trained yet may be), or the head has a bias.
             OSError: a file is missing, damaged, or of another model.
             ImportError: it is an adapter, and `peft` is not installed.
         """
@@ -115,6 +117,7 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         with explained(source, "weights"):
             loaded: Any = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         model, info = loaded
+        check_whole(source, model.config, model._missing_when_loaded, kwargs)
         if "lm_head.bias" in info["unexpected_keys"]:
             raise ValueError(
                 "The checkpoint's head has a bias (`lm_head.bias`), for which a relay model has no place: choose a "
@@ -127,6 +130,12 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         if adapter is not None:
             model.load_adapter(**adapter)
         return loaded if tells_all else model
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        # What `output_loading_info` returns leaves out all that may be missing, but a channel only may as a whole.
+        # `tests/modeling/test_whole_checkpoints.py` fails if this moves.
+        self._missing_when_loaded = sorted(loading_info.missing_keys)
+        super()._adjust_missing_and_unexpected_keys(loading_info)
 
     def save_pretrained(
         self, save_directory: Any, *args: Any, save_original_format: bool = False, **kwargs: Any
@@ -167,6 +176,19 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         Raises: ValueError: no adapter was loaded.
         """
         return merge_adapter(self, **kwargs)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As in transformers.
+
+        Raises:
+            ValueError: [MASK] would have no row any more.
+        """
+        if new_num_tokens is not None and new_num_tokens <= self.config.mask_token_id:
+            raise ValueError(
+                f"`new_num_tokens={new_num_tokens}` leaves no row for [MASK], whose id is {self.config.mask_token_id}: "
+                f"keep at least {self.config.mask_token_id + 1}."
+            )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Takes any linear layer without bias; `resize_token_embeddings` makes a plain one."""

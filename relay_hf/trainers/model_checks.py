@@ -2,11 +2,17 @@
 
 from typing import Any
 
-from peft import PeftModel
+import torch
+from peft import PeftConfig, PeftModel
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ..modeling import RelayConfig, RelayForMaskedDiffusion
+from ..modeling.adapter_relay import check_adapter, loaded_adapter
 from ..modeling.options_relay import check_same_tokens
+from .metrics import is_channel_parameter
 from .relay_config import RelayTrainerConfig
 
 
@@ -25,10 +31,98 @@ def check_arguments(args: Any, others: dict[str, Any]) -> None:
             raise ValueError(f"`{name}` is not supported: a rollout has no single set of logits; leave it out.")
     if not isinstance(args, RelayTrainerConfig):
         raise ValueError(f"`args` is a {type(args).__name__}, which names no objective: pass a RelayTrainerConfig.")
+    if args.activation_offloading and args.device.type == "cpu":
+        raise ValueError(
+            "`activation_offloading=True` moves activations from an accelerator to main memory, where a CPU has them "
+            "anyway: leave it out."
+        )
     if args.has_channel_groups and any(others.get("optimizers") or ()):
         raise ValueError(
             "`relay_learning_rate` and `relay_weight_decay` are not applied to a given optimizer: give its groups "
             "their values, or leave the optimizer out."
+        )
+
+
+def with_adapter(model: Any, peft_config: PeftConfig | None) -> Any:
+    """What the trainer trains: of a model on which an adapter was loaded, the PeftModel around it.
+
+    Args:
+        model: a relay model or a PeftModel of one.
+        peft_config: of adapters that are to be made.
+
+    Raises:
+        ValueError: a kind of adapter cannot work here, there would be two, or the weights are quantised and there is
+            none.
+    """
+    adapter = loaded_adapter(model) if isinstance(model, RelayForMaskedDiffusion) else None
+    if adapter is not None:
+        model = adapter
+    if isinstance(model, PeftModel):
+        if peft_config is not None:
+            raise ValueError(
+                "The model has an adapter, and `peft_config` asks for another: leave out `peft_config` to go on with "
+                "the first, or merge it by `merge_and_unload`."
+            )
+        for config in model.peft_config.values():
+            check_adapter(config)
+    elif peft_config is not None:
+        check_adapter(peft_config)
+    elif isinstance(model, nn.Module) and is_quantised(model):
+        raise ValueError("The model's weights are quantised, and cannot be trained themselves: pass a `peft_config`.")
+    return model
+
+
+def is_quantised(model: nn.Module) -> bool:
+    """Whether some weights are no plain tensors, as those of bitsandbytes and torchao."""
+    plain = (nn.Parameter, torch.Tensor, DTensor)
+    return any(type(parameter) not in plain or not parameter.is_floating_point() for parameter in model.parameters())
+
+
+def channel_weights(base: RelayForMaskedDiffusion) -> dict[str, torch.Tensor]:
+    """A copy of the channel's parameters, of those that PEFT trains where it keeps two sets, for the following one."""
+    return {name: parameter.detach().clone() for name, parameter in _trained_channel(base).named_parameters()}
+
+
+def keep_channel_precise(base: RelayForMaskedDiffusion, weights: dict[str, torch.Tensor]) -> None:
+    """Puts the channel into fp32: anything coarser would lose its small updates.
+
+    `model.to(torch.bfloat16)` takes it along, and SFTTrainer puts all that is trained on quantised weights into bf16.
+
+    Args:
+        base: the model, prepared for training.
+        weights: the channel before that.
+    """
+    if any(parameter.dtype != torch.float32 for parameter in base.relay.parameters()):
+        base.relay.float()
+        with torch.no_grad():
+            for name, parameter in _trained_channel(base).named_parameters():
+                parameter.copy_(weights[name])
+
+
+def _trained_channel(base: RelayForMaskedDiffusion) -> nn.Module:
+    channel: Any = base.relay
+    if isinstance(channel, ModulesToSaveWrapper) and channel.active_adapters:
+        return channel.modules_to_save[channel.active_adapters[0]]
+    return channel
+
+
+def check_learning(model: nn.Module, args: RelayTrainerConfig) -> None:
+    """Called when all is prepared.
+
+    Raises:
+        ValueError: what the objective trains is frozen.
+    """
+    channel = [p for name, p in model.named_parameters() if is_channel_parameter(name)]  # none for a residual context
+    if args.carries_state and channel and not any(parameter.requires_grad for parameter in channel):
+        raise ValueError(
+            f"`objective={args.objective!r}` trains the relay channel, but it is frozen: pass the plain model with "
+            "`peft_config`, or a PeftModel with `modules_to_save=['relay']` and `is_trainable=True`."
+        )
+    others = (p for name, p in model.named_parameters() if not is_channel_parameter(name))
+    if isinstance(model, PeftModel) and not any(parameter.requires_grad for parameter in others):
+        raise ValueError(
+            "The adapter is frozen: load it with `AutoModel.from_pretrained(folder)`, or with "
+            "`PeftModel.from_pretrained(base, folder, is_trainable=True)`."
         )
 
 

@@ -30,7 +30,16 @@ from .data_preparation import check_sources
 from .denoiser import keep_caches_under_checkpointing
 from .ema import WeightAverage
 from .metrics import ChannelNorms, RunningMeans, is_channel_parameter, record_rollout
-from .model_checks import check_arguments, check_special_tokens, load_reference, relay_model
+from .model_checks import (
+    channel_weights,
+    check_arguments,
+    check_learning,
+    check_special_tokens,
+    keep_channel_precise,
+    load_reference,
+    relay_model,
+    with_adapter,
+)
 from .non_finite import StopOnNonFiniteGradient, check_loss
 from .objectives import RECIPES, mean_of_positions, mean_of_rows, random_masks, rollout_advances
 from .processes import check_deepspeed, mean_over_processes, return_full_precision, without_exchange
@@ -106,14 +115,13 @@ class RelayTrainer(ResumableTrainer):
             # TRL resolves a path by `architectures`, which only knows classes inside transformers.
             model = RelayForMaskedDiffusion.from_pretrained(model, **{"dtype": "float32", **(options or {})})
             args.model_init_kwargs = None  # used up; TRL would warn
+        model = with_adapter(model, peft_config)
         base = relay_model(model, args)
         config = base.config
         reference = load_reference(reference_model, args, base)
         if not args.carries_state and config.relay_channel != "none" and args.ddp_find_unused_parameters is None:
             # The channel gets no gradient then, which DDP has to be told.
             args.ddp_find_unused_parameters = True
-        # `model.to(torch.bfloat16)` takes the channel along, whose small weights would then lose updates.
-        base.relay.float()
         check_targets(peft_config, base)
         if peft_config is not None and list(base.relay.parameters()):
             # A channel has a few thousand parameters: adapters would only get in its way.
@@ -122,19 +130,15 @@ class RelayTrainer(ResumableTrainer):
             peft_config.modules_to_save = modules
         check_sources(args, kwargs)
         self.relay_config = config
-        own_forward = vars(base).get("forward")
+        own_forward, weights = vars(base).get("forward"), channel_weights(base)
         super().__init__(model, args, peft_config=peft_config, **kwargs)
         args.model_init_kwargs = options
         # TRL wraps `forward` for its own next-token loss, which is never computed here. A copied model would share it.
         vars(base).pop("forward", None)
         if own_forward is not None:
             base.forward = own_forward
-        channel = list(base.relay.parameters())  # none for a residual context
-        if args.carries_state and channel and not any(p.requires_grad for p in channel):
-            raise ValueError(
-                f"`objective={args.objective!r}` trains the relay channel, but it is frozen: pass the plain model with "
-                "`peft_config`, or a PeftModel with `modules_to_save=['relay']` and `is_trainable=True`."
-            )
+        keep_channel_precise(base, weights)
+        check_learning(self.model, args)
         if self.is_deepspeed_enabled:
             stage = self.accelerator.state.deepspeed_plugin.zero_stage
             check_deepspeed(args, args.carries_state and base.relay.reads_distribution, stage)
@@ -261,6 +265,14 @@ class RelayTrainer(ResumableTrainer):
         return optimizer
 
     # -- evaluation and logging ---------------------------------------------------------------------------------------
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused, whatever the data set.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("A rollout has no single set of logits: call `evaluate`, or `generate` of the model.")
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

@@ -310,7 +310,7 @@ def test_source_with_parameters_of_its_own_raises(write_source: Callable, tmp_pa
 def test_source_with_names_of_another_kind_raises(tmp_path: Path) -> None:
     sizes = {"vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 4}
     GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path / "source")
-    with pytest.raises(ValueError, match=r"convert a complete checkpoint, whose parameters begin with `model.`"):
+    with pytest.raises(ValueError, match=r"is not whole, it lacks 31 weights \(`lm_head.weight`, `model.h.0"):
         convert(tmp_path / "source", tmp_path / "out", mask_token_id=63)
 
 

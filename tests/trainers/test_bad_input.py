@@ -197,3 +197,13 @@ def test_batch_larger_than_the_data_set_gives_the_same_loss(build: Callable[...,
         assert learned(trainer) == {"4.[EOS]", "three[EOS]"}
         losses.append(logged(trainer, "loss"))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_trainer_activation_offloading_on_a_cpu_raises(make_trainer: Callable[..., RelayTrainer]) -> None:
+    with pytest.raises(ValueError, match="`activation_offloading=True` moves activations from an accelerator"):
+        make_trainer(activation_offloading=True)
+
+
+def test_trainer_predict_raises(make_trainer: Callable[..., RelayTrainer]) -> None:
+    with pytest.raises(ValueError, match="no single set of logits: call `evaluate`, or `generate`"):
+        make_trainer().predict(Dataset.from_list([{"prompt": "a", "completion": "b"}]))
