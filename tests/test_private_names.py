@@ -117,6 +117,7 @@ OVERRIDDEN = {
         "_validate_generation_mode",
     },
     "transformers.modeling_utils.PreTrainedModel": {
+        "_adjust_missing_and_unexpected_keys",
         "_init_weights",
         "_keep_in_fp32_modules_strict",
         "_keys_to_ignore_on_load_missing",

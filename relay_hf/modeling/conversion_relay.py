@@ -218,6 +218,6 @@ def check_whole(source: Any, config: Any, missing: list[str], options: dict[str,
 
 def _own_fields(source: Any, options: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint's own `config.json` says."""
-    place = ("revision", "subfolder", "cache_dir", "force_download", "local_files_only", "proxies", "token")
-    place = {name: options[name] for name in place if name in options}
+    names = ("revision", "subfolder", "cache_dir", "force_download", "local_files_only", "proxies", "token")
+    place: dict[str, Any] = {name: options[name] for name in names if name in options}
     return PreTrainedConfig.get_config_dict(source, **place)[0] if source is not None else {}
