@@ -93,7 +93,7 @@ def needed_lines(code: str, entry_point: str) -> str:
         names = {node: names_of(node) for node in tree.body}
     except (SyntaxError, ValueError, RecursionError):  # it can be parsed, but not compiled
         return code
-    kept = {node for node in tree.body if isinstance(node, DEFINITIONS)}
+    kept: set[ast.stmt] = {node for node in tree.body if isinstance(node, DEFINITIONS)}
     defined = set[str]().union(*(names[node].assigned for node in kept if not isinstance(node, ast.Import)))
     effects: dict[str, set[str]] = {
         node.name: names[node].assigned | names[node].changed for node in tree.body if isinstance(node, FUNCTIONS)
