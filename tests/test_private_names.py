@@ -223,7 +223,7 @@ def test_overridden_private_names_are_those_listed() -> None:
     assert found == OVERRIDDEN
 
 
-@pytest.mark.parametrize(("owner", "name"), [(owner, name) for owner, names in OVERRIDDEN.items() for name in names])
+@pytest.mark.parametrize(("owner", "name"), [(o, name) for o, names in OVERRIDDEN.items() for name in sorted(names)])
 def test_overridden_private_name_is_used_by_its_library(owner: str, name: str) -> None:
     module, _, own = owner.rpartition(".")
     # Called by a subclass of the library, in places, or by a function beside it.
