@@ -4,8 +4,10 @@ import inspect
 from collections.abc import Iterator
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
+from transformers.masking_utils import flash_attention_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .versions_relay import CACHE_ARGUMENT
 
@@ -38,6 +40,24 @@ def check_backbone(config: PreTrainedConfig, model: PreTrainedModel | None = Non
         raise ValueError(f"The backbone `{config.model_type}` is not supported: {'; '.join(gaps)}.")
 
 
+def check_attention(name: str | None) -> None:
+    """Refuses an implementation of attention that would not be shown the pattern of block diffusion.
+
+    Args:
+        name: as `attn_implementation` takes it; None = transformers' choice.
+
+    Raises:
+        ValueError: transformers makes no mask for it (a function that was registered without a mask function), or one
+            of padding only (flash attention).
+    """
+    if name is not None and AttentionMaskInterface().get(name) in (None, flash_attention_mask):
+        raise ValueError(
+            f"`attn_implementation={name!r}` is not given a mask by transformers, so it could not follow the pattern "
+            "of block diffusion: use 'sdpa', 'eager' or 'flex_attention', or register a function for its masks with "
+            "`transformers.AttentionMaskInterface.register`."
+        )
+
+
 def embedding_name(model: PreTrainedModel) -> str:
     """Name of the input embeddings inside the backbone, e.g. `embed_tokens`."""
     embeddings = model.get_input_embeddings()
@@ -66,6 +86,8 @@ def _gaps_of_config(config: PreTrainedConfig) -> Iterator[str]:
 
 
 def _gaps_of_model(model: PreTrainedModel) -> Iterator[str]:
+    if not any(isinstance(module, GradientCheckpointingLayer) for module in model.modules()):
+        yield "its layers are no `GradientCheckpointingLayer`s, which are where a mask enters attention"
     if not model._supports_attention_backend:
         # Measured for GPT-J, CodeGen, Falcon, StableLM and MPT: causal as soon as no mask is given, without an error.
         yield "its attention does not use transformers' attention interface, so it could stay causal inside a block"

@@ -1,5 +1,6 @@
 """RelayConfig: every switch that changes what a relay model computes."""
 
+import copy
 import math
 from typing import Any, Literal
 
@@ -73,7 +74,11 @@ class RelayConfig(BackboneHolderConfig):
             raise ValueError(
                 f"Unknown relay option(s) {misspelled}: check the spelling against RelayConfig's arguments."
             )
+        if isinstance(self.text_config, PreTrainedConfig):
+            self.text_config = copy.deepcopy(self.text_config)  # the caller's stays as it is
         super().__post_init__(**kwargs)
+        # The pattern of block diffusion is neither causal nor not; transformers would write to it in every forward.
+        vars(self.text_config).pop("is_causal", None)
         # First: what follows reads fields that every supported backbone has.
         self.validate_backbone()
         self.validate_numbers()

@@ -4,14 +4,17 @@ Legend: B rows, P cached positions, L new positions, D hidden size, K = P + L. R
 are counted in each row's own positions, so padding never moves a block border.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .backbone_relay import check_attention
 from .versions_relay import as_cache_argument
 
 
@@ -32,7 +35,6 @@ def block_attention_mask(
     embeds: Tensor,
     attention_mask: Tensor | None,
     cache: Cache | None,
-    position_ids: Tensor,
     block_size: int | None,
 ) -> Any:
     """The attention pattern of block diffusion: a position sees its own block and every block before it.
@@ -43,12 +45,15 @@ def block_attention_mask(
         attention_mask: (B, K) with 0 at padding; or a prepared 4-D mask, which is returned as it is; or None.
         cache: cache with P committed positions, a whole number of blocks. If it is drafting, the new
             positions are one block, or a part of one.
-        position_ids: (B or 1, L).
         block_size: None = one block, everything sees everything.
 
     Returns:
         What the attention implementation takes; None means "no mask", that is full attention.
+
+    Raises:
+        ValueError: the attention implementation takes no such pattern.
     """
+    check_attention(config._attn_implementation)
     if attention_mask is not None and len(attention_mask.shape) == 4:
         return attention_mask
     cached = cache.get_seq_length() if cache is not None else 0
@@ -63,18 +68,46 @@ def block_attention_mask(
         return create_bidirectional_mask(config, embeds, attention_mask, **as_cache_argument(cache))
     if attention_mask is None:
         blocks = torch.arange(cached + length, device=embeds.device)[None].expand(embeds.shape[0], -1) // block_size
-        attention_mask = torch.ones_like(blocks)
     else:
         blocks = positions_of(attention_mask) // block_size
-    # Causal OR same block. An explicit 2-D mask also keeps the library from guessing packed documents from positions.
-    return create_causal_mask(
-        config,
-        embeds,
-        attention_mask,
-        **as_cache_argument(cache),
-        position_ids=position_ids,
-        block_sequence_ids=blocks,
+    # Not transformers' causal masks: they are bidirectional where the configuration says `is_causal=False`.
+    return create_bidirectional_mask(
+        config, embeds, attention_mask, **as_cache_argument(cache), and_mask_function=_no_later_block(blocks)
     )
+
+
+def _no_later_block(blocks: Tensor) -> Callable[..., Tensor]:
+    """Mask function of transformers that hides every block behind a position's own; (B, K) block of every position."""
+
+    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return blocks[row, key] <= blocks[row, query]
+
+    return sees
+
+
+def full_attention(embeds: Tensor) -> Tensor:
+    """Stands for "no mask" on its way through a backbone, which would make a causal mask of None; (1, 1, 0, 0)."""
+    return embeds.new_empty(1, 1, 0, 0)
+
+
+def attend_without_causality(backbone: nn.Module) -> None:
+    """Lets the layers of a backbone attend as the mask that they are given says, and fully if it is `full_attention`.
+
+    This is set up once, and kept by the layers. The argument `is_causal=False` of a backbone's forward would be written
+    to its configuration for the length of the forward, where other threads read and restore it.
+    """
+    for module in backbone.modules():
+        # What kernels go by when there is no mask; a module without it counts as causal.
+        module.is_causal = False
+        if isinstance(module, GradientCheckpointingLayer):
+            module.register_forward_pre_hook(_drop_full_attention, with_kwargs=True)
+
+
+def _drop_full_attention(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def kept(value: Any) -> Any:
+        return None if isinstance(value, Tensor) and value.shape == (1, 1, 0, 0) else value
+
+    return tuple(kept(value) for value in args), {name: kept(value) for name, value in kwargs.items()}
 
 
 def align_to_positions(

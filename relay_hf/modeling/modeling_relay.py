@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from transformers.utils.generic import can_return_tuple
 
 from .adapter_relay import complete_adapter, loaded_adapter, merge_adapter, put_adapter, split_adapter
-from .backbone_relay import check_backbone, embedding_name
+from .backbone_relay import check_attention, check_backbone, embedding_name
 from .cache_relay import RelayCache
 from .channel_relay import Readings, RelayLayerNorm, SoftMaskChannel, in_scope, make_channel
 from .configuration_relay import RelayConfig
@@ -22,7 +22,13 @@ from .conversion_relay import FOREIGN_PARAMETER_NAMES, check_whole
 from .files_relay import check_json_files, explained
 from .generation_relay import RelayGenerationMixin
 from .head_relay import RelayHead, is_plain, score
-from .masks_relay import align_to_positions, block_attention_mask, new_positions
+from .masks_relay import (
+    align_to_positions,
+    attend_without_causality,
+    block_attention_mask,
+    full_attention,
+    new_positions,
+)
 from .options_relay import add_defaults
 from .outputs_relay import RelayOutput
 from .reveal_relay import best_token
@@ -42,7 +48,8 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
     the channel and `lm_head` the head. All three Auto classes for language models return this class.
 
     Raises:
-        ValueError: the configuration has no `mask_token_id`, or the backbone lacks what block diffusion needs.
+        ValueError: the configuration has no `mask_token_id`, the backbone lacks what block diffusion needs, or the
+            attention implementation takes no pattern.
     """
 
     config: RelayConfig
@@ -63,6 +70,8 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
     _missing_when_loaded: list[str] = []
 
     def __init__(self, config: RelayConfig) -> None:
+        for each in (config, config.text_config):
+            check_attention(each._attn_implementation)
         super().__init__(config)
         if config.mask_token_id is None:
             raise ValueError(
@@ -72,10 +81,7 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         # The dtype that is in force here: a dtype noted in `text_config` would make the backbone differ from the head.
         self.model = AutoModel.from_config(config.text_config, dtype=torch.get_default_dtype())
         check_backbone(config.text_config, self.model)
-        for module in self.model.modules():
-            # What kernels go by when there is no mask; Nemotron drops the argument that `forward` gives.
-            if hasattr(module, "is_causal"):
-                module.is_causal = False
+        attend_without_causality(self.model)
         self._tied_weights_keys = {"lm_head.weight": f"model.{embedding_name(self.model)}.weight"}
         self.relay = make_channel(config)
         self.lm_head = RelayHead(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
@@ -190,6 +196,17 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
             )
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
+    def set_attn_implementation(self, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """As in transformers; what cannot follow the pattern of block diffusion is refused, and nothing is changed.
+
+        Raises:
+            ValueError: an implementation is not given masks.
+        """
+        by_model = attn_implementation if isinstance(attn_implementation, dict) else {"": attn_implementation}
+        for name in by_model.values():
+            check_attention(name)
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Takes any linear layer without bias; `resize_token_embeddings` makes a plain one."""
         if not isinstance(new_embeddings, RelayHead):
@@ -259,17 +276,14 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
             receives = relay_mask if relay_mask is not None else self.receives_state(input_ids)
             embeds = self.relay(embeds, receives, relay_state)
 
+        pattern = block_attention_mask(self.model.config, embeds, attention_mask, cache, self.config.block_size)
         backbone_output = self.model(
             inputs_embeds=embeds,
-            attention_mask=block_attention_mask(
-                self.model.config, embeds, attention_mask, cache, position_ids, self.config.block_size
-            ),
+            attention_mask=full_attention(embeds) if pattern is None else pattern,
             position_ids=position_ids,
             **as_cache_argument(cache),
             # Layers store into the cache they are given either way; training keeps hold of it itself.
             use_cache=cache is not None and not self.training,
-            # "No mask" must mean full attention, not the backbone's causal default.
-            is_causal=False,
             **self._read_out_request(kwargs),
         )
         hidden, read_out = self._align(input_ids, backbone_output, position_ids, cache)

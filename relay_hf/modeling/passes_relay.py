@@ -131,7 +131,7 @@ class ForwardPasses:
         with self.cache.drafting(self.sub_block_size is not None, rows, columns):
             output = self.model(
                 ids,
-                attention_mask=self._draft_mask(ids, positions, rows),
+                attention_mask=self._draft_mask(ids, rows),
                 position_ids=positions,
                 cache=self.cache,
                 relay_state=self._state(rows, columns, len(ids)) if injects else None,
@@ -181,15 +181,19 @@ class ForwardPasses:
             self.cache.write_relay_state(output.relay_state[:, width:])
         return output.head_inputs
 
-    def _draft_mask(self, ids: Tensor, positions: Tensor, rows: Tensor | None) -> Any:
+    def _draft_mask(self, ids: Tensor, rows: Tensor | None) -> Any:
         """The attention mask of a draft, prepared once per block: to do so, transformers waits for the device."""
         visible, length = self.grid.attention_mask(self.columns.stop), ids.shape[1]
         if visible is None:
             return None
         if length not in self._masks:
-            like = torch.empty(len(visible), length, 0, dtype=self.model.dtype, device=ids.device)
-            self._masks[length] = block_attention_mask(
-                self.model.model.config, like, visible, self.cache, positions, self.model.config.block_size
-            )
+            self._masks[length] = self._make_draft_mask(visible, length)
         mask = self._masks[length]
-        return mask if mask is None or rows is None else mask[rows]
+        if mask is None or rows is None:
+            return mask
+        # Flex attention's masks are functions of a row's number, and cannot be indexed.
+        return mask[rows] if isinstance(mask, Tensor) else self._make_draft_mask(visible[rows], length)
+
+    def _make_draft_mask(self, visible: Tensor, length: int) -> Any:
+        like = torch.empty(len(visible), length, 0, dtype=self.model.dtype, device=visible.device)
+        return block_attention_mask(self.model.model.config, like, visible, self.cache, self.model.config.block_size)

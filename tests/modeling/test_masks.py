@@ -39,8 +39,7 @@ def pattern_of(model: RelayForMaskedDiffusion, mask: Tensor | None, cached: int,
     if cached:
         keys = torch.zeros(2, 2, cached, 4)
         cache.update(keys, keys, 0)
-    positions = new_positions(mask, cached, new, torch.device("cpu"))
-    result = block_attention_mask(model.model.config, torch.zeros(2, new, 16), mask, cache, positions, block)
+    result = block_attention_mask(model.model.config, torch.zeros(2, new, 16), mask, cache, block)
     if result is None:  # full attention
         return torch.ones(2, new, cached + new, dtype=torch.bool)
     return (result if result.dtype == torch.bool else result == 0)[:, 0].expand(2, -1, -1)
@@ -73,9 +72,7 @@ def test_block_attention_mask_no_mask_equals_mask_of_ones(make_model: Callable, 
 
 def test_block_attention_mask_prepared_mask_returned_as_it_is(make_model: Callable) -> None:
     prepared = torch.ones(2, 1, 3, 3, dtype=torch.bool)
-    result = block_attention_mask(
-        make_model().model.config, torch.zeros(2, 3, 16), prepared, None, torch.arange(3)[None], 2
-    )
+    result = block_attention_mask(make_model().model.config, torch.zeros(2, 3, 16), prepared, None, 2)
     assert result is prepared
 
 
