@@ -96,7 +96,9 @@ class LikelihoodBound:
                 cache = copy.deepcopy(cache) if begin == committed + width else cache
                 self._commit(cache, text[begin - width : begin])
             clean = text[begin : begin + width]
-            block = F.pad(clean, (0, width - len(clean)), value=self.mask_token_id)
+            # What fills up the last block stops where the model's positions end.
+            stop = min(begin + width, max(len(text), self.model.config.positions or begin + width))
+            block = F.pad(clean, (0, stop - begin - len(clean)), value=self.mask_token_id)
             scored = slice(max(len(context) - begin, 0), len(clean))
             total += self._bound_of_block(cache, block, scored, generator)
         return total

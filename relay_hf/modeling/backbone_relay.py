@@ -58,6 +58,15 @@ def check_attention(name: str | None) -> None:
         )
 
 
+def learned_positions(model: PreTrainedModel) -> int | None:
+    """How many positions a backbone has a row for in a table of learned ones; None without such a table."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    embeddings = model.get_input_embeddings()
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and module is not embeddings]
+    # OPT's table begins with two rows that no position uses.
+    return limit if limit and any(0 <= table.num_embeddings - limit <= 2 for table in tables) else None
+
+
 def embedding_name(model: PreTrainedModel) -> str:
     """Name of the input embeddings inside the backbone, e.g. `embed_tokens`."""
     embeddings = model.get_input_embeddings()
@@ -89,7 +98,8 @@ def _gaps_of_model(model: PreTrainedModel) -> Iterator[str]:
     if not any(isinstance(module, GradientCheckpointingLayer) for module in model.modules()):
         yield "its layers are no `GradientCheckpointingLayer`s, which are where a mask enters attention"
     if not model._supports_attention_backend:
-        # Measured for GPT-J, CodeGen, Falcon, StableLM and MPT: causal as soon as no mask is given, without an error.
+        # Measured for CodeGen, Falcon, StableLM, MPT and, before transformers 5.24, GPT-J: causal as soon as no mask is
+        # given, without an error.
         yield "its attention does not use transformers' attention interface, so it could stay causal inside a block"
     arguments = inspect.signature(type(model).forward).parameters
     if missing := [name for name in NEEDED_ARGUMENTS if name not in arguments]:

@@ -163,6 +163,11 @@ class RelayConfig(BackboneHolderConfig):
         beside = 1 if self.relay_channel in ("residual_context", "soft_mask") else 0
         return self.text_config.hidden_size + beside
 
+    @property
+    def positions(self) -> int | None:
+        """Positions that the backbone was made for; None if its configuration names no number."""
+        return getattr(self.text_config, "max_position_embeddings", None)
+
     @classmethod
     def fast_dllm_v2(cls, text_config: PreTrainedConfig | dict | None = None, **overrides: Any) -> "RelayConfig":
         """The published language-model instance: blocks of 32, token shift, zero-initialised channel on [MASK]s.

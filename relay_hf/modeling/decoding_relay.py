@@ -114,7 +114,9 @@ class BlockDecoder:
         """
         is_text = attention_mask.bool()
         self._check_prompts(input_ids, is_text, new_tokens)
-        self.grid = grid = DecodingGrid(input_ids, is_text, new_tokens, self.block_size, self.mask_token_id)
+        self.grid = grid = DecodingGrid(
+            input_ids, is_text, new_tokens, self.block_size, self.mask_token_id, self.model.config.positions
+        )
         self.appends = new_tokens > 0
         self.denoise_forwards, self.commit_forwards, self.prefill_forwards, self.reference_forwards = torch.zeros(
             4, len(input_ids), dtype=torch.long, device=input_ids.device

@@ -18,9 +18,11 @@ from .decoding_relay import BlockDecoder
 from .options_relay import (
     add_defaults,
     check_inputs,
+    check_length,
     check_options,
     check_reference,
     check_user_arguments,
+    drop_empty,
     fit_processors,
     seeds_of_rows,
 )
@@ -68,7 +70,9 @@ class RelayGenerationMixin(GenerationMixin):
         # A file written by another library, or an object assigned by the user, may lack our fields.
         add_defaults(self.config, self.generation_config)
         check_user_arguments(kwargs)
-        return super()._prepare_generation_config(generation_config, **kwargs)
+        options, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        drop_empty(options)
+        return options, model_kwargs
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: continuous batching (also reached by `cache_implementation="paged"`) goes token by token."""
@@ -190,6 +194,9 @@ class RelayGenerationMixin(GenerationMixin):
                 "`cache` holds a prefix of other rows: a cache is carried from turn to turn of one "
                 "conversation, so pass one row, or `reset()` the cache."
             )
+        new_tokens = generation_config.max_length - input_ids.shape[1]
+        longest = input_ids.shape[1] if attention_mask is None else int(attention_mask.sum(-1).max())
+        check_length(self.config, self.learned_positions, longest + new_tokens)
         processors = fit_processors(logits_processor, generation_config)
         policy = make_policy(generation_config.unmasking_policy, generation_config.unmasking_threshold)
 
@@ -218,6 +225,6 @@ class RelayGenerationMixin(GenerationMixin):
         output = decoder.run(
             input_ids.long().to(device),
             torch.ones_like(input_ids, device=device) if attention_mask is None else attention_mask.to(device),
-            new_tokens=generation_config.max_length - input_ids.shape[1],
+            new_tokens=new_tokens,
         )
         return output if generation_config.return_dict_in_generate else output.sequences

@@ -22,6 +22,7 @@ class DecodingGrid:
         new_tokens: appended to every row.
         block_size: None = every row is one block.
         mask_token_id: in every column that is not known.
+        positions: that the model has, or None for any number. What fills up the last block stops there; text does not.
 
     Attributes:
         width: S, columns of a block.
@@ -35,7 +36,13 @@ class DecodingGrid:
     """
 
     def __init__(
-        self, input_ids: Tensor, is_text: Tensor, new_tokens: int, block_size: int | None, mask_token_id: int
+        self,
+        input_ids: Tensor,
+        is_text: Tensor,
+        new_tokens: int,
+        block_size: int | None,
+        mask_token_id: int,
+        positions: int | None = None,
     ) -> None:
         lengths = is_text.sum(-1)  # (B,)
         ends = lengths + new_tokens  # (B,)
@@ -55,11 +62,14 @@ class DecodingGrid:
         self.visible = column >= self.offset[:, None]
         if block_size is None:
             self.visible &= column < self.end[:, None]
+        elif positions is not None:
+            self.visible &= column < (self.offset + ends.clamp(min=positions))[:, None]
         self.is_padded = not bool(self.visible.all())
         self.tokens = torch.full((len(lengths), len(column)), mask_token_id, device=device)
         self.prompts, self.is_text = input_ids, is_text
-        positions = is_text.long().cumsum(-1) - 1  # (B, P)
-        self._prompt_columns = (positions + self.offset[:, None])[is_text]
+        self.last_position = None if positions is None else max(positions, int(ends.max())) - 1
+        places = is_text.long().cumsum(-1) - 1  # (B, P)
+        self._prompt_columns = (places + self.offset[:, None])[is_text]
         self.tokens[is_text.nonzero()[:, 0], self._prompt_columns] = input_ids[is_text]
 
         # All rows, as they were given.
@@ -70,9 +80,9 @@ class DecodingGrid:
         return self.visible[:, :stop] if self.is_padded else None
 
     def positions(self, begin: int, stop: int) -> Tensor:
-        """Each row's positions in these columns, 0 at padding before it: (B, L), or (1, L) if there is no padding."""
+        """Each row's positions in these columns, its first and last at padding: (B, L), or (1, L) without padding."""
         column = torch.arange(begin, stop, device=self.tokens.device)[None]
-        return (column - self.offset[:, None]).clamp(min=0) if self.is_padded else column
+        return (column - self.offset[:, None]).clamp(0, self.last_position) if self.is_padded else column
 
     def file(self, stop: int) -> None:
         """Notes what is known of the rows up to column `stop`, among all rows of the batch."""

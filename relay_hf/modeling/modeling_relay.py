@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from transformers.utils.generic import can_return_tuple
 
 from .adapter_relay import complete_adapter, loaded_adapter, merge_adapter, put_adapter, split_adapter
-from .backbone_relay import check_attention, check_backbone, embedding_name
+from .backbone_relay import check_attention, check_backbone, embedding_name, learned_positions
 from .cache_relay import RelayCache
 from .channel_relay import Readings, RelayLayerNorm, SoftMaskChannel, in_scope, make_channel
 from .configuration_relay import RelayConfig
@@ -82,6 +82,8 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         self.model = AutoModel.from_config(config.text_config, dtype=torch.get_default_dtype())
         check_backbone(config.text_config, self.model)
         attend_without_causality(self.model)
+        # Positions that there are; None where they are computed, as rotary ones are.
+        self.learned_positions = learned_positions(self.model)
         self._tied_weights_keys = {"lm_head.weight": f"model.{embedding_name(self.model)}.weight"}
         self.relay = make_channel(config)
         self.lm_head = RelayHead(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
@@ -258,7 +260,8 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
                 the work of making it.
 
         Raises:
-            ValueError: a shape does not fit, the cache cannot align the first position, or all labels are -100.
+            ValueError: a shape does not fit, the cache cannot align the first position, all labels are -100, or the
+                text is longer than the backbone's table of positions.
         """
         if input_ids is None:
             raise ValueError("`inputs_embeds` do not tell which positions are masked: pass `input_ids` as well.")
@@ -268,6 +271,13 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         labelled = self._labelled(input_ids, labels, logits_to_keep)
         if position_ids is None:
             position_ids = self._positions(input_ids, attention_mask, cached)
+        limit = self.learned_positions
+        # The length is looked at first, because looking at positions waits for the device.
+        if limit is not None and cached + input_ids.shape[1] > limit and int(position_ids.max()) >= limit:
+            raise ValueError(
+                f"`input_ids` reach position {int(position_ids.max())}, but the backbone has learned {limit} "
+                "positions: shorten the text."
+            )
 
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)

@@ -1,6 +1,7 @@
 """What `generate` refuses, in one sentence and before any forward; and logits processors in the form that it needs."""
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -55,6 +56,17 @@ WITHOUT_EFFECT = {
     "penalty_alpha": "contrastive search goes token by token",
     "prefill_chunk_size": "the prompt is prefilled at once",
 }
+
+
+# What transformers refuses, or fails with, when it is empty.
+MAY_BE_EMPTY = (
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "eos_token_id",
+    "sequence_bias",
+    "stop_strings",
+    "suppress_tokens",
+)
 
 
 # Greedy decoding of a checkpoint that may say how tokens are drawn, which `generate` would refuse.
@@ -141,6 +153,10 @@ def check_options(config: RelayConfig, options: GenerationConfig) -> None:
     if options.use_cache is not None and not options.use_cache:
         raise ValueError(
             f"`use_cache={options.use_cache}` is not supported: the relay state lives in the cache; leave it on."
+        )
+    if isinstance(options.stop_strings, list | tuple) and "" in options.stop_strings:
+        raise ValueError(
+            f"`stop_strings={options.stop_strings!r}` holds an empty text, which stands everywhere: leave it out."
         )
     if options.num_return_sequences == 0:
         raise ValueError("`num_return_sequences=0` asks for nothing: give 1 or more.")
@@ -235,6 +251,40 @@ def check_inputs(config: RelayConfig, input_ids: Any, attention_mask: Any = None
             f"`input_ids` hold the token id {wrong}, but the model has {vocab_size} tokens: tokenize with the model's "
             "own tokenizer, or call `resize_token_embeddings`."
         )
+
+
+def check_length(config: RelayConfig, learned_positions: int | None, length: int) -> None:
+    """Refuses a text that is longer than a table of positions, and warns of one that is longer than the model knows.
+
+    Args:
+        config: the model's.
+        learned_positions: rows of that table; None if positions are computed.
+        length: positions of the longest row, prompt and new tokens.
+
+    Raises:
+        ValueError: the table ends before the text.
+    """
+    limit = config.positions
+    if limit is None or length <= limit:
+        return
+    if learned_positions is not None:
+        raise ValueError(
+            f"Prompt and new tokens take {length} positions, but the model has learned {limit}: shorten the prompt, or "
+            "lower `max_new_tokens`."
+        )
+    # Without the length: one warning, not one per text.
+    warnings.warn(
+        f"Prompt and new tokens take more positions than the {limit} of the model's `max_position_embeddings`, and "
+        "what it writes there may be nonsense: shorten the prompt, or lower `max_new_tokens`.",
+        stacklevel=2,
+    )
+
+
+def drop_empty(options: GenerationConfig) -> None:
+    """An empty list, text or dictionary means "none", whichever option it is given for; changes `options` in place."""
+    for name in MAY_BE_EMPTY:
+        if getattr(options, name, None) in ([], (), "", {}):
+            setattr(options, name, None)
 
 
 def fit_processors(processors: LogitsProcessorList, options: GenerationConfig) -> LogitsProcessorList:

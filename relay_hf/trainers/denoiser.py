@@ -214,6 +214,7 @@ class BlockDenoiser:
         output = self.model(
             input_ids=ids,
             attention_mask=None if bool(self.is_text.all()) else fit_positions(self.is_text, width),
+            position_ids=self._existing(torch.arange(width, device=ids.device)[None]),
             cache=clean,
             logits_to_keep=torch.empty(0, dtype=torch.long, device=ids.device),
             targets=ids,
@@ -271,7 +272,7 @@ class BlockDenoiser:
         return {
             "input_ids": blocks.pack(self.clean_ids).masked_fill(blocks.is_masked, self.config.mask_token_id),
             "attention_mask": self._attention(blocks.columns, blocks.pack(self.is_text), prefix),
-            "position_ids": blocks.columns,
+            "position_ids": self._existing(blocks.columns),
             "cache": prefix,
             "inputs_embeds": embeds,
         }
@@ -319,6 +320,10 @@ class BlockDenoiser:
             **as_cache_argument(prefix),
             and_mask_function=sees,
         )
+
+    def _existing(self, positions: Tensor) -> Tensor:
+        """No text looks at what fills up the blocks, so it takes no position that a table may not have."""
+        return positions.minimum(self.is_text.sum(-1).amax() - 1)
 
     def _pad(self, tensor: Tensor) -> Tensor:
         """Pads the positions, the second axis, to whole blocks."""

@@ -95,7 +95,10 @@ def fresh_rows(config: RelayConfig, batch: dict[str, Tensor], carries_state: boo
         length = max(int(blocks.max()) * config.block_size, clean_ids.shape[1])
         maskable, is_text = fit_positions(maskable, length), fit_positions(attention_mask, length)
         clean_ids = fit_positions(clean_ids, length).where(is_text, config.mask_token_id)
-        attention_mask = torch.arange(length, device=blocks.device) < blocks[:, None] * config.block_size
+        # Not beyond the positions that the model has.
+        filled = blocks * config.block_size
+        filled = filled.clamp(max=config.positions).maximum(is_text.sum(-1)) if config.positions else filled
+        attention_mask = torch.arange(length, device=blocks.device) < filled[:, None]
     rows, length = clean_ids.shape
     state = None
     if carries_state:

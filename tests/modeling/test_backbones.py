@@ -20,6 +20,7 @@ from transformers import (
     GemmaConfig,
     GPT2Config,
     GPTJConfig,
+    GPTJModel,
     GPTNeoXConfig,
     LlamaConfig,
     LlavaConfig,
@@ -71,6 +72,7 @@ BACKBONES = [
     OPTConfig(**{**SIZES, "tie_word_embeddings": True}, **OPT),
     GPTNeoXConfig(**SIZES),
     PhiConfig(**SIZES),
+    *([GPTJConfig(**SIZES, rotary_dim=4)] if GPTJModel._supports_attention_backend else []),  # since 5.24
     # Drops the argument that says "not causal".
     NemotronConfig(**SIZES, num_key_value_heads=2),
 ]
@@ -249,7 +251,6 @@ def test_configuration_of_unsupported_backbone_raises(backbone: Callable[[], Any
     [
         (FalconConfig(**SIZES), "attention does not use transformers' attention interface"),
         (StableLmConfig(**SIZES), "attention does not use transformers' attention interface"),
-        (GPTJConfig(**SIZES, rotary_dim=4), "attention does not use transformers' attention interface"),
         (OPTConfig(**SIZES, word_embed_proj_dim=8, ffn_dim=32), "embeddings are 8 wide and its layers 16"),
     ],
     ids=lambda value: getattr(value, "model_type", ""),
