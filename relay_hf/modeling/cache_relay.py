@@ -185,6 +185,23 @@ class RelayCache(DynamicCache):
         if self._commits is None:
             self.block_states = {}
 
+    @contextmanager
+    def undone_by_exceptions(self) -> Iterator[None]:
+        """Leaves the cache as it was if what happens inside does not come to its end, Ctrl-C included.
+
+        Nothing is copied: no method writes into tensors that the cache holds. But they are held until the end, so that
+        a conversation's prefix takes its memory twice meanwhile.
+        """
+        own = {**vars(self), "layers": list(self.layers), "block_states": dict(self.block_states)}
+        layers = [(layer, dict(vars(layer))) for layer in self.layers]
+        try:
+            yield
+        except BaseException:
+            for state, before in [(self, own), *layers]:
+                vars(state).clear()
+                vars(state).update(before)
+            raise
+
     def drop_unfinished(self) -> None:
         """Drops keys and values that a forward has left which did not come to its end, as if it had never begun."""
         known = 0 if self.tokens is None else self.tokens.shape[1]

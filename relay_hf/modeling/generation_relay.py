@@ -222,9 +222,10 @@ class RelayGenerationMixin(GenerationMixin):
             streamer=streamer,
             output_history=generation_config.output_history,
         )
-        output = decoder.run(
-            input_ids.long().to(device),
-            torch.ones_like(input_ids, device=device) if attention_mask is None else attention_mask.to(device),
-            new_tokens=new_tokens,
-        )
+        with cache.undone_by_exceptions():
+            output = decoder.run(
+                input_ids.long().to(device),
+                torch.ones_like(input_ids, device=device) if attention_mask is None else attention_mask.to(device),
+                new_tokens=new_tokens,
+            )
         return output if generation_config.return_dict_in_generate else output.sequences
