@@ -1,13 +1,23 @@
 """What ours overrides in transformers' serving is still there, takes the same arguments, and is still what it calls."""
 
 import inspect
+import re
 from collections.abc import Callable
 
 import pytest
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.serving.response import ResponseHandler
 from transformers.cli.serving.server import build_server
-from transformers.cli.serving.utils import BaseHandler, GenerateManager, GenerationState, Modality, _StreamError
+from transformers.cli.serving.utils import (
+    BaseHandler,
+    DirectStreamer,
+    GenerateManager,
+    GenerationState,
+    Modality,
+    _StreamError,
+)
 
 from relay_hf.serving import server
 
@@ -15,12 +25,15 @@ OVERRIDDEN = [
     (
         ModelManager,
         server.RelayModelManager,
-        ["get_gen_models", "process_model_name", "_load_model", "_load_processor"],
+        ["shutdown", "_load_model", "_load_processor"],
     ),
     (GenerateManager, server.RelayGenerateManager, ["generate_streaming"]),
     (GenerationState, server.RelayGenerationState, ["get_manager"]),
     (BaseHandler, server.RelayHandler, ["_build_generation_config"]),
-    (ChatCompletionHandler, server.RelayHandler, ["handle_request"]),
+    *(
+        (handler, server.RelayHandler, ["handle_request", "_streaming", "_non_streaming"])
+        for handler in (ChatCompletionHandler, CompletionHandler, ResponseHandler)
+    ),
 ]
 CASES = [(theirs, ours, name) for theirs, ours, names in OVERRIDDEN for name in names]
 
@@ -42,6 +55,24 @@ def test_overridden_method_takes_the_arguments_of_transformers(theirs: type, our
 def test_private_method_is_called_by_transformers(theirs: type, name: str) -> None:
     callers = inspect.getsource(theirs) + inspect.getsource(ChatCompletionHandler)
     assert f"self.{name}(" in callers
+
+
+@pytest.mark.parametrize("handler", [ChatCompletionHandler, CompletionHandler, ResponseHandler])
+def test_handlers_prepare_everything_before_they_decode(handler: type) -> None:
+    """What is prepared on a thread of its own must not wait for anything, and ends with one of these calls."""
+    source = inspect.getsource(handler.handle_request)
+    assert source.count("await ") == source.count("return await self._non_streaming(") == 1
+    assert source.count("return self._streaming(") == 1
+    for name in ("_streaming", "_non_streaming"):
+        assert {"inputs", "gen_config"} <= inspect.signature(getattr(handler, name)).parameters.keys()
+
+
+def test_streamer_takes_the_rest_of_a_text() -> None:
+    assert {"_enqueue", "_parser"} <= set(re.findall(r"self\.(\w+)", inspect.getsource(DirectStreamer)))
+
+
+def test_pinned_server_lists_its_model_alone() -> None:
+    assert "self.force_model is not None" in inspect.getsource(ModelManager.list_models)
 
 
 def test_streams_report_failures_as_items_of_their_queue() -> None:

@@ -30,7 +30,14 @@ def run_server(model: str, arguments: ServeArguments) -> None:
     from .server import build_app
 
     with _bind(arguments.host, arguments.port) as listener:
-        app = build_app(model, device=arguments.device, dtype=arguments.dtype)
+        app = build_app(
+            model,
+            device=arguments.device,
+            dtype=arguments.dtype,
+            host=arguments.host,
+            allow_hosts=arguments.allow_hosts,
+            allow_origins=arguments.allow_origins,
+        )
         host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
         port = listener.getsockname()[1]
         print(f"relay-hf: serving `{model}` at http://{host}:{port}/v1 (Ctrl-C ends it)", flush=True)

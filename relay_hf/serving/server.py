@@ -4,41 +4,54 @@ What is overridden with an underscore has no public counterpart; `tests/test_ser
 """
 
 import asyncio
+import functools
+import inspect
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Coroutine, Sequence
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any
 
+import anyio
 from fastapi import FastAPI, HTTPException, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import Response
+from tokenizers.decoders import DecodeStream
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.response import ResponseHandler
 from transformers.cli.serving.server import build_server
-from transformers.cli.serving.utils import BaseHandler, GenerateManager, GenerationState, _StreamError
-from transformers.utils import logging
+from transformers.cli.serving.utils import BaseHandler, GenerateManager, GenerationState, _StreamError, split_revision
+from transformers.generation.streamers import BaseStreamer
 
 from ..checkpoint_loading import find_device, read_diffusion_config, read_tokenizer
 from ..modeling import RelayForMaskedDiffusion
-
-logger = logging.get_logger(__name__)
-
-# What transformers' serving allows a request that does not say how long its reply may be.
-DEFAULT_NEW_TOKENS = 1024
-# Options of `generate` about the form of its result, which is a reply here.
-RESULT_OPTIONS = {"num_return_sequences", "output_history", "return_dict_in_generate"}
+from . import errors
+from .access import AccessCheck
+from .request_checks import DEFAULT_NEW_TOKENS, check_body, fit_length, read_options
 
 
-def build_app(model: str, *, device: str = "auto", dtype: str = "auto") -> FastAPI:
+def build_app(
+    model: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    host: str = "localhost",
+    allow_hosts: Sequence[str] = (),
+    allow_origins: Sequence[str] = (),
+) -> FastAPI:
     """Loads a model and returns the application that answers for it.
 
     Args:
         model: folder or Hub id, also the name by which clients ask for it.
         device: where the model runs; "auto" takes an accelerator if there is one.
         dtype: of the weights; "auto" is that of the checkpoint.
+        host: what the server listens on.
+        allow_hosts: further names under which it may be asked, "*" for any.
+        allow_origins: web pages that may ask it, as `https://example.org`, "*" for any.
 
     Raises:
         OSError: the model or its tokenizer cannot be read.
@@ -57,23 +70,12 @@ def build_app(model: str, *, device: str = "auto", dtype: str = "auto") -> FastA
         generation_state=state,
     )
     app.middleware("http")(_note_request)
-    # Else `generate`'s sentence would stay in the server's log, and the client would read "Internal Server Error". The
-    # others are what transformers raises for fields of a wrong type, and for lack of `messages`.
-    for kind in (ValueError, TypeError, AttributeError, LookupError, HTTPException):
-        app.add_exception_handler(kind, _tell_client)
+    if allow_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=allow_origins, allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(AccessCheck, host=host, allow_hosts=allow_hosts, allow_origins=allow_origins)
+    # Else `generate`'s sentence would stay in the server's log, and the client would read "Internal Server Error".
+    errors.install(app)
     return app
-
-
-async def _tell_client(request: Request, error: Exception) -> JSONResponse:
-    """Answers in OpenAI's form, with status 400 if the error has none."""
-    status, message = 400, str(error)
-    if isinstance(error, HTTPException):
-        status, message = error.status_code, str(error.detail)
-    elif not isinstance(error, ValueError):
-        # No sentence for users, and perhaps a defect of the server.
-        logger.error("A request could not be answered.", exc_info=error)
-        message = f"The request could not be answered ({type(error).__name__}: {error}): check its fields."
-    return JSONResponse({"error": {"message": message, "type": "invalid_request_error"}}, status_code=status)
 
 
 class RelayModelManager(ModelManager):
@@ -82,19 +84,14 @@ class RelayModelManager(ModelManager):
     def __init__(self, model: str, device: str, dtype: str) -> None:
         super().__init__(device=device, dtype=dtype, force_model=model)
 
-    @staticmethod
-    def process_model_name(model_id: str) -> str:
-        """Appends `@main` to a name without a revision; a folder may have an @ in its name."""
-        return model_id if "@" in model_id and not Path(model_id).is_dir() else f"{model_id}@main"
-
-    def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
-        """The one model that requests may name; transformers lists the Hub's cache, whatever is served."""
-        return [{"id": self.force_model, "object": "model", "created": 0, "owned_by": "relay_hf"}]
+    def shutdown(self) -> None:
+        """Keeps the model, which `/reset` would unload under running requests, and the next one load again."""
 
     def _load_processor(self, model_id_and_revision: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
-        if model_id_and_revision != self.process_model_name(self.force_model):  # the route `/load_model`
+        # The route `/load_model` may name any model, and any file of this one.
+        if model_id_and_revision != self.process_model_name(self.force_model) or gguf_file is not None:
             raise ValueError(f"This server serves `{self.force_model}`: ask for that one.")
-        name, revision = model_id_and_revision.rsplit("@", 1)
+        name, revision = split_revision(model_id_and_revision)
         return read_tokenizer(name, read_diffusion_config(name, revision), revision)
 
     def _load_model(
@@ -106,9 +103,9 @@ class RelayModelManager(ModelManager):
     ) -> RelayForMaskedDiffusion:
         # transformers looks the architecture up among its own attributes, where ours is not; and this way the research
         # fork's checkpoints are read, too.
-        name, revision = model_id_and_revision.rsplit("@", 1)
+        name, revision = split_revision(model_id_and_revision)
         return RelayForMaskedDiffusion.from_pretrained(
-            name, revision=revision, dtype=self.dtype, device_map=self.device, tqdm_class=tqdm_class
+            name, revision=revision or "main", dtype=self.dtype, device_map=self.device, tqdm_class=tqdm_class
         ).eval()
 
 
@@ -133,12 +130,53 @@ async def _first_text(texts: asyncio.Queue, streamer: Any) -> Any:
     return getting.result()
 
 
+class WholeStreamer(BaseStreamer):
+    """Passes a reply on, and at its end also the bytes of a character that is not complete, as decoding at once does.
+
+    Args:
+        streamer: transformers', which waits for the bytes that are missing.
+        tokenizer: of the reply.
+    """
+
+    def __init__(self, streamer: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.streamer = streamer
+        self.tokenizer = tokenizer
+        self.puts: list[list[int]] = []
+
+    def put(self, value: Tensor) -> None:
+        """Takes the prompt first, then parts of the reply."""
+        self.puts.append(value.flatten().tolist())
+        self.streamer.put(value)
+
+    def end(self) -> None:
+        """Streams what is left of the text."""
+        tokens = [token for part in self.puts[1:] for token in part]
+        stream = DecodeStream([], skip_special_tokens=True)
+        pieces = [stream.step(self.tokenizer.backend_tokenizer, token) for token in tokens]
+        rest = self.tokenizer.decode(tokens, skip_special_tokens=True)[sum(len(piece or "") for piece in pieces) :]
+        # A streamer that parses replies finishes its last region itself.
+        if pieces and pieces[-1] is None and rest and self.streamer._parser is None:
+            self.streamer._enqueue(rest)
+        self.streamer.end()
+
+
+class StreamedModel:
+    """The model as it is called for a stream."""
+
+    def __init__(self, model: RelayForMaskedDiffusion) -> None:
+        self.model = model
+
+    def generate(self, *, streamer: Any, tokenizer: Any, **options: Any) -> Any:
+        """As the model's, with the whole reply streamed."""
+        return self.model.generate(streamer=WholeStreamer(streamer, tokenizer), tokenizer=tokenizer, **options)
+
+
 class RelayGenerateManager(GenerateManager):
     """Decodes one request after the other, on one thread."""
 
-    def generate_streaming(self, *args: Any, **kwargs: Any) -> tuple[asyncio.Queue, Any]:
+    def generate_streaming(self, model: Any, *args: Any, **kwargs: Any) -> tuple[asyncio.Queue, Any]:
         """Starts a stream, and notes where its texts will appear."""
-        texts, streamer = super().generate_streaming(*args, **kwargs)
+        texts, streamer = super().generate_streaming(StreamedModel(model), *args, **kwargs)
         _started_stream.set((texts, streamer))
         return texts, streamer
 
@@ -161,13 +199,20 @@ class RelayHandler(BaseHandler):
     async def handle_request(self, body: dict, request_id: str) -> Response:
         """Answers a request; a stream begins with its first text.
 
+        All that is done before decoding is done on another thread, so that others are answered meanwhile.
+
         Raises:
-            ValueError: an option that `generate` refuses. A stream would send its status before `generate` has looked
-                at the options, and the sentence in a form in which clients do not show it.
+            ValueError: a field that cannot be honoured, or an option that `generate` refuses. A stream would send its
+                status before `generate` has looked at the options, and the sentence in a form in which clients do not
+                show it.
         """
         _started_stream.set(None)
         # The Responses API streams only if asked to; transformers' handler would do it unless told not to.
-        response = await super().handle_request({"stream": False, **body}, request_id)
+        body = {"stream": False, **body}
+        answer = await anyio.to_thread.run_sync(self._prepare, body, request_id, limiter=_preparing())
+        response = answer()
+        if inspect.isawaitable(response):
+            response = await response
         if (stream := _started_stream.get()) is not None:
             texts, first = stream[0], await _first_text(*stream)
             if isinstance(first, _StreamError):
@@ -177,11 +222,32 @@ class RelayHandler(BaseHandler):
                 texts.put_nowait(text)
         return response
 
+    def _prepare(self, body: dict, request_id: str) -> functools.partial:
+        """Does what transformers does before decoding: checks, chat template, tokens, options.
+
+        Returns:
+            What starts decoding, on the event loop.
+        """
+        _, model, tokenizer = self._resolve_model(body)
+        positions = model.config.positions
+        check_body(body, math.inf if positions is None else positions * _longest_token(tokenizer))
+        request: Coroutine[Any, Any, Any] = super().handle_request(body, request_id)
+        answer = asyncio.run(request)
+        inputs, config = answer.keywords["inputs"], answer.keywords["gen_config"]
+        fit_length(body, config, inputs["input_ids"].shape[-1], positions)
+        return answer
+
+    def _streaming(self, *args: Any, **kwargs: Any) -> functools.partial:
+        return _by_name(super()._streaming, args, kwargs)
+
+    async def _non_streaming(self, *args: Any, **kwargs: Any) -> functools.partial:
+        return _by_name(super()._non_streaming, args, kwargs)
+
     def _build_generation_config(
         self, body: dict, model_generation_config: GenerationConfig, use_cb: bool = False
     ) -> GenerationConfig:
         if body.get("generation_config") is not None:
-            options = _read_options(body["generation_config"], model_generation_config)
+            options = read_options(body["generation_config"], model_generation_config)
             if "max_length" not in options:
                 # As without a `generation_config`, where 20 tokens would be the default.
                 options = {"max_new_tokens": DEFAULT_NEW_TOKENS, **options}
@@ -205,23 +271,21 @@ class RelayHandler(BaseHandler):
         return config
 
 
-def _read_options(given: Any, model_generation_config: GenerationConfig) -> dict[str, Any]:
-    """The request's `generation_config`, JSON or an object, as a dictionary of options that `generate` knows."""
-    try:
-        options = json.loads(given) if isinstance(given, str) else given
-    except json.JSONDecodeError as error:
-        raise ValueError(f"`generation_config={given!r}` is not JSON ({error}): give an object in JSON.") from error
-    if not isinstance(options, dict):
-        raise ValueError(f"`generation_config={given!r}` is not a JSON object: give options of `generate` by name.")
-    known = {name for name in (vars(GenerationConfig()) | vars(model_generation_config)) if not name.startswith("_")}
-    if unknown := sorted(options.keys() - known):
-        raise ValueError(
-            f"`generation_config` holds {unknown}, which `generate` does not know: check the spelling, for instance "
-            "of `unmasking_threshold`."
-        )
-    if unfit := sorted(options.keys() & RESULT_OPTIONS):
-        raise ValueError(f"`generation_config` holds {unfit}, but a reply is one text: leave them out.")
-    return options
+def _by_name(function: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> functools.partial:
+    """The call, for later, with every argument under its name."""
+    return functools.partial(function, **inspect.signature(function).bind(*args, **kwargs).arguments)
+
+
+@functools.cache
+def _preparing() -> anyio.CapacityLimiter:
+    """How many requests are prepared at once; routes such as `/health` have threads of their own."""
+    return anyio.CapacityLimiter(4)
+
+
+@functools.cache
+def _longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Characters of text that one token can stand for at most."""
+    return max(map(len, tokenizer.get_vocab()))
 
 
 class RelayChatCompletionHandler(RelayHandler, ChatCompletionHandler):
