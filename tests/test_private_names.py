@@ -18,7 +18,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, Qwen2Config, Trainer
-from transformers.cli.serving.utils import GenerateManager, _StreamError
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.utils import DirectStreamer, GenerateManager, _StreamError
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import cached_file
 
@@ -71,6 +72,13 @@ def config_made_of_a_model() -> None:
         assert hasattr(read, "unmasking_policy") is not is_of_model
 
 
+def attention_of_a_configuration() -> None:
+    config = Qwen2Config(attn_implementation="eager")
+    assert config._attn_implementation == "eager"
+    config._attn_implementation = "sdpa"
+    assert config._attn_implementation == "sdpa"
+
+
 def missing_files_are_none() -> None:
     assert cached_file(str(PACKAGE), "no such file", _raise_exceptions_for_missing_entries=False) is None
 
@@ -88,7 +96,9 @@ def read_by(*owners: type, name: str) -> Callable[[], None]:
 CHECKS: dict[str, Callable[[], None]] = {
     "_StreamError": stream_error,
     "_actions": parser_actions,
+    "_attn_implementation": attention_of_a_configuration,
     "_can_checkpoint_with_cache": layers_may_keep_caches,
+    "_enqueue": read_by(DirectStreamer, name="def _enqueue(self, item)"),
     "_eos_token_tensor": special_tokens_as_tensors,
     "_finish_current_push": read_by(Trainer, name="self._finish_current_push("),
     "_forward_hooks": forward_hooks,
@@ -96,7 +106,11 @@ CHECKS: dict[str, Callable[[], None]] = {
     "_get_output_dir": read_by(Trainer, name="self._get_output_dir(trial=trial)"),
     "_internal_call": read_by(Trainer, name="def save_model(self, output_dir: str | None = None, _internal_call: bool"),
     "_pad_token_tensor": special_tokens_as_tensors,
+    "_parser": read_by(DirectStreamer, name="if self._parser is None"),
     "_raise_exceptions_for_missing_entries": missing_files_are_none,
+    "_resolve_model": read_by(
+        ChatCompletionHandler, CompletionHandler, ResponseHandler, name="self._resolve_model(body)"
+    ),
     "_train_batch_size": read_by(Trainer, name="self._train_batch_size = args.train_batch_size"),
 }
 
@@ -153,6 +167,7 @@ DEEP_IMPORTS = {
     "transformers.cli.serving.utils.GenerateManager",
     "transformers.cli.serving.utils.GenerationState",
     "transformers.cli.serving.utils._StreamError",
+    "transformers.cli.serving.utils.split_revision",
     "transformers.generation.streamers.BaseStreamer",
     "transformers.integrations.integration_utils.INTEGRATION_TO_CALLBACK",
     "transformers.models.auto.tokenization_auto.get_tokenizer_config",
