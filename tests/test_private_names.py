@@ -108,9 +108,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "_pad_token_tensor": special_tokens_as_tensors,
     "_parser": read_by(DirectStreamer, name="if self._parser is None"),
     "_raise_exceptions_for_missing_entries": missing_files_are_none,
-    "_resolve_model": read_by(
-        ChatCompletionHandler, CompletionHandler, ResponseHandler, name="self._resolve_model(body)"
-    ),
+    "_resolve_model": read_by(ChatCompletionHandler, name="self._resolve_model(body)"),
     "_train_batch_size": read_by(Trainer, name="self._train_batch_size = args.train_batch_size"),
 }
 
