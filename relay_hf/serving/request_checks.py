@@ -77,9 +77,7 @@ def check_body(body: dict[str, Any], most_characters: float) -> None:
     for part in _parts(body):
         if not isinstance(part, dict) or part.get("type") not in TEXT_PARTS:
             kind = part.get("type") if isinstance(part, dict) else part
-            raise ValueError(
-                f"A message holds a part of type {_short(kind)}, but the model reads text: leave it out."
-            )
+            raise ValueError(f"A message holds a part of type {_short(kind)}, but the model reads text: leave it out.")
 
 
 def fit_length(body: dict[str, Any], config: GenerationConfig, prompt: int, positions: int | None) -> None:
