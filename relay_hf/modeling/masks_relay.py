@@ -98,7 +98,7 @@ def attend_without_causality(backbone: nn.Module) -> None:
     """
     for module in backbone.modules():
         # What kernels go by when there is no mask; a module without it counts as causal.
-        module.is_causal = False
+        vars(module)["is_causal"] = False
         if isinstance(module, GradientCheckpointingLayer):
             module.register_forward_pre_hook(_drop_full_attention, with_kwargs=True)
 

@@ -176,7 +176,8 @@ class RelayGenerateManager(GenerateManager):
 
     def generate_streaming(self, model: Any, *args: Any, **kwargs: Any) -> tuple[asyncio.Queue, Any]:
         """Starts a stream, and notes where its texts will appear."""
-        texts, streamer = super().generate_streaming(StreamedModel(model), *args, **kwargs)
+        streamed: Any = StreamedModel(model)
+        texts, streamer = super().generate_streaming(streamed, *args, **kwargs)
         _started_stream.set((texts, streamer))
         return texts, streamer
 
