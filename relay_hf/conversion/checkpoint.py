@@ -19,13 +19,14 @@ from transformers.utils import cached_file
 
 from ..modeling import RelayConfig, RelayForMaskedDiffusion
 from ..modeling.configuration_relay import RELAY_FIELDS
-from ..modeling.conversion_relay import FOREIGN_PARAMETER_NAMES
+from ..modeling.conversion_relay import FOREIGN_PARAMETER_NAMES, code_of_its_own
 from ..modeling.files_relay import check_json_files, explained
 from ..tokenizer_loading import load_tokenizer
 from .gguf_file import open_gguf, read_gguf_weights
 from .mask_token import add_rows, choose_mask_token
 from .report import ConversionReport
 
+END_OF_TURN = "<|eot_id|>"
 # Buffers that older libraries saved; models compute them.
 HARMLESS = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$")
 
@@ -85,6 +86,9 @@ def convert(
         raise ValueError(f"`{source}` is a relay model already: load it with `AutoModel.from_pretrained`.")
     if unknown := sorted(options.keys() - RELAY_FIELDS):
         raise ValueError(f"`convert` does not take {unknown}: give arguments of `RelayConfig`.")
+    if mask_token_id is not None:
+        # The family's own id may be outside the vocabulary; one that is given is judged below.
+        options["mask_token_id"] = None
     with explained(source, "configuration"):
         try:
             config = RelayConfig.from_pretrained(source, revision=revision, gguf_file=gguf_file, **options)
@@ -125,11 +129,16 @@ def convert(
     if mask.token_id >= rows:
         report.initialised += add_rows(model, mask.token_id + 1)
         model.config.mask_token_id = mask.token_id
+    if (code := code_of_its_own(fields)) is not None:
+        report.notes.append(
+            f"the source names code of its own (`{code}`), which is not run: taken for a causal decoder; if that code "
+            "attends in both directions, give `block_size` and `token_shift`"
+        )
     if tokenizer is None:
         report.notes.append("the source has no tokenizer")
     elif tokenizer.chat_template is None:
         report.notes.append("the tokenizer has no chat template")
-    _complete_generation_defaults(model, tokenizer)
+    _complete_generation_defaults(model, tokenizer, family)
     _write(target, model, tokenizer)
     return report
 
@@ -192,12 +201,21 @@ def _parameter_names(source: str, revision: str | None) -> list[str]:
     return []
 
 
-def _complete_generation_defaults(model: RelayForMaskedDiffusion, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Adds the tokenizer's ids to the source's own defaults, where those name none."""
+def _complete_generation_defaults(
+    model: RelayForMaskedDiffusion, tokenizer: PreTrainedTokenizerBase | None, family: str
+) -> None:
+    """Adds the tokenizer's ids to the source's own defaults, where those name none, and the end of a LLaDA's reply."""
+    if tokenizer is None:
+        return
     defaults = model.generation_config
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if tokenizer is not None and getattr(defaults, name) is None:
+        if getattr(defaults, name) is None:
             setattr(defaults, name, getattr(tokenizer, name))
+    # Its configuration names the end of a text only.
+    ends = tokenizer.get_vocab().get(END_OF_TURN)
+    if family == "llada" and ends is not None and END_OF_TURN in str(tokenizer.chat_template):
+        stops = defaults.eos_token_id if isinstance(defaults.eos_token_id, list) else [defaults.eos_token_id]
+        defaults.eos_token_id = [stop for stop in stops if stop not in (None, ends)] + [ends]
 
 
 def _write(target: Path, model: RelayForMaskedDiffusion, tokenizer: PreTrainedTokenizerBase | None) -> None:

@@ -237,8 +237,8 @@ class SoftMaskChannel(DistributionChannel):
         mean_i = sum over the k best v of p_i(v) E_v, normalised over those k,
         e_i <- (1 - s_i) e_i + s_i mean_i,  s_i = w_s sigmoid(w_a (-H(p_i) - w_b))
 
-    The three weights are learned, from 1, 10 and -0.75 on. k is `config.relay_top_k`. No state leaves a [MASK] as it
-    is, so that the first step has none.
+    The three weights are learned, from 0, 10 / 1.5 and -0.75 on, as in the authors' code: a fresh channel changes
+    nothing. k is `config.relay_top_k`. No state leaves a [MASK] as it is, so that the first step has none.
     """
 
     def __init__(self, config: RelayConfig) -> None:
@@ -248,7 +248,7 @@ class SoftMaskChannel(DistributionChannel):
 
     def reset_parameters(self) -> None:
         """Writes the initial values; respects parameters that came from a checkpoint."""
-        init.copy_(self.weight, torch.tensor([1.0, 10.0, -0.75]))
+        init.copy_(self.weight, torch.tensor([0.0, 10.0 / 1.5, -0.75]))
 
     def summarise(self, logits: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         probabilities = logits.softmax(-1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from .reveal_relay import best_token
+from .reveal_relay import best_token, margins
 
 # The finaliser of SplitMix64 (Steele, Lea and Flood 2014), as signed numbers.
 _MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
@@ -21,12 +21,12 @@ class Choice(NamedTuple):
     Args:
         tokens: (N,) ids, never that of [MASK].
         confidence: (N,) fp32 probability of that token.
-        entropy: (N,) fp32 of the distribution it is from, in nats; None if no policy reads it.
+        measure: (N,) fp32, what the policy reads.
     """
 
     tokens: Tensor
     confidence: Tensor
-    entropy: Tensor | None = None
+    measure: Tensor
 
 
 class TokenChooser:
@@ -36,17 +36,15 @@ class TokenChooser:
         processors: standard logits processors and warpers whose effect does not depend on the order of tokens.
         do_sample: draw from the distribution instead of taking its mode.
         mask_token_id: never chosen.
-        measures_entropy: for a policy that reads it.
+        measures: what the policy reads, `"confidence"`, `"entropy"` or `"margin"`.
     """
 
-    def __init__(
-        self, processors: LogitsProcessorList, do_sample: bool, mask_token_id: int, measures_entropy: bool
-    ) -> None:
+    def __init__(self, processors: LogitsProcessorList, do_sample: bool, mask_token_id: int, measures: str) -> None:
         self.processors = processors
         self.do_sample = do_sample
         self.mask_token_id = mask_token_id
-        self.measures_entropy = measures_entropy
-        self.needs_logits = do_sample or measures_entropy or bool(processors)  # a list of none is false
+        self.measures = measures
+        self.needs_logits = do_sample or measures != "confidence" or bool(processors)  # a list of none is false
 
     def __call__(self, logits: Tensor, context: Tensor, share_left: Tensor, numbers: Tensor) -> Choice:
         """Chooses from logits.
@@ -62,10 +60,10 @@ class TokenChooser:
             # Before the warpers, which could keep [MASK] only.
             logits[:, self.mask_token_id] = -torch.inf
         scores: Tensor = self.processors(context, logits, cur_step=share_left)  # type: ignore[arg-type]
-        entropy = torch.special.entr(scores.float().softmax(-1)).sum(-1) if self.measures_entropy else None
+        measure = self._measure(scores)
         if not self.do_sample:
             confidence, tokens = best_token(scores, self.mask_token_id)
-            return Choice(tokens, confidence, entropy)
+            return Choice(tokens, confidence, confidence if measure is None else measure)
         # And after them, because a custom one may bring it back.
         scores[:, self.mask_token_id] = -torch.inf
         # Double precision: the sum over a vocabulary must not lose the rare tokens.
@@ -73,8 +71,14 @@ class TokenChooser:
         cumulative = probabilities.cumsum(-1)
         tokens = torch.searchsorted(cumulative, (numbers * cumulative[:, -1])[:, None], right=True)
         tokens = tokens.clamp(max=scores.shape[-1] - 1)  # where nothing is a number
-        confidence = probabilities.gather(-1, tokens).float()
-        return Choice(tokens[:, 0], confidence[:, 0], entropy)
+        confidence = probabilities.gather(-1, tokens).float()[:, 0]
+        return Choice(tokens[:, 0], confidence, confidence if measure is None else measure)
+
+    def _measure(self, scores: Tensor) -> Tensor | None:
+        """(N,) what the policy reads of the distributions themselves, whatever is drawn from them."""
+        if self.measures == "entropy":
+            return torch.special.entr(scores.float().softmax(-1)).sum(-1)
+        return margins(scores, self.mask_token_id) if self.measures == "margin" else None
 
 
 def uniform_numbers(*keys: Any) -> Tensor:

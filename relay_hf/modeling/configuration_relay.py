@@ -45,6 +45,8 @@ class RelayConfig(BackboneHolderConfig):
         relay_norm_eps: epsilon of the channel's LayerNorm.
         relay_temperature: of the distribution whose entropy weighs the residual, with `"residual_context"`.
         relay_top_k: number of predictions that `"soft_mask"` mixes.
+        generation_defaults: options of block diffusion that `generate` has other defaults for, such as those of the
+            family that a checkpoint is from; `generation_config` goes first.
 
     Raises:
         ValueError: a field has a value that no model can be built from.
@@ -67,6 +69,7 @@ class RelayConfig(BackboneHolderConfig):
     relay_norm_eps: float = 1e-5
     relay_temperature: float = 1.0
     relay_top_k: int = 3
+    generation_defaults: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         misspelled = sorted(name for name in kwargs if name.startswith("relay_"))

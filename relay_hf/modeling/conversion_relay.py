@@ -58,6 +58,9 @@ _LLADA_FIXED = {
     "include_qkv_bias": False,
     "scale_logits": False,
 }
+# Fields of Dream's generation config that have no meaning here, or another name.
+_DREAM_FIELDS = {"alg", "alg_temp", "eps", "steps", "mask_token_id", "generation_kwargs", "output_history", "top_k"}
+_DREAM_ORDERS = {"maskgit_plus": "confidence", "entropy": "entropy", "topk_margin": "margin"}
 _LLADA_KEPT = ("rms_norm_eps", "rope_theta", "attention_dropout")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -92,7 +95,22 @@ def _causal_decoder(config: dict[str, Any]) -> dict[str, Any]:
             f"`model_type={model_type!r}` is known neither to transformers nor to this library: load a decoder of "
             f"transformers, or one of {sorted(_FAMILIES)}."
         )
-    return {"token_shift": True, "text_config": _without(config, _BOOKKEEPING) | {"model_type": model_type}}
+    return {
+        "token_shift": True,
+        "mask_token_id": config.get("mask_token_id"),
+        "text_config": _without(config, (*_BOOKKEEPING, "mask_token_id")) | {"model_type": model_type},
+    }
+
+
+def code_of_its_own(config: dict[str, Any]) -> str | None:
+    """The model's code that a causal decoder's `config.json` names in place of transformers'; None if it names none.
+
+    Such code often attends in both directions, which its `model_type` does not say.
+    """
+    if config.get("model_type") in _FAMILIES:
+        return None
+    named = [code for name, code in (config.get("auto_map") or {}).items() if name.startswith("AutoModel")]
+    return str(named[0]) if named else None
 
 
 def _fast_dllm(config: dict[str, Any]) -> dict[str, Any]:
@@ -116,11 +134,13 @@ def _fast_dllm(config: dict[str, Any]) -> dict[str, Any]:
 def _sdar(config: dict[str, Any]) -> dict[str, Any]:
     fields = _without(config, (*_BOOKKEEPING, "block_size", "mask_token_id", "fuse_cross_entropy", "debug"))
     return {
-        "text_config": fields | {"model_type": "qwen3"},
+        # Its own class, a Qwen3, always writes `head_dim`: a file without one describes a Qwen2.
+        "text_config": fields | {"model_type": "qwen3" if "head_dim" in config else "qwen2"},
         # What its own script decodes with if the file does not say.
         "block_size": config.get("block_size", 4),
         "mask_token_id": config.get("mask_token_id", 151669),
         "token_shift": False,
+        "generation_defaults": {"sub_block_size": None},
     }
 
 
@@ -133,11 +153,36 @@ def _dream(config: dict[str, Any]) -> dict[str, Any]:
     if config.get("use_mrope"):
         raise ValueError("This Dream checkpoint has `use_mrope`, which Qwen2 lacks: load one of text only.")
     return {
-        "text_config": _without(config, (*_BOOKKEEPING, "mask_token_id", "use_mrope")) | {"model_type": "qwen2"},
+        "text_config": _without(config, (*_BOOKKEEPING, "mask_token_id", "use_mrope", "top_k"))
+        | {"model_type": "qwen2"},
         "block_size": None,
         "mask_token_id": config.get("mask_token_id", 151666),
         "token_shift": True,
+        "generation_defaults": {"confidence_top_k": config.get("top_k")},
     }
+
+
+def foreign_generation_to_relay(options: dict[str, Any]) -> dict[str, Any]:
+    """Translates what the generation configs of other families say: options of `generate`, None for what goes.
+
+    Dream: `alg` and `steps` are a `time_schedule`, in the order of `alg` ("origin", a random order, is not among ours);
+    a `temperature` of 0 is greedy decoding; `top_k` counts there as well. Its other fields describe its own sampler.
+
+    Args:
+        options: the fields of a `generation_config.json`.
+
+    Returns:
+        Fields to set, and those to remove with the value None.
+    """
+    if not {"alg", "alg_temp"} & options.keys():
+        return {}
+    known: dict[str, Any] = dict.fromkeys(_DREAM_FIELDS & options.keys())
+    temperature = options.get("temperature")
+    known |= {"do_sample": bool(temperature), "temperature": temperature or None}
+    known |= {"confidence_top_k": options.get("top_k")}
+    if (order := _DREAM_ORDERS.get(str(options.get("alg")))) is not None and options.get("steps"):
+        known |= {"unmasking_policy": "time_schedule", "unmasking_order": order, "denoising_steps": options["steps"]}
+    return known
 
 
 def _llada(config: dict[str, Any]) -> dict[str, Any]:

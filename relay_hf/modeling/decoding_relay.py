@@ -18,7 +18,7 @@ from .grid_relay import DecodingGrid
 from .history_relay import RevealRecorder
 from .outputs_relay import RelayGenerateHistory, RelayGenerateOutput
 from .passes_relay import Draft, ForwardPasses
-from .reveal_relay import UnmaskingPolicy, in_earliest_sub_block
+from .reveal_relay import Progress, UnmaskingPolicy, in_earliest_sub_block, sub_blocks_of
 from .start_relay import RelayStart
 
 
@@ -29,15 +29,19 @@ class Step:
     Args:
         block: (B, S) tokens as they are before it.
         masked: (B, S) bool, what is hidden of each row's own positions.
-        candidates: (B, S) bool, those of them that it may reveal.
+        candidates: (B, S) bool, those of them that it scores.
+        certain: (B, S) bool, those that it reveals whatever the policy says of the others.
         active: (B,) bool, rows that take part.
+        progress: of each row in its sub-block.
         drafts: the forwards.
     """
 
     block: Tensor
     masked: Tensor
     candidates: Tensor
+    certain: Tensor
     active: Tensor
+    progress: Progress
     drafts: list[Draft]
 
 
@@ -52,7 +56,7 @@ class BlockDecoder:
         seeds: (B,) long, of the random numbers that a row's tokens are drawn with.
         sub_block_size: positions of a block revealed before the next ones are looked at; None = all.
         use_sub_block_cache: pass only the active sub-block through the network once the block's keys and values are
-            known from a forward at its start; an approximation.
+            known from a forward at its start; an approximation. `"prefix"`: it and all behind it.
         fuse_commits: commit a block in the first denoise forward of the next one.
         use_relay: carry the state between denoising steps.
         start: makes the state of each block's first step; None = the model's initial one.
@@ -72,7 +76,7 @@ class BlockDecoder:
         chooser: TokenChooser,
         seeds: Tensor,
         sub_block_size: int | None,
-        use_sub_block_cache: bool,
+        use_sub_block_cache: bool | str,
         fuse_commits: bool,
         use_relay: bool,
         start: RelayStart | None,
@@ -127,8 +131,11 @@ class BlockDecoder:
             self.cache,
             grid,
             use_relay=self.use_relay,
-            sub_block_size=self.sub_block_size if self.use_sub_block_cache else None,
+            keeps_block=bool(self.use_sub_block_cache),
         )
+        # Sub-blocks of text that is appended to a canvas begin with it.
+        is_canvas = self.block_size is None and self.appends and self.sub_block_size is not None
+        grid.anchor = grid.prompt_end if is_canvas else torch.zeros_like(grid.prompt_end)
 
         begin, final_column = grid.prefix, grid.tokens.shape[1]
         if (known := self._reuse_committed()) < begin:
@@ -203,20 +210,23 @@ class BlockDecoder:
     def _denoise(self, begin: int, stop: int) -> None:
         """Reveals the block's positions step by step; ends rows that reach a stop token.
 
-        Every step reveals at least one position of every row that takes part, and at least one row does.
+        Every step reveals at least one position of every row that takes part, or brings it nearer to the end of its
+        policy's schedule; and at least one row takes part.
         """
         columns = slice(begin, stop)
         self.passes.begin_block(columns)
         self.masks_at_begin = self._masked(columns).sum(-1).clamp(min=1)  # (B,)
-        self.refreshed = torch.full_like(self.grid.rows, -1)  # (B,) sub-block at whose start all keys were computed
+        nowhere = torch.full_like(self.grid.rows, torch.iinfo(torch.long).min)
+        self.refreshed = nowhere  # (B,) sub-block at whose start all keys were computed
+        self.sub_block = nowhere  # (B,) the one that the steps so far were about
+        self.progress = Progress(torch.zeros_like(nowhere), torch.zeros_like(nowhere))
         while (step := self._next_step(columns)) is not None:
-            commits = self.passes.is_commit_due
             if self.start is not None and self.passes.is_block_new:
                 self.start(self.passes, step.drafts[0], step.masked)
                 self.denoise_forwards[self.grid.rows] += step.active * self.start.denoise_forwards
                 self.reference_forwards[self.grid.rows] += step.active * self.start.reference_forwards
             hidden = [self.passes.denoise(draft) for draft in step.drafts]
-            self._reveal(step, columns, torch.cat(hidden), commits)
+            self._reveal(step, columns, torch.cat(hidden))
         self.grid.end = torch.minimum(self.grid.end, self._first_stop_token(columns) + 1)
 
     def _next_step(self, columns: slice) -> Step | None:
@@ -229,36 +239,67 @@ class BlockDecoder:
         # Masks behind the row's end or its stop token are never worth a forward.
         needed = masked & (column < torch.minimum(grid.end, self._first_stop_token(columns))[:, None])
         active = needed.any(-1)
-        candidates = masked & in_earliest_sub_block(needed, size) & active[:, None]
+        sub_blocks = sub_blocks_of(len(column), size, grid.anchor - columns.start)  # (B, S)
+        candidates = masked & in_earliest_sub_block(needed, sub_blocks) & active[:, None]
+        sub_block = sub_blocks.gather(1, needed.long().argmax(-1, keepdim=True))[:, 0]  # (B,)
+        progress = self._advance(active, sub_block, candidates.sum(-1))
+        certain = torch.zeros_like(candidates)
         drafts: list[tuple[Tensor, Tensor | None]] = [(active, None)]
+        if self.token_shift and self.passes.is_commit_due:
+            # The block's first token is the commit's, not the policy's.
+            certain[:, 0] = candidates[:, 0]
+        begins = grid.anchor - columns.start + sub_block * size  # (B,) of the sub-block; negative if it is cut off
         if self.use_sub_block_cache:
-            sub_block = needed.long().argmax(-1) // size  # (B,)
             # A sub-block alone cannot score its own first position if that is done at the position before.
-            is_first_masked = masked.gather(1, sub_block[:, None] * size)[:, 0] & self.token_shift
+            is_first = torch.arange(len(column), device=block.device) == begins.clamp(min=0)[:, None]
+            is_first_masked = (candidates & is_first).any(-1) & self.token_shift
             is_stale = active & ((self.refreshed != sub_block) | is_first_masked)
             self.refreshed = torch.where(is_stale, sub_block, self.refreshed)
-            drafts = [(is_stale, None), (active & ~is_stale, sub_block * size)]
-        counts = torch.stack([n for rows, _ in drafts for n in (rows.sum(), (candidates & rows[:, None]).sum())])
-        numbers = counts.tolist()
-        if not any(numbers):
+            drafts = [(is_stale, None), (active & ~is_stale, begins)]
+            if self.block_size is None:
+                # As Fast-dLLM does with Dream: that forward reveals what the following ones cannot, and nothing else.
+                candidates = candidates & (is_first | ~is_first_masked[:, None])
+                certain = candidates & is_first_masked[:, None]
+        counts = [n for rows, _ in drafts for n in (rows.sum(), (candidates & rows[:, None]).sum())]
+        numbers = torch.stack([*counts, begins.where(active, len(column)).amin()]).tolist()
+        if not any(numbers[:-1]):
             return None
+        length = size if self.use_sub_block_cache != "prefix" else len(column) - numbers[-1]
         return Step(
             block,
             masked,
             candidates,
+            certain,
             active,
+            progress,
             [
-                self._draft(candidates, rows, takers, count, sub_blocks)
-                for (rows, sub_blocks), takers, count in zip(drafts, numbers[::2], numbers[1::2], strict=True)
+                self._draft(candidates, rows, takers, count, begins, length)
+                for (rows, begins), takers, count in zip(drafts, numbers[::2], numbers[1::2], strict=False)
                 if count
             ],
         )
 
-    def _draft(self, candidates: Tensor, active: Tensor, takers: int, count: int, sub_blocks: Tensor | None) -> Draft:
+    def _advance(self, active: Tensor, sub_block: Tensor, masks: Tensor) -> Progress:
+        """Counts each row's steps within its sub-block: (B,) bool and long, `masks` being what is hidden of that.
+
+        The steps are for all positions of a block model's sub-block, as SDAR counts them, prompt or not; on a canvas
+        for those that were hidden at its first step.
+        """
+        is_new = active & (sub_block != self.sub_block)
+        step, positions = self.progress
+        total = masks if self.block_size is None else torch.full_like(masks, self.sub_block_size or self.grid.width)
+        before = Progress(step.where(~is_new, 0), positions.where(~is_new, total))
+        self.sub_block = sub_block.where(active, self.sub_block)
+        self.progress = Progress(before.step + active, before.positions)
+        return before
+
+    def _draft(
+        self, candidates: Tensor, active: Tensor, takers: int, count: int, begins: Tensor | None, length: int
+    ) -> Draft:
         """The forward about `takers` of the rows, which scores `count` positions."""
         rows, places = torch.nonzero_static(candidates & active[:, None], size=count).unbind(-1)
         taking_part = None if takers == len(active) else torch.nonzero_static(active, size=takers)[:, 0]
-        return Draft(active, taking_part, rows, places, sub_blocks)
+        return Draft(active, taking_part, rows, places, begins, length)
 
     def _masked(self, columns: slice) -> Tensor:
         """(B, S) bool, what is still hidden of each row's own positions."""
@@ -285,7 +326,7 @@ class BlockDecoder:
         grid = self.grid
         if not self.chooser.needs_logits:
             confidence, tokens = self.model.best_tokens(hidden)
-            return Choice(self._known(tokens), confidence)
+            return Choice(self._known(tokens), confidence, confidence)
         numbers = uniform_numbers(
             self.seeds[grid.rows[rows]], self.denoise_forwards[grid.rows[rows]], columns - grid.offset[rows]
         )
@@ -296,16 +337,15 @@ class BlockDecoder:
         """Where no token is possible at all (or no score a number), [MASK] may come first: any other one ends it."""
         return tokens.where(tokens != self.mask_token_id, 1 if self.mask_token_id == 0 else 0)
 
-    def _reveal(self, step: Step, columns: slice, hidden: Tensor, commits: bool) -> None:
+    def _reveal(self, step: Step, columns: slice, hidden: Tensor) -> None:
         """Writes what the policy reveals.
 
         Args:
             step: what was scored.
             columns: of the block.
             hidden: (N, D) inputs of the head.
-            commits: whether a forward committed the block before as well.
         """
-        grid, block, candidates = self.grid, step.block, step.candidates
+        grid, block = self.grid, step.block
         self.denoise_forwards[grid.rows] += step.active
         rows = torch.cat([draft.rows for draft in step.drafts])
         places = torch.cat([draft.places for draft in step.drafts])
@@ -314,13 +354,8 @@ class BlockDecoder:
         where = (rows, places)
         nothing = torch.zeros(block.shape, device=block.device)
         confidence = nothing.index_put(where, choice.confidence)
-        measure = nothing.index_put(where, choice.entropy) if self.policy.reads_entropy else confidence
-        if commits and self.token_shift:
-            # The block's first token is the commit's, not the policy's.
-            revealed = self.policy(measure, candidates.index_fill(1, block.new_zeros(1), False))
-            revealed[:, 0] = candidates[:, 0]
-        else:
-            revealed = self.policy(measure, candidates)
+        measure = nothing.index_put(where, choice.measure)
+        revealed = self.policy(measure, step.candidates & ~step.certain, step.progress) | step.certain
         grid.tokens[:, columns] = torch.where(revealed, block.index_put(where, choice.tokens), block)
         if self.recorder is not None:
             self.recorder.record(grid.rows, columns, revealed, confidence, self.denoise_forwards[grid.rows])

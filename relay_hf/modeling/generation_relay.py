@@ -24,10 +24,10 @@ from .options_relay import (
     check_user_arguments,
     drop_empty,
     fit_processors,
+    policy_of,
     seeds_of_rows,
 )
 from .outputs_relay import RelayGenerateOutput
-from .reveal_relay import make_policy
 from .start_relay import make_start
 from .versions_relay import CACHE_ARGUMENT, pop_cache
 
@@ -37,12 +37,20 @@ class RelayGenerationMixin(GenerationMixin):
 
     Options of `generate` beside the usual ones, with defaults in `model.generation_config`:
 
-    - `unmasking_policy`: `"confidence_threshold"`, `"confidence_budget"`, `"fixed_count"` or `"entropy_bound"`;
+    - `unmasking_policy`: `"confidence_threshold"`, `"confidence_budget"`, `"fixed_count"`, `"time_schedule"` or
+      `"entropy_bound"`;
     - `unmasking_threshold`: what the policy compares with;
-    - `sub_block_size`: positions of a block that are revealed first, left to right; `None` = the whole block;
+    - `denoising_steps`: how many steps a block, or a sub-block, takes. `fixed_count` and `time_schedule` spread its
+      positions over them, `confidence_threshold` reveals as many as they need in any case;
+    - `unmasking_order`: which positions `fixed_count` and `time_schedule` reveal first. `"confidence"`: the most
+      probable token; `"entropy"`: the least; `"margin"`: the greatest difference of the two best probabilities;
+      `"left_to_right"`;
+    - `confidence_top_k`: count only so many tokens of each distribution, the most probable ones, greedy or not;
+    - `sub_block_size`: positions of a block that are revealed first, left to right; `None` = the whole block. On a
+      canvas that text is appended to they are counted from the end of each row's prompt;
     - `use_sub_block_cache`: once a forward at a sub-block's start has computed the keys and values of the whole block,
       pass only the sub-block through the network. Faster and an approximation: the rest of the block is not told what
-      is revealed meanwhile;
+      is revealed meanwhile. `"prefix"` passes the sub-block and all that is behind it;
     - `fuse_commits`: commit a finished block in the first denoise forward of the next one, which saves a forward per
       block. That first forward then sees [MASK] in place of a token-shift model's first token of the block;
     - `use_relay`: carry the state between denoising steps;
@@ -198,7 +206,7 @@ class RelayGenerationMixin(GenerationMixin):
         longest = input_ids.shape[1] if attention_mask is None else int(attention_mask.sum(-1).max())
         check_length(self.config, self.learned_positions, longest + new_tokens)
         processors = fit_processors(logits_processor, generation_config)
-        policy = make_policy(generation_config.unmasking_policy, generation_config.unmasking_threshold)
+        policy = policy_of(generation_config)
 
         device = self.get_input_embeddings().weight.device
         seeds = seeds_of_rows(generation_config, len(input_ids)).to(device)
@@ -206,9 +214,7 @@ class RelayGenerationMixin(GenerationMixin):
             self,
             cache,
             policy=policy,
-            chooser=TokenChooser(
-                processors, generation_config.do_sample, self.config.mask_token_id, policy.reads_entropy
-            ),
+            chooser=TokenChooser(processors, generation_config.do_sample, self.config.mask_token_id, policy.reads),
             seeds=seeds,
             sub_block_size=generation_config.sub_block_size,
             use_sub_block_cache=generation_config.use_sub_block_cache,

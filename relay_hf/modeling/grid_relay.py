@@ -33,7 +33,10 @@ class DecodingGrid:
         offset: (B,) column of the row's position 0.
         prompt_end: (B,) column of the first new token.
         end: (B,) column behind the last token; moves left when the row stops.
+        anchor: (B,) column from which sub-blocks are counted; set by the decoder.
     """
+
+    anchor: Tensor
 
     def __init__(
         self,
@@ -98,7 +101,7 @@ class DecodingGrid:
         alive = (self.end > stop).nonzero()[:, 0]
         if len(alive) == len(self.rows):
             return None
-        for name in ("rows", "tokens", "visible", "offset", "prompt_end", "end"):
+        for name in ("rows", "tokens", "visible", "offset", "prompt_end", "end", "anchor"):
             setattr(self, name, getattr(self, name)[alive])
         return alive
 

@@ -25,7 +25,8 @@ from transformers.generation import (
 
 from .channel_relay import CHANNELS
 from .configuration_relay import RelayConfig
-from .reveal_relay import make_policy
+from .conversion_relay import foreign_generation_to_relay
+from .reveal_relay import UnmaskingPolicy, make_policy
 from .start_relay import STARTS
 
 # Those that follow the temperature in transformers' own order.
@@ -93,15 +94,31 @@ def check_user_arguments(given: dict[str, Any]) -> None:
 def add_defaults(config: RelayConfig, options: GenerationConfig) -> None:
     """Gives a generation config the fields of block diffusion that it lacks, so that `generate` knows them.
 
+    What another family's file says is translated first.
+
     Args:
         config: the model's.
         options: the model's generation config; changed in place.
+
+    Raises:
+        ValueError: the configuration's own defaults are not options of block diffusion.
     """
-    block_size = config.block_size
+    for name, value in foreign_generation_to_relay(options.to_dict()).items():
+        if value is None and name not in GenerationConfig().to_dict():
+            delattr(options, name)
+        else:
+            setattr(options, name, value)
+    block_size, own = config.block_size, dict(config.generation_defaults or {})
+    if "confidence_top_k" in own:
+        # Dream's sampler reads `top_k` in greedy decoding as well.
+        own["confidence_top_k"] = options.top_k or own["confidence_top_k"]
     defaults = {
         "unmasking_policy": "confidence_threshold" if block_size else "confidence_budget",
         "unmasking_threshold": 0.85 if block_size else 0.15,
         "sub_block_size": 8 if block_size and block_size % 8 == 0 else None,
+        "denoising_steps": None,
+        "unmasking_order": "confidence",
+        "confidence_top_k": None,
         "use_sub_block_cache": False,
         "fuse_commits": False,
         "use_relay": True,
@@ -111,7 +128,9 @@ def add_defaults(config: RelayConfig, options: GenerationConfig) -> None:
         "sampling_seeds": None,
         "output_history": False,
     }
-    for name, value in defaults.items():
+    if unknown := sorted(own.keys() - defaults.keys()):
+        raise ValueError(f"`generation_defaults` name {unknown}: give options of block diffusion, {sorted(defaults)}.")
+    for name, value in {**defaults, **own}.items():
         if not hasattr(options, name):
             setattr(options, name, value)
     if options.do_sample is None:
@@ -132,7 +151,7 @@ def check_options(config: RelayConfig, options: GenerationConfig) -> None:
         ValueError: there is one.
     """
     _check_types(options)
-    make_policy(options.unmasking_policy, options.unmasking_threshold)
+    policy_of(options)
     block_size, sub_block_size = config.block_size, options.sub_block_size
     if sub_block_size is not None and (sub_block_size < 1 or (block_size and block_size % sub_block_size)):
         raise ValueError(
@@ -140,7 +159,10 @@ def check_options(config: RelayConfig, options: GenerationConfig) -> None:
             "divisor; the block size itself stands for the whole block, as `None` does."
         )
     if options.use_sub_block_cache and sub_block_size is None:
-        raise ValueError("`use_sub_block_cache=True` has no sub-blocks to work with: also set `sub_block_size`.")
+        raise ValueError(
+            f"`use_sub_block_cache={options.use_sub_block_cache}` has no sub-blocks to work with: also set "
+            "`sub_block_size`."
+        )
     if options.fuse_commits and block_size is None:
         raise ValueError("`fuse_commits=True` has no blocks to commit, the model has `block_size=None`: drop it.")
     _check_start(config, options)
@@ -165,6 +187,17 @@ def check_options(config: RelayConfig, options: GenerationConfig) -> None:
             raise ValueError(f"`{name}={getattr(options, name)!r}` has no effect, because {why}: leave it out.")
     if options.num_beam_groups not in (None, 1):
         raise ValueError(f"`num_beam_groups={options.num_beam_groups}` has no effect without beams: leave it out.")
+
+
+def policy_of(options: GenerationConfig) -> UnmaskingPolicy:
+    """The unmasking policy that the options describe.
+
+    Raises:
+        ValueError: they describe none.
+    """
+    return make_policy(
+        options.unmasking_policy, options.unmasking_threshold, options.denoising_steps, options.unmasking_order
+    )
 
 
 def check_reference(config: RelayConfig, options: GenerationConfig, reference: Any) -> None:
@@ -290,6 +323,8 @@ def drop_empty(options: GenerationConfig) -> None:
 def fit_processors(processors: LogitsProcessorList, options: GenerationConfig) -> LogitsProcessorList:
     """The processors as the block decoder calls them: a row per scored position, of any row of the batch.
 
+    `confidence_top_k` becomes one of them.
+
     Raises:
         ValueError: one of transformers' reads the order of tokens.
     """
@@ -315,6 +350,8 @@ def fit_processors(processors: LogitsProcessorList, options: GenerationConfig) -
                 "that adds it."
             )
         fitted.append(processor)
+    if options.confidence_top_k is not None:
+        fitted.append(TopKLogitsWarper(options.confidence_top_k))
     if options.t_max is not None:
         place = next((i for i, p in enumerate(fitted) if isinstance(p, AFTER_TEMPERATURE)), len(fitted))
         fitted.insert(place, LinearTemperatureScheduleLogitsProcessor(options.t_min, options.t_max, 1))
@@ -338,11 +375,17 @@ def seeds_of_rows(options: GenerationConfig, rows: int) -> Tensor:
 
 def _check_types(options: GenerationConfig) -> None:
     """transformers takes any value for fields that it does not know, and for some that it does."""
-    for name in ("use_sub_block_cache", "fuse_commits", "use_relay", "output_history", "do_sample"):
+    cached = options.use_sub_block_cache
+    if not isinstance(cached, bool) and cached != "prefix":
+        raise ValueError(f"`use_sub_block_cache={cached!r}` must be True, False or 'prefix'.")
+    for name in ("fuse_commits", "use_relay", "output_history", "do_sample"):
         if not isinstance(value := getattr(options, name), bool):
             raise ValueError(f"`{name}={value!r}` must be True or False.")
     if not _is_number(size := options.sub_block_size, int):
         raise ValueError(f"`sub_block_size={size!r}` is not a whole number: give one, or `None` for the whole block.")
+    if not _is_number(best := options.confidence_top_k, int) or (best is not None and best < 2):
+        # One token alone would be certain, and could be [MASK].
+        raise ValueError(f"`confidence_top_k={best!r}` is not a whole number >= 2: give one, or `None` for all tokens.")
     for name in ("t_max", "t_min"):
         if not _is_number(value := getattr(options, name), int | float):
             raise ValueError(f"`{name}={value!r}` is not a number: give a temperature.")

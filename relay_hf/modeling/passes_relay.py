@@ -23,14 +23,17 @@ class Draft:
         active: (B,) bool, rows that it is about.
         taking_part: (n,) their indices; None = all.
         rows, places: (N,) row and position in the block of what it scores.
-        sub_blocks: (B,) beginning of the part of the block that is passed through the network; None = all of it.
+        begins: (B,) where the part of the block begins that is passed through the network; None = all of it is. Outside
+            the block there is nothing, so that the part may be shorter.
+        length: positions of that part.
     """
 
     active: Tensor
     taking_part: Tensor | None
     rows: Tensor
     places: Tensor
-    sub_blocks: Tensor | None
+    begins: Tensor | None
+    length: int
 
 
 class ForwardPasses:
@@ -41,8 +44,7 @@ class ForwardPasses:
         cache: holds what one forward leaves for the next.
         grid: the rows.
         use_relay: carry the state between denoising steps.
-        sub_block_size: keep the keys and values of the current block, so that a step may recompute only so many
-            positions of it; None = every step recomputes the block.
+        keeps_block: keep the keys and values of the current block, so that a step may recompute a part of it.
     """
 
     def __init__(
@@ -52,13 +54,13 @@ class ForwardPasses:
         grid: DecodingGrid,
         *,
         use_relay: bool,
-        sub_block_size: int | None,
+        keeps_block: bool,
     ) -> None:
         self.model = model
         self.cache = cache
         self.grid = grid
         self.use_relay = use_relay
-        self.sub_block_size = sub_block_size
+        self.keeps_block = keeps_block
         self._uncommitted: slice | None = None
 
     def commit(self, begin: int, stop: int) -> None:
@@ -122,13 +124,14 @@ class ForwardPasses:
             # From a row of the batch to its place among those that take part.
             where = (draft.active.cumsum(0) - 1)[where]
         columns = None
-        if draft.sub_blocks is not None:
-            columns = rows_of(draft.sub_blocks, rows)[:, None] + torch.arange(self.sub_block_size, device=ids.device)
-            # The last part of a canvas may be shorter: its last position then comes several times, each time the same.
-            columns = columns.clamp(max=ids.shape[1] - 1)
+        if draft.begins is not None:
+            begins = rows_of(draft.begins, rows)[:, None]
+            columns = begins + torch.arange(draft.length, device=ids.device)
+            # Where the part is cut off by an end of the block, that position comes several times, each time the same.
+            columns = columns.clamp(min=0, max=ids.shape[1] - 1)
             ids, positions = ids.gather(1, columns), positions.expand(len(ids), -1).gather(1, columns)
-            places = places - draft.sub_blocks[draft.rows]
-        with self.cache.drafting(self.sub_block_size is not None, rows, columns):
+            places = places - draft.begins[draft.rows]
+        with self.cache.drafting(self.keeps_block, rows, columns):
             output = self.model(
                 ids,
                 attention_mask=self._draft_mask(ids, rows),
@@ -140,12 +143,27 @@ class ForwardPasses:
                 output_relay_state=self.use_relay,
             )
         state = output.relay_state
-        if columns is not None and state is not None and self.model.config.token_shift:
-            # What a sub-block alone says of its first position is not aligned; that position is known by then.
-            state, columns = state[:, 1:], columns[:, 1:]
+        if columns is not None and state is not None:
+            state = self._unambiguous(state, rows, columns, columns - begins)
         if self.use_relay:
             self.cache.write_relay_state(state, rows, columns)
         return output.head_inputs
+
+    def _unambiguous(self, state: Tensor, rows: Tensor | None, columns: Tensor, places: Tensor) -> Tensor:
+        """The state of a part of the block, with one value for positions that came several times.
+
+        Args:
+            state: (n, s, D) as the forward left it.
+            rows: (n,) rows that took part; None = all.
+            columns: (n, s) positions of the block.
+            places: (n, s) where in `state` the value of each is.
+        """
+        state = state.gather(1, places[..., None].expand_as(state))
+        if not self.model.config.token_shift:
+            return state
+        # What a part alone says of its first position is not aligned; that position is known by then.
+        old = self.cache.read_relay_state(rows, columns)
+        return old if old is None else state.where((columns != columns[:, :1])[..., None], old.to(state.dtype))
 
     def _state(self, rows: Tensor | None, columns: Tensor | None, count: int) -> Tensor | None:
         """State that goes into a forward over `count` rows."""
@@ -164,7 +182,7 @@ class ForwardPasses:
             state = torch.cat([torch.zeros_like(state[:, :1]).expand(-1, width, -1), state], dim=1)
             receives = self.model.receives_state(ids)
             receives[:, :width] = False  # the state never reaches committed keys and values
-        with self.cache.committing(width, self.sub_block_size is not None):
+        with self.cache.committing(width, self.keeps_block):
             output = self.model(
                 ids,
                 attention_mask=self.grid.attention_mask(stop),

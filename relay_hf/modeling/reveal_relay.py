@@ -3,31 +3,49 @@
 Legend: G groups (a row, a block or a sub-block, whatever is denoised as a unit), L positions of a group.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+# What `unmasking_order` may say. The last one reads nothing.
+ORDERS = ("confidence", "entropy", "margin", "left_to_right")
+# Dream's schedule ends just above 0.
+END_OF_TIME = 1e-3
 
-class UnmaskingPolicy(Protocol):
-    """Chooses positions to reveal; each group with a masked position gets at least one, and a higher threshold is
-    either never slower or never faster.
 
-    `reads_entropy` tells what is looked at: False, the probability of each position's token; True, the entropy of each
-    position's distribution, in nats.
+class Progress(NamedTuple):
+    """How far each group is, for policies that spread a number of steps.
+
+    Args:
+        step: (G,) long, steps that the group has had.
+        positions: (G,) long, how many positions the steps are for.
     """
 
-    reads_entropy: ClassVar[bool]
+    step: Tensor
+    positions: Tensor
 
-    def __init__(self, threshold: float) -> None: ...
+
+class UnmaskingPolicy(Protocol):
+    """Chooses positions to reveal; each group with a masked position gets at least one (only `TimeSchedule` may leave
+    out steps, and comes to an end all the same). A higher threshold is either never slower or never faster.
+
+    `reads` names what is looked at: `"confidence"`, the probability of each position's token; `"entropy"` of each
+    position's distribution, in nats; `"margin"`, how much more probable the best token is than any other.
+
+    The fields of a policy are the options that it takes.
+    """
 
     @property
-    def threshold(self) -> float: ...
+    def reads(self) -> str: ...
 
-    def __call__(self, measure: Tensor, masked: Tensor) -> Tensor:
-        """(G, L) probability or entropy, (G, L) bool -> (G, L) bool, a subset of `masked`."""
+    def __call__(self, measure: Tensor, masked: Tensor, progress: Progress | None = None) -> Tensor:
+        """(G, L) of what it reads, (G, L) bool -> (G, L) bool, a subset of `masked`.
+
+        `progress` is needed with `denoising_steps`.
+        """
         ...
 
 
@@ -35,14 +53,17 @@ class UnmaskingPolicy(Protocol):
 class ConfidenceThreshold:
     """Reveals every position whose probability is above the threshold, and the most probable one in any case.
 
-    Source: Fast-dLLM v2 (arXiv 2509.26328), the rule of the published language-model relay.
+    Source: Fast-dLLM v2 (arXiv 2509.26328), the rule of the published language-model relay. With `denoising_steps`:
+    SDAR's dynamic strategy (arXiv 2510.06303).
 
     Args:
         threshold: in [0, 1]. Higher is slower and safer; 1 reveals one position at a time.
+        denoising_steps: a group takes no more; so many positions as that needs are revealed in any case.
     """
 
     threshold: float = 0.85
-    reads_entropy: ClassVar[bool] = False
+    denoising_steps: int | None = None
+    reads: ClassVar[str] = "confidence"
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.threshold <= 1.0:
@@ -50,8 +71,11 @@ class ConfidenceThreshold:
                 f"`unmasking_threshold={self.threshold}` is not a probability: `confidence_threshold` needs [0, 1]."
             )
 
-    def __call__(self, measure: Tensor, masked: Tensor) -> Tensor:
-        return (masked & (measure > self.threshold)) | _most_confident(measure, masked)
+    def __call__(self, measure: Tensor, masked: Tensor, progress: Progress | None = None) -> Tensor:
+        sure = masked & (measure > self.threshold)
+        if self.denoising_steps is None:
+            return sure | _most_confident(measure, masked)
+        return sure | _first(measure, masked, _even_share(self.denoising_steps, progress))
 
 
 @dataclass(frozen=True)
@@ -65,7 +89,7 @@ class ConfidenceBudget:
     """
 
     threshold: float = 0.15
-    reads_entropy: ClassVar[bool] = False
+    reads: ClassVar[str] = "confidence"
 
     def __post_init__(self) -> None:
         if not self.threshold >= 0.0:
@@ -73,7 +97,7 @@ class ConfidenceBudget:
                 f"`unmasking_threshold={self.threshold}` is negative: `confidence_budget` needs an uncertainty >= 0."
             )
 
-    def __call__(self, measure: Tensor, masked: Tensor) -> Tensor:
+    def __call__(self, measure: Tensor, masked: Tensor, progress: Progress | None = None) -> Tensor:
         # Known positions sort last and cost infinitely much.
         uncertainty = (1.0 - measure.float()).masked_fill(~masked, torch.inf)
         ascending, order = uncertainty.sort(dim=-1, stable=True)
@@ -83,28 +107,72 @@ class ConfidenceBudget:
 
 @dataclass(frozen=True)
 class FixedCount:
-    """Reveals the same number of positions in every step, the most probable ones first.
+    """Reveals a number of positions that is known beforehand, the first of an order.
 
-    Source: LLaDA's low-confidence remasking (arXiv 2502.09992).
+    Source: LLaDA's low-confidence remasking (arXiv 2502.09992); SDAR's static and sequential strategies.
 
     Args:
-        threshold: positions per step, a whole number >= 1.
+        threshold: positions per step, a whole number >= 1; not read with `denoising_steps`.
+        denoising_steps: steps that the positions of a group are spread over evenly, the first ones taking one more.
+        unmasking_order: which positions are first.
     """
 
     threshold: float = 1
-    reads_entropy: ClassVar[bool] = False
+    denoising_steps: int | None = None
+    unmasking_order: str = "confidence"
 
     def __post_init__(self) -> None:
-        if not (self.threshold >= 1 and float(self.threshold).is_integer()):
+        if self.denoising_steps is None and not (self.threshold >= 1 and float(self.threshold).is_integer()):
             raise ValueError(
                 f"`unmasking_threshold={self.threshold}` is not a number of positions: `fixed_count` needs a whole "
-                "number >= 1."
+                "number >= 1, or `denoising_steps`."
             )
 
-    def __call__(self, measure: Tensor, masked: Tensor) -> Tensor:
-        order = measure.masked_fill(~masked, -1.0).argsort(dim=-1, descending=True, stable=True)
-        is_first = torch.arange(masked.shape[-1], device=masked.device) < self.threshold
-        return torch.zeros_like(masked).scatter(-1, order, is_first.expand_as(masked)) & masked
+    @property
+    def reads(self) -> str:
+        return _read_for(self.unmasking_order)
+
+    def __call__(self, measure: Tensor, masked: Tensor, progress: Progress | None = None) -> Tensor:
+        steps = self.denoising_steps
+        count = self.threshold if steps is None else _even_share(steps, progress)
+        return _first(_precedence(self.unmasking_order, measure), masked, count)
+
+
+@dataclass(frozen=True)
+class TimeSchedule:
+    """Reveals the share of the masked positions that the step takes of the time left, the first of an order.
+
+    Time falls linearly from 1 to nearly 0: of m masked positions, a step from t to s reveals int(m (1 - s / t)), which
+    may be none, and the last step all.
+
+    Source: Dream (arXiv 2508.15487).
+
+    Args:
+        denoising_steps: of a group.
+        unmasking_order: which positions are first.
+    """
+
+    denoising_steps: int | None = None
+    unmasking_order: str = "confidence"
+
+    def __post_init__(self) -> None:
+        if self.denoising_steps is None:
+            raise ValueError(
+                "`unmasking_policy='time_schedule'` spreads the positions over a number of steps: also set "
+                "`denoising_steps`."
+            )
+
+    @property
+    def reads(self) -> str:
+        return _read_for(self.unmasking_order)
+
+    def __call__(self, measure: Tensor, masked: Tensor, progress: Progress | None = None) -> Tensor:
+        steps, left = int(self.denoising_steps or 1), masked.sum(-1)
+        time = torch.linspace(1.0, END_OF_TIME, steps + 1, dtype=torch.float32, device=masked.device)
+        share = 1.0 - time[1:] / time[:-1]  # (steps,)
+        step = _needed(progress).step
+        count = (left * share[step.clamp(max=steps - 1)]).long()
+        return _first(_precedence(self.unmasking_order, measure), masked, count.where(step < steps - 1, left))
 
 
 @dataclass(frozen=True)
@@ -120,13 +188,13 @@ class EntropyBound:
     """
 
     threshold: float = 0.1
-    reads_entropy: ClassVar[bool] = True
+    reads: ClassVar[str] = "entropy"
 
     def __post_init__(self) -> None:
         if not self.threshold >= 0.0:
             raise ValueError(f"`unmasking_threshold={self.threshold}` is negative: `entropy_bound` needs nats, >= 0.")
 
-    def __call__(self, measure: Tensor, masked: Tensor) -> Tensor:
+    def __call__(self, measure: Tensor, masked: Tensor, progress: Progress | None = None) -> Tensor:
         # Known positions sort last; those whose entropy is no number just before them, so that they end as well.
         entropy = measure.float().nan_to_num(nan=torch.finfo(torch.float32).max)
         ascending, order = entropy.masked_fill(~masked, torch.inf).sort(dim=-1, stable=True)
@@ -134,36 +202,69 @@ class EntropyBound:
         return torch.zeros_like(masked).scatter(-1, order, before <= self.threshold) & masked
 
 
-POLICIES: dict[str, type[UnmaskingPolicy]] = {
+POLICIES: dict[str, Any] = {
     "confidence_threshold": ConfidenceThreshold,
     "confidence_budget": ConfidenceBudget,
     "fixed_count": FixedCount,
+    "time_schedule": TimeSchedule,
     "entropy_bound": EntropyBound,
 }
 
 
-def make_policy(name: str, threshold: float) -> UnmaskingPolicy:
+def make_policy(
+    name: str, threshold: float, denoising_steps: int | None = None, unmasking_order: str = "confidence"
+) -> UnmaskingPolicy:
     """Builds the policy called `name`.
 
+    Args:
+        name: one of `POLICIES`.
+        threshold: what it compares with; a policy without one does not read it.
+        denoising_steps: how many steps a group takes, for policies that spread them; None = as many as it needs.
+        unmasking_order: which positions are revealed first, for policies that reveal a number of them.
+
     Raises:
-        ValueError: unknown name, or a threshold that is no number or outside the policy's range.
+        ValueError: unknown name, an option that is of a wrong type or out of range, or one that the policy lacks.
     """
     if not isinstance(threshold, int | float) or isinstance(threshold, bool):
         raise ValueError(f"`unmasking_threshold={threshold!r}` is not a number: give one in the range of the policy.")
     if not isinstance(name, str) or name not in POLICIES:
         raise ValueError(f"`unmasking_policy={name!r}` is unknown: choose one of {sorted(POLICIES)}.")
-    return POLICIES[name](threshold)
+    if not isinstance(unmasking_order, str) or unmasking_order not in ORDERS:
+        raise ValueError(f"`unmasking_order={unmasking_order!r}` is unknown: choose one of {sorted(ORDERS)}.")
+    if denoising_steps is not None and not (type(denoising_steps) is int and denoising_steps >= 1):
+        raise ValueError(f"`denoising_steps={denoising_steps!r}` is not a whole number >= 1: give one, or `None`.")
+    given = {"denoising_steps": denoising_steps, "unmasking_order": unmasking_order}
+    taken = {field.name for field in fields(POLICIES[name])}
+    for option, default in (("denoising_steps", None), ("unmasking_order", "confidence")):
+        if given[option] != default and option not in taken:
+            others = sorted(other for other in POLICIES if option in {field.name for field in fields(POLICIES[other])})
+            raise ValueError(
+                f"`{option}={given[option]!r}` has no effect with `unmasking_policy={name!r}`: leave it out, or choose "
+                f"one of {others}."
+            )
+    return POLICIES[name](**{n: v for n, v in {"threshold": threshold, **given}.items() if n in taken})
 
 
-def in_earliest_sub_block(masked: Tensor, size: int) -> Tensor:
+def sub_blocks_of(count: int, size: int, anchor: Tensor) -> Tensor:
+    """Number of the sub-block that each position of a group is in, negative before the anchor: (G, L) long.
+
+    Args:
+        count: L, positions of a group.
+        size: positions of a sub-block.
+        anchor: (G,) position at which sub-block 0 begins; the first one of a group may be shorter, as may the last.
+    """
+    position = torch.arange(count, device=anchor.device)
+    return (position - anchor[:, None]).div(size, rounding_mode="floor")
+
+
+def in_earliest_sub_block(masked: Tensor, sub_blocks: Tensor) -> Tensor:
     """Positions of the first sub-block that holds a mask: (G, L) bool -> (G, L) bool.
 
     Args:
         masked: what is still hidden of each group.
-        size: positions of a sub-block.
+        sub_blocks: (G, L), as `sub_blocks_of` says.
     """
-    sub_block = torch.arange(masked.shape[1], device=masked.device) // size  # (L,)
-    return sub_block == sub_block[masked.long().argmax(-1)][:, None]
+    return sub_blocks == sub_blocks.gather(1, masked.long().argmax(-1, keepdim=True))
 
 
 def best_token(scores: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
@@ -180,6 +281,54 @@ def best_token(scores: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
     scores[:, mask_token_id] = -torch.inf
     best, token = scores.max(-1)
     return (best.float() - total).exp(), token
+
+
+def margins(scores: Tensor, mask_token_id: int) -> Tensor:
+    """How much more probable the best token that is not [MASK] is than any other.
+
+    Args:
+        scores: (N, V) logits.
+        mask_token_id: not the best one, but perhaps the other one.
+
+    Returns:
+        (N,) fp32.
+    """
+    probabilities = scores.float().softmax(-1)
+    mask = probabilities[:, mask_token_id].clone()
+    probabilities[:, mask_token_id] = -1.0
+    best, second = probabilities.topk(2, dim=-1).values.unbind(-1)
+    return best - torch.maximum(second, mask)
+
+
+def _read_for(order: str) -> str:
+    return "confidence" if order == "left_to_right" else order
+
+
+def _precedence(order: str, measure: Tensor) -> Tensor:
+    """(G, L) numbers that are higher for positions which come earlier in the order."""
+    if order == "left_to_right":
+        return -torch.arange(measure.shape[-1], device=measure.device).expand_as(measure).float()
+    return -measure if order == "entropy" else measure
+
+
+def _needed(progress: Progress | None) -> Progress:
+    if progress is None:
+        raise ValueError("A policy with `denoising_steps` has to be given the `progress` of its groups: pass it.")
+    return progress
+
+
+def _even_share(steps: int, progress: Progress | None) -> Tensor:
+    """(G,) positions of this step, if they are spread evenly and the first steps take one more; at least one."""
+    step, positions = _needed(progress)
+    return (positions // steps + (step < positions % steps)).clamp(min=1)
+
+
+def _first(measure: Tensor, masked: Tensor, count: Tensor | float) -> Tensor:
+    """(G, L) bool with the `count` masked positions of each group whose measure is highest; (G,) or one for all."""
+    order = measure.masked_fill(~masked, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    counts = count[:, None] if isinstance(count, Tensor) else count
+    is_first = torch.arange(masked.shape[-1], device=masked.device) < counts
+    return torch.zeros_like(masked).scatter(-1, order, is_first.expand_as(masked)) & masked
 
 
 def _most_confident(confidence: Tensor, masked: Tensor) -> Tensor:

@@ -118,8 +118,13 @@ class RelayTrainerConfig(SFTConfig):
         if self.max_length is not None and self.max_length < 1:
             # TRL would take a negative one for a number of tokens to cut off at the end.
             raise ValueError(f"`max_length={self.max_length}` must be at least 1; `None` keeps texts whole.")
+        if self.unmasking_policy == "time_schedule":
+            raise ValueError(
+                "`unmasking_policy='time_schedule'` spreads positions over the steps of a whole text, of which "
+                "training takes a few: keep it for decoding, and choose another."
+            )
         policy = make_policy(self.unmasking_policy, self.unmasking_threshold)
-        if policy.reads_entropy:
+        if policy.reads == "entropy":
             raise ValueError(
                 f"`unmasking_policy={self.unmasking_policy!r}` reads entropies, which training does not compute: keep "
                 "it for decoding, and choose one that reads probabilities."

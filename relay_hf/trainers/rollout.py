@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..modeling import RelayConfig
-from ..modeling.reveal_relay import UnmaskingPolicy, in_earliest_sub_block
+from ..modeling.reveal_relay import UnmaskingPolicy, in_earliest_sub_block, sub_blocks_of
 from .denoiser import Denoiser, make_denoiser
 from .reference import Reference
 from .rows import RolloutRows
@@ -50,7 +50,8 @@ class Reveal:
         count, length = rows.masked.shape
         masked = _blocks(rows.masked, self.block_size)
         if self.sub_block_size is not None:
-            masked = masked & in_earliest_sub_block(masked, self.sub_block_size)
+            anchor = torch.zeros(len(masked), dtype=torch.long, device=masked.device)
+            masked = masked & in_earliest_sub_block(masked, sub_blocks_of(masked.shape[1], self.sub_block_size, anchor))
         reveal = self.policy(_blocks(confidence, self.block_size), masked)
         return replace(rows, masked=rows.masked & ~reveal.view(count, -1)[:, :length])
 

@@ -19,6 +19,9 @@ from relay_hf import RelayConfig, RelayForMaskedDiffusion, convert
 from relay_hf.modeling.conversion_relay import foreign_config_to_relay
 from relay_hf.tokenizer_loading import load_tokenizer
 
+from ..conftest import text_config
+from .conftest import make_tokenizer
+
 FAMILIES = ["qwen2", "fast_dllm", "sdar", "llada", "dream"]
 
 
@@ -219,6 +222,78 @@ def test_load_tokenizer_of_foreign_checkpoint_warns_of_nothing(
         assert "You are using a model of type" in caplog.text
     finally:
         logging.getLogger("transformers").removeHandler(caplog.handler)
+
+
+# -- how families decode -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block_size", [8, 16])
+def test_loaded_sdar_has_no_sub_blocks(write_source: Callable, tmp_path: Path, block_size: int) -> None:
+    source, _ = write_source("sdar", block_size=block_size)
+    convert(source, tmp_path / "out")
+    for folder in (source, tmp_path / "out"):
+        assert RelayForMaskedDiffusion.from_pretrained(folder).generation_config.sub_block_size is None
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_convert_mask_token_id_of_config_or_argument(write_source: Callable, tmp_path: Path, name: str) -> None:
+    """The argument counts, then config.json, also where the family's own id is outside the vocabulary."""
+    source, _ = write_source(name, tokenizer=None, mask_token_id=3)
+    assert convert(source, tmp_path / "file").mask_token_id == 3
+    config = json.loads((source / "config.json").read_text())
+    assert RelayForMaskedDiffusion.from_pretrained(source).config.mask_token_id == 3
+    del config["mask_token_id"]
+    (source / "config.json").write_text(json.dumps(config))
+    assert convert(source, tmp_path / "argument", mask_token_id=5).mask_token_id == 5
+    for folder, token in (("file", 3), ("argument", 5)):
+        saved = json.loads((tmp_path / folder / "config.json").read_text())
+        assert saved["mask_token_id"] == token
+        assert "mask_token_id" not in saved["text_config"]
+
+
+@pytest.mark.parametrize(
+    ("alg", "order"),
+    [("maskgit_plus", "confidence"), ("entropy", "entropy"), ("topk_margin", "margin"), ("origin", None)],
+)
+def test_dream_saved_by_its_own_class_converts(
+    write_source: Callable, tmp_path: Path, alg: str, order: str | None
+) -> None:
+    """Its generation config has fields that `generate` refuses, and a temperature that transformers does not save."""
+    dream = {"alg": alg, "alg_temp": None, "eps": 0.001, "steps": 4, "temperature": 0.0, "top_p": None, "top_k": 20}
+    dream |= {"output_history": False, "generation_kwargs": {}, "mask_token_id": 260, "eos_token_id": 257}
+    source, _ = write_source("dream", generation=dream)
+    convert(source, tmp_path / "out")
+    model = AutoModel.from_pretrained(tmp_path / "out")
+    options = model.generation_config
+    assert (options.do_sample, options.confidence_top_k, options.eos_token_id) == (False, 20, 257)
+    assert not {"alg", "alg_temp", "eps", "steps", "mask_token_id"} & options.to_dict().keys()
+    expected = ("confidence_budget", "confidence", None) if order is None else ("time_schedule", order, 4)
+    assert (options.unmasking_policy, options.unmasking_order, options.denoising_steps) == expected
+    output = model.generate(torch.arange(5)[None], max_new_tokens=12, eos_token_id=None, return_dict_in_generate=True)
+    assert int(output.denoise_forwards[0]) <= (12 if order is None else 4)
+
+
+@pytest.mark.parametrize("uses_it", [True, False])
+def test_llada_reply_ends_at_eot_id(write_source: Callable, tmp_path: Path, uses_it: bool) -> None:
+    tokenizer = make_tokenizer(diffuses=True)
+    tokenizer.add_tokens(["<|eot_id|>"], special_tokens=True)
+    tokenizer.chat_template = "{{ messages[0].content }}" + ("<|eot_id|>" if uses_it else "")
+    source, _ = write_source("llada", tokenizer=tokenizer, eos_token_id=257)
+    convert(source, tmp_path / "out")
+    stops = RelayForMaskedDiffusion.from_pretrained(tmp_path / "out").generation_config.eos_token_id
+    assert stops == ([257, 261] if uses_it else 257)
+
+
+def test_code_of_its_own_named_in_report(write_source: Callable, tmp_path: Path) -> None:
+    source, _ = write_source("qwen2", auto_map={"AutoModelForCausalLM": "modeling_both_ways.Model"})
+    report = convert(source, tmp_path / "out")
+    assert any("`modeling_both_ways.Model`" in note and "both directions" in note for note in report.notes)
+
+
+def test_generation_defaults_that_are_no_options_raise() -> None:
+    config = RelayConfig(text_config=text_config(), mask_token_id=3, generation_defaults={"sub_blocks": 4})
+    with pytest.raises(ValueError, match=r"`generation_defaults` name \['sub_blocks'\]"):
+        RelayForMaskedDiffusion(config)
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from transformers import DynamicCache
 from relay_hf import RelayForMaskedDiffusion, RelayGenerateOutput
 from relay_hf.modeling import make_policy
 from relay_hf.modeling.choice_relay import uniform_numbers
+from relay_hf.modeling.reveal_relay import Progress
 
 from ..conftest import MASK
 
@@ -94,7 +95,9 @@ def decode_alone(
     use_relay: bool = True,
     eos_token_id: int | None = None,
     policy: str = "confidence_threshold",
-    use_sub_block_cache: bool = False,
+    denoising_steps: int | None = None,
+    unmasking_order: str = "confidence",
+    use_sub_block_cache: bool | str = False,
     fuse_commits: bool = False,
     relay_start: str | None = None,
     reference_model: RelayForMaskedDiffusion | None = None,
@@ -116,6 +119,7 @@ def decode_alone(
             first_is_due = False
         state = model.initial_relay_state(1, len(tokens)) if use_relay else None
         stale, refreshed, is_started = StaleStates(), None, relay_start is None
+        steps_of: dict[int, int] = {}
         while True:
             stops = [i for i in range(max(begin, length), len(tokens)) if tokens[i] == eos_token_id]
             stop = min([*stops, end])
@@ -123,7 +127,8 @@ def decode_alone(
             if not masked or masked[0] >= stop:
                 break
             part = torch.tensor([(i - begin) // (sub_block_size or size) for i in range(len(tokens))])
-            here = (part == part[masked[0]]).nonzero()[:, 0]
+            is_recomputed = part >= part[masked[0]] if use_sub_block_cache == "prefix" else part == part[masked[0]]
+            here = (is_recomputed & (torch.arange(len(tokens)) >= begin)).nonzero()[:, 0]
             active = (tokens == MASK) & (part == part[masked[0]])
             cache = None
             if not is_started:
@@ -144,7 +149,11 @@ def decode_alone(
             if first_is_due:
                 confidence[begin], tokens[begin] = best_of(output.logits[0, begin])
                 revealed_at[begin], active[begin], first_is_due = denoise, False, False
-            chosen, probability = reveal(tokens, output.logits[0], active, make_policy(policy, threshold))
+            step = steps_of.setdefault(number := int(part[masked[0]]), 0)
+            steps_of[number] += 1
+            rule = make_policy(policy, threshold, denoising_steps, unmasking_order)
+            progress = Progress(torch.tensor([step]), torch.tensor([sub_block_size or size]))
+            chosen, probability = reveal(tokens, output.logits[0], active, rule, progress)
             where = chosen.nonzero()[:, 0]
             revealed_at[where], confidence[where] = float(denoise), probability[where]
         if stop < begin + size or end <= begin + size:
@@ -199,14 +208,14 @@ def best_of(logits: Tensor) -> tuple[Tensor, Tensor]:
     return logits.softmax(-1)[token], token
 
 
-def reveal(tokens: Tensor, logits: Tensor, active: Tensor, policy: Any) -> tuple[Tensor, Tensor]:
+def reveal(tokens: Tensor, logits: Tensor, active: Tensor, policy: Any, progress: Progress) -> tuple[Tensor, Tensor]:
     """Writes the tokens of one step into `tokens`; returns which they are and how probable every position's best is."""
     probabilities = logits.float().softmax(-1)
     entropy = -torch.xlogy(probabilities, probabilities).sum(-1)
-    probabilities[:, MASK] = -1.0
-    confidence, best = probabilities.max(-1)
-    measure = entropy if policy.reads_entropy else confidence.clamp(min=0.0)
-    chosen = policy(measure[None], active[None])[0]
+    confidence, best = probabilities.index_fill(1, torch.tensor([MASK]), -1.0).max(-1)
+    margin = confidence - probabilities.scatter(1, best[:, None], 0.0).amax(-1)
+    measure = {"entropy": entropy, "margin": margin, "confidence": confidence.clamp(min=0.0)}[policy.reads]
+    chosen = policy(measure[None], active[None], progress)[0]
     tokens[chosen] = best[chosen]
     return chosen, confidence
 

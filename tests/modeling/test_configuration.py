@@ -164,3 +164,10 @@ def test_config_absurd_value_raises(fields: dict[str, Any], message: str) -> Non
 def test_config_absurd_backbone_raises(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RelayConfig(text_config=text_config(**fields), mask_token_id=63, block_size=8)
+
+
+def test_text_config_object_unchanged(tiny_text_config: Qwen2Config) -> None:
+    before = tiny_text_config.to_dict()
+    config = RelayConfig(text_config=tiny_text_config, mask_token_id=MASK, relay_readout="pre_norm")
+    assert tiny_text_config.to_dict() == before
+    assert config.text_config is not tiny_text_config

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from relay_hf import RelayConfig, RelayForMaskedDiffusion, RelayGenerateOutput
+from relay_hf.modeling.reveal_relay import ORDERS
 
 from ..conftest import MASK, text_config
 from .decoding import PAD, padded
@@ -27,6 +28,7 @@ POLICIES = {
     "confidence_threshold": (0.0, 0.3, 1.0),
     "confidence_budget": (0.0, 0.9, 3.0),
     "fixed_count": (1, 3),
+    "time_schedule": (0.5,),
     "entropy_bound": (0.0, 2.0, 5.0),
 }
 
@@ -67,8 +69,14 @@ def batches(draw: st.DrawFn) -> tuple[str, list[Tensor], str, int, dict[str, Any
         "eos_token_id": draw(st.sampled_from((None, 5, list(range(1, 8))))),
         "output_history": draw(st.booleans()),
     }
+    if policy in ("fixed_count", "time_schedule"):
+        options["unmasking_order"] = draw(st.sampled_from(ORDERS))
+    if policy == "time_schedule" or (policy in ("fixed_count", "confidence_threshold") and draw(st.booleans())):
+        options["denoising_steps"] = draw(st.integers(1, 6))
+    options["confidence_top_k"] = draw(st.sampled_from((None, None, 2, 20)))
     options["relay_start"] = draw(st.sampled_from((None, "zeros", "self"))) if options["use_relay"] else None
-    options["use_sub_block_cache"] = options["sub_block_size"] is not None and draw(st.booleans())
+    caches = (False, True, "prefix") if options["sub_block_size"] else (False,)
+    options["use_sub_block_cache"] = draw(st.sampled_from(caches))
     if not is_canvas:
         options["fuse_commits"] = draw(st.booleans())
     copies = 1

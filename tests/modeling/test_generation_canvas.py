@@ -102,3 +102,23 @@ def test_streamer_canvas_shown_whole(canvas_model: RelayForMaskedDiffusion, canv
     assert lines[0].split()[1:] == [str(token) for token in canvas[0].tolist()]
     assert lines[1].split()[1:] == [str(token) for token in output.sequences[0].tolist()]
     assert lines[2:] == ["end"]
+
+
+def test_generate_canvas_sub_blocks_counted_from_the_end_of_each_prompt(canvas_model: RelayForMaskedDiffusion) -> None:
+    """16 new tokens behind 13 and behind 5 are two sub-blocks of 8 for both rows; clues' masks come before."""
+    prompts = [torch.arange(1, 14), torch.arange(1, 6)]
+    inputs = padded(prompts, "left")
+    output = run(canvas_model, inputs, max_new_tokens=16, sub_block_size=8, unmasking_policy="fixed_count",
+                 unmasking_threshold=8, output_history=True)  # fmt: skip
+    assert output.denoise_forwards.tolist() == [2, 2]
+    assert output.history.revealed_at[:, 13:].tolist() == [[1] * 8 + [2] * 8] * 2
+    prompts[0][[0, 11]] = MASK
+    output = run(canvas_model, prompts[0][None], max_new_tokens=8, sub_block_size=8, unmasking_policy="fixed_count",
+                 unmasking_threshold=8, output_history=True)  # fmt: skip
+    assert output.history.revealed_at[0, [0, 11, 13]].tolist() == [1, 2, 3]
+
+
+def test_generate_canvas_denoising_steps_spread_over_what_is_masked(canvas_model: RelayForMaskedDiffusion) -> None:
+    output = run(canvas_model, torch.arange(1, 14)[None], max_new_tokens=16, denoising_steps=5,
+                 unmasking_policy="fixed_count", output_history=True)  # fmt: skip
+    assert output.history.revealed_at[0, 13:].unique(return_counts=True)[1].tolist() == [4, 3, 3, 3, 3]

@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 import relay_hf
 from relay_hf import RelayCache, RelayForMaskedDiffusion
+from relay_hf.modeling.reveal_relay import ORDERS
 
 from .decoding import STARTS, padded
 from .senseless_options import REFERENCE, REFUSED, REFUSED_LATE, REFUSED_OTHERWISE, STATIC
@@ -39,6 +40,7 @@ POLICIES = {
     "confidence_threshold": (0.0, 0.05, 0.5, 1.0, 1),
     "confidence_budget": (0.0, 0.5, 1.7, 100.0),
     "fixed_count": (1, 2, 3.0, 50),
+    "time_schedule": (0.5,),
     "entropy_bound": (0.0, 0.5, 4.0, float("inf")),
 }
 
@@ -108,8 +110,16 @@ class Drawer:
         rng = self.rng
         options["unmasking_policy"] = rng.choice(list(POLICIES))
         options["unmasking_threshold"] = rng.choice(POLICIES[options["unmasking_policy"]])
+        policy = options["unmasking_policy"]
+        if policy == "time_schedule" or (policy in ("fixed_count", "confidence_threshold") and self.maybe(0.4)):
+            options["denoising_steps"] = rng.choice((1, 2, 3, 7, 40))
+        if policy in ("fixed_count", "time_schedule"):
+            options["unmasking_order"] = rng.choice(ORDERS)
+        if self.maybe(0.2):
+            options["confidence_top_k"] = rng.choice((2, 50, 1000))
         options["sub_block_size"] = rng.choice((None, 1, 2, 4, 8))
-        options["use_sub_block_cache"] = options["sub_block_size"] is not None and self.maybe(0.4)
+        cached = options["sub_block_size"] is not None and self.maybe(0.4)
+        options["use_sub_block_cache"] = cached and rng.choice((True, "prefix"))
         options["fuse_commits"] = not is_canvas and self.maybe(0.4)
         options["use_relay"] = self.maybe(0.7)
         options["return_dict_in_generate"] = self.maybe(0.8)
@@ -194,7 +204,11 @@ def most_denoise_forwards(draw: Draw) -> int:
     One forward more may start each of up to three blocks.
     """
     starts = 3 if draw.options.get("relay_start") == "self" else 0
-    return draw.masks + draw.new_tokens + starts + (0 if "canvas" in draw.name else 7)
+    # A schedule may leave out steps; on a canvas clues may lie in as many sub-blocks.
+    empty = 0
+    if draw.options["unmasking_policy"] == "time_schedule":
+        empty = draw.options["denoising_steps"] * (draw.masks + draw.new_tokens + 7)
+    return draw.masks + draw.new_tokens + starts + empty + (0 if "canvas" in draw.name else 7)
 
 
 def call(model: RelayForMaskedDiffusion, reference: RelayForMaskedDiffusion, draw: Draw, bound: Bound) -> Any:

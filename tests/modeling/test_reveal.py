@@ -7,7 +7,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from relay_hf.modeling import ConfidenceBudget, ConfidenceThreshold, make_policy
-from relay_hf.modeling.reveal_relay import POLICIES, EntropyBound, FixedCount, UnmaskingPolicy, best_token
+from relay_hf.modeling.reveal_relay import (
+    POLICIES,
+    EntropyBound,
+    FixedCount,
+    Progress,
+    UnmaskingPolicy,
+    best_token,
+    in_earliest_sub_block,
+    margins,
+    sub_blocks_of,
+)
 
 # Sixty-fourths are exact in float32, so that ties and sums that just reach the threshold occur and have one answer.
 UNIT = 64
@@ -70,10 +80,10 @@ def policy_at(name: str, threshold: float) -> UnmaskingPolicy:
 
 
 def test_every_policy_has_a_naive_version() -> None:
-    assert NAIVE.keys() == POLICIES.keys()
+    assert NAIVE.keys() | {"time_schedule"} == POLICIES.keys()
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", NAIVE)
 @given(groups(), THRESHOLDS)
 def test_policy_any_input_equals_naive_loop(name: str, group: tuple[Tensor, Tensor], threshold: float) -> None:
     confidence, masked = group
@@ -84,7 +94,7 @@ def test_policy_any_input_equals_naive_loop(name: str, group: tuple[Tensor, Tens
         assert set(revealed[row].nonzero()[:, 0].tolist()) == expected
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", NAIVE)
 @given(groups(), THRESHOLDS)
 def test_policy_any_input_reveals_masked_positions_only_and_at_least_one(
     name: str, group: tuple[Tensor, Tensor], threshold: float
@@ -95,7 +105,7 @@ def test_policy_any_input_reveals_masked_positions_only_and_at_least_one(
     assert revealed.any(-1).equal(masked.any(-1))
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", NAIVE)
 @given(groups(), THRESHOLDS, THRESHOLDS)
 def test_policy_threshold_monotone(name: str, group: tuple[Tensor, Tensor], one: float, other: float) -> None:
     """A stricter threshold reveals a subset; strict is high for probabilities, low for all that is spent."""
@@ -103,7 +113,7 @@ def test_policy_threshold_monotone(name: str, group: tuple[Tensor, Tensor], one:
     assert not (policy_at(name, strict)(*group) & ~policy_at(name, lax)(*group)).any()
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", NAIVE)
 @given(groups(), THRESHOLDS)
 def test_policy_arguments_untouched(name: str, group: tuple[Tensor, Tensor], threshold: float) -> None:
     before = [tensor.clone() for tensor in group]
@@ -184,3 +194,128 @@ def test_best_token_low_precision_logits_probability_in_float32() -> None:
 def test_make_policy_threshold_that_is_no_number_raises(threshold: object) -> None:
     with pytest.raises(ValueError, match="is not a number"):
         make_policy("confidence_threshold", threshold)
+
+
+# -- a number of steps -------------------------------------------------------------------------------------------------
+
+ORDERED = {
+    "confidence": lambda measure, place: -measure,
+    "margin": lambda measure, place: -measure,
+    "entropy": lambda measure, place: measure,
+    "left_to_right": lambda measure, place: place,
+}
+
+
+def take(order: str, measure: list[float], masked: list[bool], count: int) -> set[int]:
+    hidden = [i for i, is_masked in enumerate(masked) if is_masked]
+    return set(sorted(hidden, key=lambda i: ORDERED[order](measure[i], i))[:count])
+
+
+def share_of_step(step: int, steps: int, positions: int) -> int:
+    """LLaDA's and SDAR's: the first ones take one more."""
+    return [positions // steps + (s < positions % steps) for s in range(steps)][step]
+
+
+def share_of_time(step: int, steps: int, hidden: int) -> int:
+    """Dream's."""
+    time = [float(t) for t in torch.linspace(1.0, 1e-3, steps + 1)]
+    return int(hidden * (1 - time[step + 1] / time[step])) if step < steps - 1 else hidden
+
+
+@st.composite
+def in_progress(draw: st.DrawFn) -> tuple[Tensor, Tensor, Progress, int]:
+    """(G, L) measure, (G, L) bool, how far each group is, and of how many steps."""
+    measure, masked = draw(groups())
+    steps = draw(st.integers(1, 12))
+    numbers = st.lists(st.integers(0, steps - 1), min_size=len(measure), max_size=len(measure))
+    positions = st.lists(st.integers(1, 20), min_size=len(measure), max_size=len(measure))
+    return measure, masked, Progress(torch.tensor(draw(numbers)), torch.tensor(draw(positions))), steps
+
+
+def revealed_of(row: Tensor) -> set[int]:
+    return set(row.nonzero()[:, 0].tolist())
+
+
+@pytest.mark.parametrize("order", ORDERED)
+@given(in_progress())
+def test_fixed_count_with_steps_spreads_positions(order: str, case: tuple) -> None:
+    measure, masked, progress, steps = case
+    revealed = make_policy("fixed_count", 0.85, steps, order)(measure, masked, progress)
+    for row, (step, positions) in enumerate(zip(progress.step.tolist(), progress.positions.tolist(), strict=True)):
+        count = max(share_of_step(step, steps, positions), 1)
+        assert revealed_of(revealed[row]) == take(order, measure[row].tolist(), masked[row].tolist(), count)
+
+
+@pytest.mark.parametrize("order", ORDERED)
+@given(in_progress())
+def test_time_schedule_reveals_share_of_the_time_left(order: str, case: tuple) -> None:
+    measure, masked, progress, steps = case
+    revealed = make_policy("time_schedule", 0.85, steps, order)(measure, masked, progress)
+    for row, step in enumerate(progress.step.tolist()):
+        count = share_of_time(step, steps, int(masked[row].sum()))
+        assert revealed_of(revealed[row]) == take(order, measure[row].tolist(), masked[row].tolist(), count)
+
+
+def test_time_schedule_as_dream() -> None:
+    """16 positions in 8 steps, from the family's own sampler."""
+    policy, masked, counts = make_policy("time_schedule", 0.0, 8), torch.ones(1, 16, dtype=torch.bool), []
+    for step in range(8):
+        revealed = policy(torch.rand(1, 16), masked, Progress(torch.tensor([step]), torch.tensor([16])))
+        counts.append(int(revealed.sum()))
+        masked &= ~revealed
+    assert counts == [1, 2, 2, 2, 2, 2, 2, 3]
+
+
+@given(in_progress(), THRESHOLDS)
+def test_confidence_threshold_with_steps_reveals_at_least_their_share(case: tuple, threshold: float) -> None:
+    measure, masked, progress, steps = case
+    revealed = make_policy("confidence_threshold", threshold, steps)(measure, masked, progress)
+    for row, (step, positions) in enumerate(zip(progress.step.tolist(), progress.positions.tolist(), strict=True)):
+        count = max(share_of_step(step, steps, positions), 1)
+        least = take("confidence", measure[row].tolist(), masked[row].tolist(), count)
+        sure = {i for i in revealed_of(masked[row]) if measure[row, i] > threshold}
+        assert revealed_of(revealed[row]) == least | sure
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("time_schedule", 0.5), "`unmasking_policy='time_schedule'` spreads .*: also set `denoising_steps`"),
+        (("entropy_bound", 0.5, 4), r"`denoising_steps=4` has no effect with .*'entropy_bound'.*'time_schedule'"),
+        (("confidence_threshold", 0.5, 4, "margin"), "`unmasking_order='margin'` has no effect with"),
+        (("fixed_count", 1, 4, "best"), r"`unmasking_order='best'` is unknown.*'left_to_right'"),
+        (("fixed_count", 1, 0), "`denoising_steps=0` is not a whole number >= 1"),
+        (("fixed_count", 1, True), "`denoising_steps=True` is not a whole number >= 1"),
+    ],
+)
+def test_make_policy_senseless_schedule_raises(options: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_policy(*options)
+
+
+def test_policy_with_steps_without_progress_raises() -> None:
+    with pytest.raises(ValueError, match="has to be given the `progress`"):
+        make_policy("fixed_count", 1, 4)(torch.ones(1, 4), torch.ones(1, 4, dtype=torch.bool))
+
+
+# -- sub-blocks --------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 12), st.integers(1, 5), st.lists(st.integers(-3, 12), min_size=1, max_size=3))
+def test_sub_blocks_counted_from_anchor(count: int, size: int, anchors: list[int]) -> None:
+    numbers = sub_blocks_of(count, size, torch.tensor(anchors))
+    assert numbers.tolist() == [[(place - anchor) // size for place in range(count)] for anchor in anchors]
+
+
+def test_in_earliest_sub_block_each_row_by_its_own_anchor() -> None:
+    masked = torch.tensor([[False, True, True, True, True]]).expand(2, -1)
+    here = in_earliest_sub_block(masked, sub_blocks_of(5, 2, torch.tensor([0, 1])))
+    assert here.tolist() == [[True, True, False, False, False], [False, True, True, False, False]]
+
+
+# -- margins -----------------------------------------------------------------------------------------------------------
+
+
+def test_margin_best_token_minus_any_other() -> None:
+    scores = torch.tensor([[0.5, 0.2, 0.3], [0.2, 0.7, 0.1], [0.1, 0.4, 0.5]]).log()
+    assert margins(scores, mask_token_id=2).tolist() == pytest.approx([0.2, 0.5, -0.1])
