@@ -163,7 +163,7 @@ def test_sampling_rows_of_a_batch_have_the_distribution_too(make_model: Callable
 @pytest.mark.parametrize("first", [0, 5])
 def test_chooser_extreme_numbers_never_choose_the_impossible(first: int) -> None:
     """The smallest number and the largest, with impossible tokens at both ends."""
-    chooser = TokenChooser(LogitsProcessorList(), do_sample=True, mask_token_id=9, measures_entropy=False)
+    chooser = TokenChooser(LogitsProcessorList(), do_sample=True, mask_token_id=9, measures="confidence")
     logits = torch.full((2, 10), -torch.inf)
     logits[:, first : first + 3] = 0.0
     numbers = torch.tensor([0.0, 1 - 2.0**-48], dtype=torch.float64)
