@@ -104,10 +104,10 @@ def add_defaults(config: RelayConfig, options: GenerationConfig) -> None:
         ValueError: the configuration's own defaults are not options of block diffusion.
     """
     for name, value in foreign_generation_to_relay(options.to_dict()).items():
-        if value is None and name not in GenerationConfig().to_dict():
-            delattr(options, name)
-        else:
+        if value is not None or hasattr(GenerationConfig(), name):
             setattr(options, name, value)
+        elif hasattr(options, name):
+            delattr(options, name)
     block_size, own = config.block_size, dict(config.generation_defaults or {})
     if "confidence_top_k" in own:
         # Dream's sampler reads `top_k` in greedy decoding as well.

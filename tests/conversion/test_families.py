@@ -273,6 +273,15 @@ def test_dream_saved_by_its_own_class_converts(
     assert int(output.denoise_forwards[0]) <= (12 if order is None else 4)
 
 
+def test_dream_saved_by_its_own_class_without_top_k_converts(write_source: Callable, tmp_path: Path) -> None:
+    dream = {"alg": "entropy", "alg_temp": 0.1, "steps": 512, "temperature": 0.2, "top_k": None, "output_history": True}
+    source, _ = write_source("dream", generation=dream)
+    convert(source, tmp_path / "out")
+    options = RelayForMaskedDiffusion.from_pretrained(tmp_path / "out").generation_config
+    assert (options.do_sample, options.temperature, options.confidence_top_k) == (True, 0.2, None)
+    assert (options.output_history, options.denoising_steps) == (False, 512)
+
+
 @pytest.mark.parametrize("uses_it", [True, False])
 def test_llada_reply_ends_at_eot_id(write_source: Callable, tmp_path: Path, uses_it: bool) -> None:
     tokenizer = make_tokenizer(diffuses=True)
