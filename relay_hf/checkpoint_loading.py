@@ -11,8 +11,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .conversion.gguf_sources import refuse_gguf
 from .modeling import RelayConfig, RelayForMaskedDiffusion
+from .modeling.defaults_relay import add_defaults
 from .modeling.files_relay import check_json_files, explained
-from .modeling.options_relay import add_defaults, check_options
+from .modeling.options_relay import check_options
 from .tokenizer_loading import load_tokenizer
 
 

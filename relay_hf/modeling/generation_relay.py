@@ -15,8 +15,8 @@ from transformers.generation.streamers import BaseStreamer
 from .cache_relay import RelayCache
 from .choice_relay import TokenChooser
 from .decoding_relay import BlockDecoder
+from .defaults_relay import add_defaults
 from .options_relay import (
-    add_defaults,
     check_inputs,
     check_length,
     check_options,

@@ -19,6 +19,7 @@ from .cache_relay import RelayCache
 from .channel_relay import Readings, RelayLayerNorm, SoftMaskChannel, in_scope, make_channel
 from .configuration_relay import RelayConfig
 from .conversion_relay import FOREIGN_PARAMETER_NAMES, check_whole
+from .defaults_relay import add_defaults
 from .files_relay import check_json_files, explained
 from .generation_relay import RelayGenerationMixin
 from .head_relay import RelayHead, is_plain, score
@@ -29,7 +30,6 @@ from .masks_relay import (
     full_attention,
     new_positions,
 )
-from .options_relay import add_defaults
 from .outputs_relay import RelayOutput
 from .reveal_relay import best_token
 from .versions_relay import (
