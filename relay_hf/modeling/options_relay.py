@@ -327,7 +327,7 @@ def _check_types(options: GenerationConfig) -> None:
     """transformers takes any value for fields that it does not know, and for some that it does."""
     cached = options.use_sub_block_cache
     if not isinstance(cached, bool) and cached != "prefix":
-        raise ValueError(f"`use_sub_block_cache={cached!r}` must be True, False or 'prefix'.")
+        raise ValueError(f"`use_sub_block_cache={cached!r}` must be True or False, or 'prefix'.")
     for name in ("fuse_commits", "use_relay", "output_history", "do_sample"):
         if not isinstance(value := getattr(options, name), bool):
             raise ValueError(f"`{name}={value!r}` must be True or False.")
