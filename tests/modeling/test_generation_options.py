@@ -206,7 +206,7 @@ def most_denoise_forwards(draw: Draw) -> int:
     starts = 3 if draw.options.get("relay_start") == "self" else 0
     # A schedule may leave out steps; on a canvas clues may lie in as many sub-blocks.
     empty = 0
-    if draw.options["unmasking_policy"] == "time_schedule":
+    if draw.options["unmasking_policy"] == "time_schedule" and isinstance(draw.options.get("denoising_steps"), int):
         empty = draw.options["denoising_steps"] * (draw.masks + draw.new_tokens + 7)
     return draw.masks + draw.new_tokens + starts + empty + (0 if "canvas" in draw.name else 7)
 
