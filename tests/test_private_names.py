@@ -141,6 +141,7 @@ OVERRIDDEN = {
     },
     "transformers.trainer.Trainer": {
         "_load_best_model",
+        "_load_from_checkpoint",
         "_load_optimizer_and_scheduler",
         "_save_optimizer_and_scheduler",
         "_save_rng_state",

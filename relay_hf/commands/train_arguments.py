@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 import yaml
 from transformers import TrainingArguments
+from transformers.utils import is_bitsandbytes_available
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 from trl.scripts.utils import DatasetConfig
 
@@ -18,6 +19,9 @@ from ..conversion.gguf_sources import refuse_gguf
 from ..recipes import recipe_path
 from ..trainers import RelayTrainerConfig
 from .parser import unknown_option
+
+# TRL's options about weights of 4 bits.
+OF_4_BITS = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
 
 
 @dataclass
@@ -58,10 +62,28 @@ class RelayModelConfig(ModelConfig):
         if isinstance(names, str) and re.fullmatch(r"[\w.]+", names):
             # TRL makes a text of a list of one, which PEFT takes for a pattern of whole paths.
             self.lora_target_modules = [names]
-        if self.load_in_4bit or self.load_in_8bit:
-            raise ValueError("Quantised weights cannot be trained here: leave out `load_in_4bit` and `load_in_8bit`.")
+        self._check_quantisation()
         if self.block_size is not None and self.block_size < 0:
             raise ValueError(f"`block_size={self.block_size}` must be at least 1, or 0 for the whole sequence.")
+
+    @property
+    def quantises(self) -> str | None:
+        """The option by which the model's weights are quantised when they are loaded."""
+        return next((name for name in ("load_in_4bit", "load_in_8bit") if getattr(self, name)), None)
+
+    def _check_quantisation(self) -> None:
+        for option in (option for option in fields(ModelConfig) if option.name in OF_4_BITS):
+            if not self.load_in_4bit and (value := getattr(self, option.name)) != option.default:
+                raise ValueError(
+                    f"`{option.name}={value}` has no effect without `load_in_4bit`: add it, or leave it out."
+                )
+        if self.load_in_4bit and self.dtype in ("auto", None):
+            raise ValueError(
+                f"`dtype={self.dtype}` does not name what 4-bit weights are computed in: give `bfloat16`, `float16` or "
+                "`float32`."
+            )
+        if self.quantises and not is_bitsandbytes_available():
+            raise ValueError(f"`{self.quantises}` needs bitsandbytes: run `pip install bitsandbytes`.")
 
     def relay_options(self) -> dict[str, Any]:
         """The arguments of `RelayConfig` that were given."""
@@ -146,7 +168,7 @@ def _check_mixture(sources: Any, path: Path) -> None:
 
 # What most runs set, of the nearly two hundred options that come from the libraries.
 USUAL_MODEL = ("model_name_or_path", "model_revision", "dtype", "attn_implementation")
-USUAL_LORA = ("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+USUAL_LORA = ("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit", "load_in_8bit")
 USUAL_DATA = (
     "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "dataset_streaming",
 )  # fmt: skip
@@ -156,9 +178,6 @@ USUAL_TRAINING = (
     "completion_only_loss", "assistant_only_loss", "logging_steps", "save_steps", "eval_strategy", "eval_steps",
     "report_to", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "seed",
 )  # fmt: skip
-# Of TRL's model and script arguments, what would have no effect here.
-REFUSED = {name for name in ModelConfig.__dataclass_fields__ if "4bit" in name or "8bit" in name or "bnb" in name}
-REFUSED.add("ignore_bias_buffers")
 
 
 def help_text(program: str, purpose: str, everything: bool) -> str:
@@ -172,7 +191,7 @@ def help_text(program: str, purpose: str, everything: bool) -> str:
         "Training (transformers and TRL)": list(USUAL_TRAINING),
     }
     if everything:
-        shown = {*own, *own_model, *REFUSED, *(name for names in inherited.values() for name in names)}
+        shown = {*own, *own_model, *(name for names in inherited.values() for name in names)}
         for title, source in (
             ("More of the model (TRL's ModelConfig)", ModelConfig),
             ("More of training (TRL's SFTConfig)", SFTConfig),

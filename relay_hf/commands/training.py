@@ -8,11 +8,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-from trl import get_peft_config
+from trl import get_peft_config, get_quantization_config
 
 from ..checkpoint_loading import read_diffusion_config, read_tokenizer
 from ..conversion.mask_token import choose_mask_token
 from ..hub_cards import CARD, set_usage
+from ..modeling import RelayForMaskedDiffusion
+from ..modeling.adapter_relay import ADAPTER_BASE_FIELD
 from ..modeling.configuration_relay import RELAY_FIELDS
 from ..trainers import RelayTrainer
 from ..trainers.card import TRAINING_PICTURE
@@ -58,6 +60,8 @@ def _train(arguments: TrainArguments, program: str, argv: Sequence[str]) -> None
     }
     options |= _more_options(training.model_init_kwargs or {}, options)
     tokenizer = _read_tokenizer(model, options)
+    if model.quantises:
+        options["quantization_config"] = get_quantization_config(model)
     training.model_init_kwargs = options
     trainer = RelayTrainer(
         model.model_name_or_path,
@@ -95,16 +99,26 @@ def _train(arguments: TrainArguments, program: str, argv: Sequence[str]) -> None
         trainer.push_to_hub(dataset_name=names)
     result = training.output_dir
     if merges and trainer.is_world_process_zero():
-        result = _save_merged(trainer, tokenizer)
+        result = _save_merged(trainer, _whole_model(trainer, model.model_name_or_path), tokenizer)
     generate = command("relay-hf generate", str(result), _a_prompt(train_set))
     say(f"relay-hf: the model is in `{result}`; try it:\n{generate}")
 
 
-def _save_merged(trainer: RelayTrainer, tokenizer: PreTrainedTokenizerBase) -> str:
+def _whole_model(trainer: RelayTrainer, source: str) -> Any:
+    """The model that the trained adapter is merged into: of quantised weights, which cannot take it, the source."""
+    given: Any = trainer.args.model_init_kwargs
+    options = dict(given)
+    if options.pop("quantization_config", None) is None:
+        return trainer.accelerator.unwrap_model(trainer.model)
+    whole = RelayForMaskedDiffusion.from_pretrained(source, **options)
+    whole.load_adapter(trainer.args.output_dir)
+    return whole
+
+
+def _save_merged(trainer: RelayTrainer, whole: Any, tokenizer: PreTrainedTokenizerBase) -> str:
     """The whole model in a folder of its own: adapters alone are of no use without what they started from."""
     output = Path(trainer.args.output_dir)
     folder = output / MERGED
-    whole: Any = trainer.accelerator.unwrap_model(trainer.model)
     whole.merge_and_unload().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for name in (CARD, TRAINING_PICTURE):
@@ -164,6 +178,10 @@ def _read_tokenizer(model: RelayModelConfig, options: dict[str, Any]) -> PreTrai
     source, revision = str(model.model_name_or_path), model.model_revision
     fields = {name: value for name, value in options.items() if name in RELAY_FIELDS}
     config = read_diffusion_config(source, revision, **fields)
+    if model.quantises and not (model.use_peft or hasattr(config, ADAPTER_BASE_FIELD)):
+        raise ValueError(
+            f"`{model.quantises}` freezes the model's weights, so that only adapters can learn: add `--use_peft true`."
+        )
     tokenizer = read_tokenizer(source, config, revision)
     choose_mask_token(config.mask_token_id, None, tokenizer, config.text_config.vocab_size)
     return tokenizer

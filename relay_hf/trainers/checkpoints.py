@@ -1,11 +1,13 @@
 """Checkpoints that hold everything a run needs to go on, and are only used if they are whole."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from transformers.utils import CONFIG_NAME, logging
 
@@ -116,8 +118,13 @@ class ResumableTrainer(DataCheckingTrainer):
         else:
             self.weight_average.restart()
 
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with keeps_dtypes(self.model):
+            super()._load_from_checkpoint(*args, **kwargs)
+
     def _load_best_model(self) -> None:
-        super()._load_best_model()
+        with keeps_dtypes(self.model):
+            super()._load_best_model()
         if self.weight_average is not None:
             # The best score was measured with the average, which training puts into the model at its end. What was just
             # loaded is the average or, under FSDP, the weights themselves.
@@ -127,6 +134,16 @@ class ResumableTrainer(DataCheckingTrainer):
     def _buffer_file(self, folder: str) -> Path:
         """Each process has rows of its own."""
         return Path(folder) / f"rollout_buffer_{self.args.process_index}.safetensors"
+
+
+@contextmanager
+def keeps_dtypes(model: nn.Module) -> Iterator[None]:
+    """Parameters that change their type inside get it back: PEFT loads adapters into fp32, also those of QLoRA."""
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    yield
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != dtypes.get(name, parameter.dtype):
+            parameter.data = parameter.data.to(dtypes[name])
 
 
 def check_same_model(checkpoint: Path, config: RelayConfig) -> None:

@@ -82,10 +82,9 @@ def _describe_steps(trainer: Any) -> str:
     return text
 
 
-def _describe_parameters(model: nn.Module) -> str:
+def _describe_parameters(model: Any) -> str:
     named = list(model.named_parameters())
-    trained = sum(p.numel() for _, p in named if p.requires_grad)
-    everything = sum(p.numel() for _, p in named)
+    trained, everything = model.num_parameters(only_trainable=True), model.num_parameters()
     channel = sum(p.numel() for name, p in named if p.requires_grad and is_channel_parameter(name))
     return (
         f"{trained:,} trained of {everything:,} ({trained / everything:.2%}), {channel:,} of them the relay channel's"
