@@ -34,8 +34,8 @@ from .outputs_relay import RelayOutput
 from .reveal_relay import best_token
 from .versions_relay import (
     as_cache_argument,
+    checkpointing_drops_caches,
     hidden_states_request,
-    is_checkpointing,
     slice_logits_to_keep,
     takes_past_key_values,
 )
@@ -361,7 +361,7 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         """Number of cached positions, if the forward can make use of them."""
         if cache is None:
             return 0
-        if self.training and is_checkpointing(self) and not getattr(cache, "survives_checkpointing", False):
+        if checkpointing_drops_caches(self) and not getattr(cache, "survives_checkpointing", False):
             raise ValueError(
                 "Gradient checkpointing drops keys and values while training, so a cache would stay empty: call "
                 "`model.eval()`, or leave the cache out."

@@ -116,8 +116,12 @@ def hidden_states_request(asked: bool | int | list[int]) -> bool | int | list[in
     return True
 
 
-def is_checkpointing(model: PreTrainedModel) -> bool:
-    """Whether the model recomputes activations in the backward pass; 5.23 renamed the property."""
-    if hasattr(PreTrainedModel, "is_activation_checkpointing"):
-        return model.is_activation_checkpointing
-    return model.is_gradient_checkpointing
+def checkpointing_drops_caches(model: PreTrainedModel) -> bool:
+    """Whether layers get no cache now, because the backward pass would run them again.
+
+    Where no gradient is wanted there is no backward pass, but before 5.24 they get none there either.
+    """
+    # 5.23 renamed the property.
+    has_new_name = hasattr(PreTrainedModel, "is_activation_checkpointing")
+    is_checkpointing = model.is_activation_checkpointing if has_new_name else model.is_gradient_checkpointing
+    return model.training and is_checkpointing and (torch.is_grad_enabled() or CACHE_ARGUMENT != "cache")

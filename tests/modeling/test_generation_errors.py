@@ -199,9 +199,9 @@ def test_generate_batch_raises(model: RelayForMaskedDiffusion) -> None:
         model.generate_batch([[1, 2, 3]])
 
 
-def test_generate_checkpointing_in_training_raises(make_model: Callable, prompt: Tensor) -> None:
-    """There transformers empties the cache at every layer."""
-    model = make_model().train()
+def test_generate_checkpointing_in_training_writes_what_evaluation_writes(make_model: Callable, prompt: Tensor) -> None:
+    """There transformers empties the cache at every layer, but only if gradients are wanted."""
+    model = make_model(open_channel=True)
+    expected = model.generate(prompt, max_new_tokens=8)
     model.gradient_checkpointing_enable()
-    with pytest.raises(ValueError, match=r"Gradient checkpointing drops keys and values.*`model.eval\(\)`"):
-        model.generate(prompt, max_new_tokens=4)
+    assert torch.equal(model.train().generate(prompt, max_new_tokens=8), expected)

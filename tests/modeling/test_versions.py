@@ -18,8 +18,8 @@ from relay_hf.modeling.versions_relay import NEWEST_TESTED, slice_logits_to_keep
 
 ROOT = Path(__file__).parents[2]
 IMPORT = """
-import sys, transformers
-transformers.__version__ = sys.argv[1]
+import sys, transformers.processing_utils  # it puts another module in the place of `transformers`
+sys.modules["transformers"].__version__ = sys.argv[1]
 import relay_hf, relay_hf.trainers
 """
 

@@ -1,10 +1,13 @@
 """Texts that the model writes at each evaluation."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
+from transformers import TrainerCallback
 
 from relay_hf.trainers import RelayTrainer
 
@@ -54,3 +57,33 @@ def test_samples_leave_training_as_it_is(make_trainer: Callable[..., RelayTraine
 def test_config_negative_sample_rows_raises(make_trainer: Callable[..., RelayTrainer]) -> None:
     with pytest.raises(ValueError, match="`sample_rows=-1` is negative"):
         make_trainer(sample_rows=-1)
+
+
+class Writes(TrainerCallback):
+    """Continues a prompt after each step: in the mode of training, in which transformers calls it, and in the other."""
+
+    def __init__(self) -> None:
+        self.written: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        assert model.training
+        prompt = torch.tensor([[3, 4, 5, 6, 7]])
+        mine = model.generate(prompt, max_new_tokens=11)
+        self.written.append((mine, model.eval().generate(prompt, max_new_tokens=11)))
+        model.train()
+
+
+@pytest.mark.parametrize("adapts", [False, True])
+def test_generate_in_a_callback_writes_under_checkpointing_what_evaluation_writes(
+    make_trainer: Callable[..., RelayTrainer], adapts: bool
+) -> None:
+    peft_config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM") if adapts else None
+    runs = []
+    for callbacks in ([], [Writes()]):
+        options = {"callbacks": callbacks, "peft_config": peft_config}
+        trainer = make_trainer(build_model(), gradient_checkpointing=True, trainer_options=options)
+        trainer.train()
+        runs.append(losses(trainer))
+    assert len(callbacks[0].written) == 4
+    assert all(torch.equal(mine, evaluated) for mine, evaluated in callbacks[0].written)
+    assert runs[0] == runs[1]
