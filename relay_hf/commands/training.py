@@ -136,7 +136,7 @@ def _how_to_go_on(program: str, argv: Sequence[str], checkpoint: Path, processes
 
 def _a_prompt(rows: Any) -> str:
     """The beginning of the training text's first row, as something to try the model with."""
-    row = next(iter(rows), {})
+    row: dict[str, Any] = next(iter(rows), {})
     text = next((row[name] for name in ("prompt", "messages", "text") if row.get(name)), "Hello")
     if not isinstance(text, str):
         text = next((turn["content"] for turn in text if turn.get("role") == "user"), "Hello")

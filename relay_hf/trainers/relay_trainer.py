@@ -295,11 +295,12 @@ class RelayTrainer(ResumableTrainer):
             return
         with self.accelerator.autocast():
             samples = list(write_samples(self.accelerator.unwrap_model(self.model), dataset, self.args))
-        texts = [self.processing_class.decode(sample.tokens) for sample in samples]
-        self.state.log_history.append({f"{prefix}_samples": texts, "step": self.state.global_step})
+        tokenizer: Any = self.processing_class
+        note: dict[str, Any] = {f"{prefix}_samples": [tokenizer.decode(sample.tokens) for sample in samples]}
+        self.state.log_history.append({**note, "step": self.state.global_step})
         for sample in samples:
             self.eval_means.add({f"sample_{kind}_forwards": count for kind, count in sample.forwards.items()})
-            tqdm.write(describe_sample(sample, self.processing_class), file=sys.stdout)
+            tqdm.write(describe_sample(sample, tokenizer), file=sys.stdout)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in SFTTrainer, with what the rollouts showed since the last time."""

@@ -3,13 +3,13 @@
 import time
 from collections.abc import Callable, Iterator
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..modeling import RelayConfig
 from .metrics import is_channel_parameter
@@ -113,7 +113,7 @@ def optimizer_bytes(trainer: Trainer, parameters: list[nn.Parameter]) -> int | N
     if trainer.optimizer is not None:
         return None  # given by the user
     try:
-        kind, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+        kind, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, cast(PreTrainedModel, trainer.model))
         copies = [nn.Parameter(torch.empty_like(p, device="meta")) for p in parameters]
         for copy in copies:
             copy.grad = torch.empty_like(copy)
