@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import MaxTimeCriteria
 
 from relay_hf import RelayCache, RelayForMaskedDiffusion
 
 from .decoding import prompts_of
+from .interruptions import Alarm, AlarmingStreamer, Clock, InterruptionError, assert_same_contents, contents
 
 TURN, NEXT, OTHER = prompts_of((19, 5, 21))
 OPTIONS: list[dict[str, Any]] = [
@@ -20,54 +20,9 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-class InterruptionError(Exception):
-    """What nothing else raises."""
-
-
-class Alarm:
-    """Goes off at its n-th call, whoever makes it; beyond their number it only counts."""
-
-    def __init__(self, at: int, error: type[BaseException]) -> None:
-        self.left, self.error = at, error
-
-    def __call__(self, *_: Any, **__: Any) -> None:
-        self.left -= 1
-        if self.left == -1:
-            raise self.error("Wake up")
-
-
-class AlarmingStreamer:
-    def __init__(self, alarm: Alarm) -> None:
-        self.put = self.put_draft = self.end = alarm
-
-
 def generate(model: RelayForMaskedDiffusion, cache: RelayCache | None, text: Tensor, **options: Any) -> Tensor:
-    return model.generate(
-        text[None],
-        cache=cache,
-        max_new_tokens=20,
-        unmasking_threshold=0.3,
-        eos_token_id=None,
-        pad_token_id=0,
-        **options,
-    )  # fmt: skip
-
-
-def contents(cache: RelayCache) -> dict[str, Any]:
-    layers: Any = cache.layers
-    own = {name: value for name, value in vars(cache).items() if name != "layers"}
-    return {**own, **{f"{name} {i}": value for i, layer in enumerate(layers) for name, value in vars(layer).items()}}
-
-
-def assert_same_contents(cache: RelayCache, before: dict[str, Any]) -> None:
-    after = contents(cache)
-    assert after.keys() == before.keys()
-    for name, value in before.items():
-        if isinstance(value, Tensor):
-            assert after[name].equal(value), name
-        elif name != "block_states":
-            assert after[name] == value, name
-    assert after["block_states"].keys() == before["block_states"].keys()
+    settings = {"max_new_tokens": 20, "unmasking_threshold": 0.3, "eos_token_id": None, "pad_token_id": 0, **options}
+    return model.generate(text[None], cache=cache, **settings)
 
 
 def interruptions(model: RelayForMaskedDiffusion) -> Iterator[tuple[str, Callable[[Alarm], dict[str, Any]]]]:
@@ -93,7 +48,7 @@ def interruptions(model: RelayForMaskedDiffusion) -> Iterator[tuple[str, Callabl
 def test_interrupted_at_any_moment_leaves_the_cache_as_it_was(
     make_model: Callable, options: dict[str, Any], text: Tensor
 ) -> None:
-    model = make_model(open_channel=True, token_shift=True)
+    model, options = make_model(open_channel=True, token_shift=True), {**options, "max_new_tokens": 12}
     expected = generate(model, None, text, **options)
     cache = RelayCache(config=model.config.text_config)
     generate(model, cache, TURN, **options)
@@ -113,7 +68,7 @@ def test_interrupted_at_any_moment_leaves_the_cache_as_it_was(
                 for module, kept in zip(model.modules(), hooks, strict=True):
                     module._forward_hooks.clear()
                     module._forward_hooks.update(kept)
-            count += 1 + count // 2
+            count = 2 * count + 1
         assert count > 2, place
         # The call that came to its end gave the text, from what all the others had left.
         assert torch.equal(generate(model, cache, text, **options), expected), place
@@ -132,18 +87,6 @@ def test_interrupted_batch_leaves_an_empty_cache_empty(make_model: Callable) -> 
     assert cache.get_seq_length() == 0
     assert cache.tokens is None
     assert torch.equal(model.generate(ids, cache=cache, max_new_tokens=20), expected)
-
-
-class Clock(MaxTimeCriteria):
-    """Runs out when it has been looked at so often."""
-
-    def __init__(self, looks: int) -> None:
-        super().__init__(max_time=3600)
-        self.looks = looks
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        self.looks -= 1
-        return torch.full((len(input_ids),), self.looks < 0)
 
 
 @pytest.mark.parametrize("options", OPTIONS[:2], ids=str)

@@ -1,6 +1,7 @@
 """`generate` under random options: keeps its promises or refuses in one sentence before any forward; never hangs.
 
 Half of the draws are meant to work and have to. The others get one senseless option on top and have to be refused.
+Every fourth call that works is made again in a conversation and ended at a random moment.
 """
 
 import random
@@ -22,6 +23,7 @@ from relay_hf import RelayCache, RelayForMaskedDiffusion
 from relay_hf.modeling.reveal_relay import ORDERS
 
 from .decoding import STARTS, padded
+from .interruptions import check_interruption, check_out_of_time, last_turn
 from .senseless_options import REFERENCE, REFUSED, REFUSED_LATE, REFUSED_OTHERWISE, STATIC
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -226,6 +228,27 @@ def call(model: RelayForMaskedDiffusion, reference: RelayForMaskedDiffusion, dra
     return model.generate(**{**draw.inputs, **options})
 
 
+def interrupt(model: RelayForMaskedDiffusion, reference: RelayForMaskedDiffusion, draw: Draw, bound: Bound) -> str:
+    """Makes a call in a conversation and ends it before its time; returns how it ended."""
+    rng, cache = random.Random(str(draw.inputs)), RelayCache(config=model.config.text_config)
+    options, inputs, bound.limit = {**draw.options, "use_cache": True}, draw.inputs, 10**9
+    options.pop("streamer", None)
+    if options.get("reference_model") == REFERENCE:
+        options["reference_model"] = reference
+    if draw.rows == 1 and "canvas" not in draw.name and rng.random() < 0.7:
+        inputs = last_turn(model, inputs, cache)
+        options.pop("max_length", None)
+        options["max_new_tokens"] = draw.new_tokens
+
+    def generate(**others: Any) -> Any:
+        return model.generate(**{**inputs, **options, **others})
+
+    if rng.random() < 0.2:
+        check_out_of_time(generate, cache, rng)
+        return "out of time"
+    return "interrupted" if check_interruption(model, generate, cache, rng) else "finished"
+
+
 def check(output: Any, draw: Draw, bound: Bound, mask: int) -> None:
     """What every call promises."""
     options, prompts = draw.options, draw.inputs["input_ids"]
@@ -324,6 +347,8 @@ def run_draws(make_model: Callable, tokenizer: PreTrainedTokenizerFast, count: i
             if expected is None:
                 assert error is None, repr(error)
                 check(output, draw, bound, tokenizer.mask_token_id)
+                if number % 8 == 0:
+                    outcomes[interrupt(model, references[model.config.block_size], draw, bound)] += 1
             else:
                 assert isinstance(error, expected | ValueError), repr(error)
                 check_refusal(error, senseless, bound)
@@ -343,13 +368,17 @@ def _quiet() -> Iterator[None]:
 
 
 def test_generate_random_options_work_or_are_refused(make_model: Callable, tokenizer: PreTrainedTokenizerFast) -> None:
-    outcomes = run_draws(make_model, tokenizer, 1500, seed=0)
-    assert outcomes["NoneType"] == 750
-    assert outcomes["ValueError"] > 600
+    outcomes = run_draws(make_model, tokenizer, 800, seed=0)
+    assert outcomes["NoneType"] == 400
+    assert outcomes["ValueError"] > 320
+    assert outcomes["interrupted"] > 40
+    assert outcomes["out of time"] > 10
 
 
 @pytest.mark.slow
 def test_generate_ten_thousand_random_options_work_or_are_refused(
     make_model: Callable, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    assert run_draws(make_model, tokenizer, 10_000, seed=1)["NoneType"] == 5000
+    outcomes = run_draws(make_model, tokenizer, 10_000, seed=1)
+    assert outcomes["NoneType"] == 5000
+    assert outcomes["interrupted"] > 500
