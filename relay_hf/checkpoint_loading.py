@@ -81,9 +81,8 @@ def read_tokenizer(source: str, config: RelayConfig, revision: str | None = None
     """
     problem = f"`{source}` has no tokenizer that can be loaded: save it there with `tokenizer.save_pretrained`."
     try:
-        with explained(source, "tokenizer"):
-            tokenizer = load_tokenizer(source, config, revision)
-    except (OSError, ValueError) as error:
+        tokenizer = load_tokenizer(source, config, revision)
+    except OSError as error:
         raise OSError(problem) from error
     if tokenizer is None:
         raise OSError(problem)

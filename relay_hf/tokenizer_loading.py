@@ -7,6 +7,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import cached_file
 
 from .modeling import RelayConfig
+from .modeling.files_relay import explained, unreadable
 
 # A tokenizer that is saved at all has one of these.
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
@@ -30,8 +31,18 @@ def load_tokenizer(
         The tokenizer, or None if the checkpoint has none.
 
     Raises:
-        ValueError, OSError: it has one that cannot be read.
+        OSError: it has one that cannot be read.
     """
+    try:
+        with explained(source, "tokenizer"):
+            return _load_tokenizer(source, config, revision, gguf_file)
+    except ValueError as error:  # of libraries, which name no file
+        raise unreadable(source, "tokenizer", error) from error
+
+
+def _load_tokenizer(
+    source: str, config: RelayConfig, revision: str | None, gguf_file: str | None
+) -> PreTrainedTokenizerBase | None:
     options: dict[str, Any] = {"revision": revision}
     if gguf_file is not None:
         return AutoTokenizer.from_pretrained(source, gguf_file=gguf_file, **options)

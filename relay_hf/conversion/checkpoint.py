@@ -94,8 +94,7 @@ def convert(
             config = RelayConfig.from_pretrained(source, revision=revision, gguf_file=gguf_file, **options)
         except StrictDataclassFieldValidationError as error:
             raise ValueError(f"{error.__cause__}: give one that `RelayConfig` takes.") from error
-    with explained(source, "tokenizer"):
-        tokenizer = load_tokenizer(source, config, revision, gguf_file)
+    tokenizer = load_tokenizer(source, config, revision, gguf_file)
     rows = config.text_config.vocab_size
     mask = choose_mask_token(mask_token_id, config.mask_token_id, tokenizer, rows)
 

@@ -24,7 +24,7 @@ UNFILLED = ("# Model Card for Model ID", "[More Information Needed]")
 def has_card(folder: Path) -> bool:
     """Whether a folder has a card that says something; those that libraries write unasked do not."""
     path = folder / CARD
-    return path.is_file() and not all(words in path.read_text(encoding="utf-8") for words in UNFILLED)
+    return path.is_file() and not all(words in _text(path) for words in UNFILLED)
 
 
 def read_card(folder: Path) -> Any:
@@ -34,12 +34,19 @@ def read_card(folder: Path) -> Any:
         FileNotFoundError: there is none.
         ValueError: its metadata cannot be read.
     """
-    text = (folder / CARD).read_text(encoding="utf-8-sig")  # some editors write a byte order mark
+    text = _text(folder / CARD)
     try:
         return ModelCard(text)
     except Exception as error:  # of the YAML library as well
         problem = " ".join(str(error).split())
         raise ValueError(f"The metadata of `{CARD}` cannot be read ({problem}): correct it.") from error
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"`{path}` is no text ({error}): correct or remove it.") from error
 
 
 def add_evaluation(folder: str | Path, evaluation: Evaluation) -> Path:

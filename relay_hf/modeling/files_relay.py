@@ -56,7 +56,12 @@ def explained(source: Any, part: str) -> Iterator[None]:
         raise
     # Each library has errors of its own, up to a plain `Exception`.
     except Exception as error:
-        reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
-        raise OSError(
-            f"The {part} of `{source}` cannot be read ({reason}): a file is damaged, or of another model; get it again."
-        ) from error
+        raise unreadable(source, part, error) from error
+
+
+def unreadable(source: Any, part: str, error: Exception) -> OSError:
+    """The error that says of a part of a checkpoint what a library says of one of its files."""
+    reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+    return OSError(
+        f"The {part} of `{source}` cannot be read ({reason}): a file is damaged, or of another model; get it again."
+    )

@@ -6,9 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from relay_hf import RelayForMaskedDiffusion
 from relay_hf.cli import main
+from relay_hf.evaluation.cards import hash_weights
+
+from ..conftest import text_config
 
 FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
 DAMAGES: dict[str, Callable[[Path], object]] = {
@@ -17,7 +21,11 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "pickle": lambda path: path.write_bytes(b"\x80\x04\x95\x0b\x00\x00\x00\x00\x00\x00\x00}\x94\x8c\x01a\x94K\x01s."),
     "list": lambda path: path.write_text("[1, 2]"),
     "folder": lambda path: (path.unlink(), path.mkdir()),
+    "removed": lambda path: path.unlink(),
 }
+# Without these two nothing is known of a model; the others may be missing.
+NEEDED = ("config.json", "model.safetensors")
+CASES = [(name, damage) for name in FILES for damage in DAMAGES if damage != "removed" or name in NEEDED]
 
 
 @pytest.fixture
@@ -38,13 +46,57 @@ def assert_one_sentence(argv: list[str], capsys: pytest.CaptureFixture) -> str:
     return said
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(("name", "damage"), CASES)
 def test_generate_with_a_damaged_file_is_one_sentence(
     damaged: Callable[[str, str], Path], capsys: pytest.CaptureFixture, name: str, damage: str
 ) -> None:
     said = assert_one_sentence(["generate", str(damaged(name, damage)), "Hi", "--max_new_tokens", "2"], capsys)
     assert str(Path("damaged")) in said
+
+
+@pytest.mark.parametrize(("name", "damage"), CASES)
+def test_serve_with_a_damaged_file_is_one_sentence(
+    damaged: Callable[[str, str], Path],
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    damage: str,
+) -> None:
+    monkeypatch.setattr("uvicorn.run", lambda *_, **__: pytest.fail("The server started."))
+    assert "damaged" in assert_one_sentence(["serve", str(damaged(name, damage))], capsys)
+
+
+@pytest.mark.parametrize(("name", "damage"), CASES)
+def test_convert_a_damaged_source_is_one_sentence_and_writes_nothing(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture, name: str, damage: str
+) -> None:
+    source, output = tmp_path / "damaged", tmp_path / "converted"
+    Qwen2ForCausalLM(text_config(vocab_size=len(tokenizer) + 2)).save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    DAMAGES[damage](source / name)
+    said = assert_one_sentence(["convert", str(source), str(output), "--mask_token_id", str(len(tokenizer))], capsys)
+    assert "damaged" in said
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("damage", ["pickle", "folder"])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors", "README.md"])
+def test_card_of_a_damaged_model_is_one_sentence(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture, name: str, damage: str
+) -> None:
+    folder, run = tmp_path / "damaged", tmp_path / "run"
+    shutil.copytree(checkpoint, folder)
+    (folder / "README.md").write_text("---\nlicense: mit\ntags:\n- relay\n---\n# A model of mine\n")
+    weights = hash_weights(RelayForMaskedDiffusion.from_pretrained(folder))
+    settings = {"model": "x", "weights": weights, "problems": "y", "dtype": "torch.float32", "benchmark": "z.jsonl"}
+    settings |= {"limit": None, "stop_at_fence": True, "generation_options": "{}", "max_new_tokens": 8}
+    settings |= {"time_limit": 1.0, "batch_size": 1}
+    costs = dict.fromkeys(("denoise_forwards", "commit_forwards", "prefill_forwards"), 1.0)
+    row = {"label": "x", "metrics": {"pass@1": 0.5}, "samples": 1, "threshold": 0.9, **costs}
+    run.mkdir()
+    (run / "results.json").write_text(json.dumps({"settings": settings, "results": [{"row": row, "new_tokens": 1.0}]}))
+    DAMAGES[damage](folder / name)
+    assert "damaged" in assert_one_sentence(["card", str(folder), str(run)], capsys)
 
 
 @pytest.mark.parametrize("command", ["chat", "train", "push", "eval"])

@@ -1,6 +1,5 @@
 """Two evaluations, problem by problem: is the difference more than chance?"""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb
@@ -8,7 +7,7 @@ from pathlib import Path
 from statistics import mean
 
 from .report import draw_picture, read_results
-from .samples import FORWARDS, SETTINGS, Sample, read_samples
+from .samples import FORWARDS, SETTINGS, Sample, read_samples, read_settings
 
 SIGNIFICANT = 0.05
 # Where two evaluations must differ, or may: the rest of the settings should be equal.
@@ -137,9 +136,8 @@ def describe_accuracy(passed: Pairs, a: str = "A", b: str = "B") -> str:
 
 def differing_settings(a: Path, b: Path) -> str:
     """A line that names settings, besides the model, in which the evaluations of two folders differ; often empty."""
-    paths = [folder / SETTINGS for folder in (a, b)]
-    if not all(path.exists() for path in paths):
+    if not all((folder / SETTINGS).exists() for folder in (a, b)):
         return ""
-    first, second = (json.loads(path.read_text()) for path in paths)
+    first, second = read_settings(a), read_settings(b)
     names = [name for name in first if name not in OF_THE_MODEL and first[name] != second.get(name)]
     return f"Note: beside the model, the evaluations differ in {', '.join(names)}." if names else ""

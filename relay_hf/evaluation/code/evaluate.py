@@ -19,7 +19,7 @@ from .arguments import CodeEvalArguments
 from .extraction import extract_code
 from .problems import Problem, fingerprint, load_problems
 from .report import CodeResult, summarize, write_report
-from .samples import SETTINGS, Sample, append_samples, resume_samples, samples_file
+from .samples import SETTINGS, Sample, append_samples, read_settings, resume_samples, samples_file
 from .sandbox import Limits, Outcome, check_platform, run_program
 
 # What may differ between a run and its continuation.
@@ -143,7 +143,7 @@ def _enter(folder: Path, settings: dict[str, Any]) -> None:
     if not path.exists() or not any(folder.glob("samples_*.jsonl")):
         path.write_text(json.dumps(settings, indent=2) + "\n")
         return
-    earlier = json.loads(path.read_text())
+    earlier = read_settings(folder)
     if other := [key for key in settings if settings[key] != earlier.get(key)]:
         differences = ", ".join(f"{key}: {earlier.get(key)!r}, now {settings[key]!r}" for key in other)
         raise ValueError(f"`{folder}` holds another evaluation ({differences}): give another `--output_dir`.")

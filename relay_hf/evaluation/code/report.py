@@ -92,7 +92,7 @@ def read_results(folder: Path) -> tuple[dict[str, Any], list[CodeResult]]:
     try:
         report = json.loads(path.read_text())
         results = [CodeResult(EvaluationRow(**record["row"]), record["new_tokens"]) for record in report["results"]]
-        return report["settings"], results
+        return dict(report["settings"]), results
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"`{path}` is not a result of `relay-hf eval` ({error!r}): give a folder of it.") from error
 

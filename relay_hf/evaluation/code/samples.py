@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from .problems import Problem
 
@@ -38,6 +39,26 @@ class Sample:
 def samples_file(threshold: float) -> str:
     """Name of the file with the answers at a threshold, in all its digits: two thresholds are never one file."""
     return f"samples_threshold_{str(threshold).removesuffix('.0')}.jsonl"
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings of an evaluation.
+
+    Raises:
+        OSError: the folder has none.
+        ValueError: the file holds something else.
+    """
+    path = folder / SETTINGS
+    try:
+        settings = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"`{path}` is no JSON ({error}): give an output folder of `relay-hf eval`.") from error
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f"`{path}` holds a {type(settings).__name__}, not names and values: give an output folder of "
+            "`relay-hf eval`."
+        )
+    return settings
 
 
 def read_samples(path: Path) -> list[Sample]:

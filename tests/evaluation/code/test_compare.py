@@ -1,6 +1,7 @@
 """Comparisons: numbers computed by hand, and what the command line says."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -112,3 +113,29 @@ def test_what_cannot_be_compared_is_one_sentence(folders: list[str], tmp_path: P
     file.unlink()
     with pytest.raises(ValueError, match="share no threshold"):
         compare_runs(*folders)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "cut off": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "garbage": lambda path: path.write_bytes(bytes(range(128, 256))),
+    "list": lambda path: path.write_text("[1, 2]\n"),
+    "folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["settings.json", "results.json", "samples_threshold_0.85.jsonl"])
+def test_comparison_with_a_damaged_file_is_one_sentence(
+    folders: list[str], capsys: pytest.CaptureFixture, tmp_path: Path, name: str, damage: str
+) -> None:
+    DAMAGES[damage](Path(folders[1]) / name)
+    assert main(["compare", *folders, "--picture", str(tmp_path / "curves.png")]) == 2
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert said.startswith("relay-hf: error: ")
+    assert name in said
+
+
+def test_comparison_with_results_of_other_settings_is_refused(folders: list[str], tmp_path: Path) -> None:
+    (Path(folders[1]) / "results.json").write_text('{"settings": [1], "results": []}')
+    with pytest.raises(ValueError, match=r"results\.json` is not a result of `relay-hf eval`"):
+        compare_runs(*folders, picture=str(tmp_path / "curves.png"))
