@@ -11,7 +11,7 @@ SMALL_EXAMPLES := $(filter-out examples/adapt_smollm2.py, $(wildcard examples/*.
 # Libraries would report which trainer runs where.
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test test-oldest examples docs lint format coverage clean
+.PHONY: demo test test-oldest test-quantised examples docs lint format coverage clean
 
 # What a stamp stands for is installed again when the requirements change.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -70,6 +70,18 @@ $(OLDEST)/installed: pyproject.toml constraints-oldest.txt
 test-oldest: $(OLDEST)/installed
 	$(OLDEST)/bin/python -m pytest $(OLDEST_TESTS)
 
+# On every import the two libraries print lines about kernels that CPUs lack, so that they are kept out of the environment.
+QUANTISED := .quantised
+QUANTISED_TESTS := tests/trainers/test_quantised_base.py tests/commands/test_train_quantised.py \
+	tests/modeling/test_plain_weights.py
+
+$(QUANTISED)/installed: constraints.txt $(VENV)/dev
+	$(PIP) install --quiet --upgrade --target $(QUANTISED) --no-deps --constraint constraints.txt bitsandbytes torchao
+	touch $@
+
+test-quantised: $(QUANTISED)/installed
+	PYTHONPATH=$(QUANTISED) $(BIN)/python -m pytest $(QUANTISED_TESTS)
+
 # Two at a time, a thread each; what they print is only shown for one that is run by hand.
 examples: $(VENV)/dev
 	printf '%s\n' $(SMALL_EXAMPLES) "examples/train_text.py --lora" "examples/adapt_smollm2.py --tiny" \
@@ -92,4 +104,4 @@ coverage: $(VENV)/dev
 	$(BIN)/python -m pytest --cov=relay_hf --cov-report=term-missing
 
 clean:
-	rm -rf $(VENV) $(OLDEST) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(QUANTISED) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -184,6 +185,27 @@ def test_rollout_eager_and_sdpa_attention_agree() -> None:
     expected, _ = rollout(model)
     model.set_attn_implementation("eager")
     torch.testing.assert_close(rollout(model)[0], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("carry", ["relay", "rollout"])
+def test_rollout_under_autocast_agrees_in_every_step_that_hides_the_same_positions(carry: str) -> None:
+    """Losses of later steps differ more in training, but only because rounding reveals other positions."""
+    model = build_model()
+    rows = fresh_rows(model.config, build_rows(8), carries_state=carry == "relay")
+    policy = make_policy("confidence_threshold", 0.9)
+    precise = run_rollout(model, rows, [policy] * 3, carry)[1]
+    hidden = iter([*precise.step_masked[1:], precise.rows.masked])
+    rounded = begin_rollout(model, rows, [policy] * 3, carry)
+    rounded.advances = [lambda rows, confidence: replace(rows, masked=next(hidden))] * 3
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded.run_window()
+    ours, theirs = (list(map(float, run.step_losses)) for run in (rounded, precise))
+    assert ours == pytest.approx(theirs, rel=2e-3)
+    assert ours != theirs, "autocast was off"
+    if carry == "relay":
+        # What is carried was not rounded.
+        state = rounded.rows.relay_state
+        assert not torch.equal(state, state.bfloat16().float())
 
 
 def test_fresh_rows_all_labels_ignored_raises() -> None:
