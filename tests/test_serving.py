@@ -416,7 +416,7 @@ def test_serve_taken_port_is_told_before_the_model_is_loaded(
 def test_serve_without_the_extra_says_how_to_install_it(
     folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("relay_hf.serving.is_serve_available", lambda: False)
+    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
     assert main(["serve", str(folder)]) == 2
     assert capsys.readouterr().err == (
         "relay-hf: error: The server's dependencies are not installed: run `pip install 'relay-hf[serve]'`.\n"

@@ -36,6 +36,9 @@ from .stop_texts import StopTexts
 GENERATION_OPTIONS = (
     "unmasking_policy",
     "unmasking_threshold",
+    "unmasking_order",
+    "denoising_steps",
+    "confidence_top_k",
     "sub_block_size",
     "use_sub_block_cache",
     "fuse_commits",

@@ -135,7 +135,7 @@ def test_dtype_is_that_of_the_weights(checkpoint: Path, monkeypatch: pytest.Monk
         (["{model}", "--raw", "hi", "there"], "`there` is not an option"),
         (["nobody/nothing", "hi"], "`nobody/nothing` is not a model"),
         (["{plain}", "hi"], "names no [MASK]"),
-        (["{broken}", "hi"], "not a valid JSON file"),
+        (["{broken}", "hi"], "the file is damaged, get it again"),
         (["{mute}", "hi"], "no tokenizer"),
     ],
 )

@@ -155,6 +155,8 @@ BASE: dict[str, Any] = {
     "relay_temperature": 1.0,
     "relay_top_k": 3,
 }
+# They decide what `generate` does, not what a forward does; `tests/conversion/test_families.py` has them.
+OF_GENERATE = {"generation_defaults"}
 OTHER: dict[str, Any] = {
     "text_config": text_config(intermediate_size=24),
     "block_size": None,
@@ -167,7 +169,7 @@ OTHER: dict[str, Any] = {
     "relay_scope": "all",
     "relay_init": "zeros",
     "relay_initial_state": "none",
-    "relay_norm_eps": 1e3,
+    "relay_norm_eps": 0.9,
     "relay_temperature": 0.5,
     "relay_top_k": 1,
 }
@@ -183,13 +185,15 @@ def two_steps(**fields: Any) -> Tensor:
         model.model.norm.weight.copy_(torch.linspace(0.2, 3.0, 16))
         if model.config.relay_channel == "layer_norm":
             model.relay.norm.bias.fill_(0.5)
+        if model.config.relay_channel == "soft_mask":
+            model.relay.weight[0] = 1.0  # a fresh channel changes nothing
         first = model(ids, relay_state=model.initial_relay_state(*ids.shape))
         return model(ids, relay_state=first.relay_state).logits
 
 
 def test_config_fields_all_tested() -> None:
     inherited = PreTrainedConfig.__annotations__.keys() - {"tie_word_embeddings"}
-    assert set(OTHER) == set(BASE) == RelayConfig.__annotations__.keys() - inherited
+    assert set(OTHER) == set(BASE) == RelayConfig.__annotations__.keys() - inherited - OF_GENERATE
 
 
 # Fields that other channels read.

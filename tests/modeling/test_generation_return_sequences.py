@@ -43,8 +43,9 @@ def test_return_sequences_that_stop_leave_the_others_alone(model: RelayForMasked
     """Nobody's text ends before the token that every other copy still wants."""
     torch.manual_seed(0)
     options = {"max_new_tokens": 30, "do_sample": True, "temperature": 2.0, "num_return_sequences": 8}
-    new = run(model, prompt_of(5), eos_token_id=[7, 19, 23], pad_token_id=MASK, **options).sequences[:, 5:]
-    lengths = (new != MASK).sum(-1)
+    padding = {"pad_token_id": 3, "suppress_tokens": [3]}
+    new = run(model, prompt_of(5), eos_token_id=[7, 19, 23], **padding, **options).sequences[:, 5:]
+    lengths = (new != 3).sum(-1)
     assert len(set(lengths.tolist())) > 2
     for row, length in zip(new, lengths, strict=True):
         is_stop = torch.isin(row[:length], torch.tensor([7, 19, 23]))

@@ -41,6 +41,13 @@ def loaded_hosts(browser: webdriver.Chrome) -> set[str]:
     return {urlsplit(url).netloc for url in urls}
 
 
+def texts_of(browser: webdriver.Chrome, selector: str) -> list[str]:
+    """Texts of all elements at one moment: the page may replace them between two questions."""
+    return browser.execute_script(
+        "return [...document.querySelectorAll(arguments[0])].map(element => element.innerText.trim())", selector
+    )
+
+
 def test_browser_picked_puzzle_fills_both_boards_and_steps_back(
     browser: webdriver.Chrome, find: Callable[..., WebElement], pages: dict[str, str]
 ) -> None:
@@ -55,10 +62,10 @@ def test_browser_picked_puzzle_fills_both_boards_and_steps_back(
     counts = []
     for side in ("#relay-on", "#relay-off"):
         find(f"{side} .relay-note", "after")
-        cells = browser.find_elements(By.CSS_SELECTOR, f"{side} td")
+        cells = texts_of(browser, f"{side} td")
         assert len(cells) == 16
-        assert all(cell.text for cell in cells)
-        assert all(cell.text == clue for cell, clue in zip(cells, picked, strict=True) if clue != ".")
+        assert all(cells)
+        assert all(text == clue for text, clue in zip(cells, picked, strict=True) if clue != ".")
         counts.append(int(find(f"{side} .relay-count b").text))
     assert min(counts) > 0
 
