@@ -80,7 +80,7 @@ $(QUANTISED)/installed: constraints.txt $(VENV)/dev
 	touch $@
 
 test-quantised: $(QUANTISED)/installed
-	PYTHONPATH=$(QUANTISED) $(BIN)/python -m pytest $(QUANTISED_TESTS)
+	PYTHONPATH="$(CURDIR)/$(QUANTISED)" $(BIN)/python -m pytest $(QUANTISED_TESTS)
 
 # Two at a time, a thread each; what they print is only shown for one that is run by hand.
 examples: $(VENV)/dev
