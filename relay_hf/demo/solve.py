@@ -18,7 +18,7 @@ FRESH, PLAIN = "\033[1;32m", "\033[0m"
 
 
 class BoardStreamer(BaseStreamer):
-    """Draws the board after every denoising step, cells revealed in that step in bold green."""
+    """Draws the board after every denoising step, cells revealed in that step in bold green if it is a terminal."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
@@ -43,13 +43,14 @@ class BoardStreamer(BaseStreamer):
 
     def _draw(self, title: str, board: str) -> None:
         before, self.board = self.board or board, board
+        fresh, plain = (FRESH, PLAIN) if sys.stdout.isatty() else ("", "")
         shape = BoardShape.of_cells(len(board))
         print(f"\n{title}")
         for row in range(shape.size):
             if row and row % shape.box_height == 0:
                 print()
             cells = range(row * shape.size, (row + 1) * shape.size)
-            drawn = [f"{FRESH}{board[i]}{PLAIN}" if before[i] != board[i] else board[i] for i in cells]
+            drawn = [f"{fresh}{board[i]}{plain}" if before[i] != board[i] else board[i] for i in cells]
             print("  ".join(" ".join(drawn[i : i + shape.box_width]) for i in range(0, shape.size, shape.box_width)))
         sys.stdout.flush()
 

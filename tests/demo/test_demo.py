@@ -53,6 +53,10 @@ def test_demo_new_process_fills_the_whole_board(demo: tuple[Path, str]) -> None:
     assert ", 0 to go" in demo[1]
 
 
+def test_demo_writes_no_colours_into_a_file(demo: tuple[Path, str]) -> None:
+    assert "\033[" not in demo[1].split("0 to go")[0][demo[1].index("puzzle\n") :]
+
+
 def test_demo_results_hold_every_run_and_agree_with_the_card(demo: tuple[Path, str]) -> None:
     results = json.loads((demo[0] / "results.json").read_text())
     assert [(run["objective"], run["seed"]) for run in results["runs"]][-1] == ("relay", 1)
