@@ -1,4 +1,4 @@
-"""What the families' own samplers write on tiny weights, and how `generate` is told to write the same.
+"""What the families' own samplers write on tiny weights, and the options with which `generate` writes the same.
 
 `python -m tests.family_samplers` prints the table of docs/converting.md.
 """

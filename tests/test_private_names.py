@@ -19,11 +19,14 @@ import pytest
 import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, Qwen2Config, Trainer
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
-from transformers.cli.serving.utils import DirectStreamer, GenerateManager, _StreamError
+from transformers.cli.serving.utils import DirectStreamer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import cached_file
 
 import relay_hf
+
+from . import test_serving_contract
+from .modeling import test_generation_contract
 
 PACKAGE = Path(relay_hf.__file__).parent
 HUGGING_FACE = {"accelerate", "datasets", "huggingface_hub", "lm_eval", "peft", "transformers", "trl"}
@@ -32,11 +35,6 @@ LIBRARIES = HUGGING_FACE | {"argparse", "fastapi", "starlette", "torch"}
 DOCUMENTED = {"_exit", "_replace"}
 # Made by Python and torch for every subclass.
 AUTOMATIC = {"_abc_impl", "_backward_cls"}
-
-
-def stream_error() -> None:
-    assert _StreamError("why").msg == "why"
-    assert "_StreamError(str(e))" in inspect.getsource(GenerateManager.generate_streaming)
 
 
 def parser_actions() -> None:
@@ -94,7 +92,7 @@ def read_by(*owners: type, name: str) -> Callable[[], None]:
 
 # Attributes, keywords and imported names, and what shows that each still means what it meant.
 CHECKS: dict[str, Callable[[], None]] = {
-    "_StreamError": stream_error,
+    "_StreamError": test_serving_contract.test_streams_report_failures_as_items_of_their_queue,
     "_actions": parser_actions,
     "_attn_implementation": attention_of_a_configuration,
     "_can_checkpoint_with_cache": layers_may_keep_caches,
@@ -118,16 +116,7 @@ OVERRIDDEN = {
     "lm_eval.models.huggingface.HFLM": {"_get_config", "_loglikelihood_tokens", "_model_generate"},
     "transformers.cli.serving.model_manager.ModelManager": {"_load_model", "_load_processor"},
     "transformers.cli.serving.utils.BaseHandler": {"_build_generation_config"},
-    "transformers.generation.utils.GenerationMixin": {
-        "_extract_generation_mode_kwargs",
-        "_prepare_cache_for_generation",
-        "_prepare_generated_length",
-        "_prepare_generation_config",
-        "_prepare_model_inputs",
-        "_sample",
-        "_validate_generated_length",
-        "_validate_generation_mode",
-    },
+    "transformers.generation.utils.GenerationMixin": set(test_generation_contract.OVERRIDDEN),
     "transformers.modeling_utils.PreTrainedModel": {
         "_adjust_missing_and_unexpected_keys",
         "_init_weights",

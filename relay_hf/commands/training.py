@@ -174,7 +174,7 @@ def _more_options(given: Any, known: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_tokenizer(model: RelayModelConfig, options: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, which is told which of its tokens is [MASK]; checks both before any weight is read."""
+    """The model's tokenizer with its [MASK] token set; checks configuration and tokenizer before reading any weight."""
     source, revision = str(model.model_name_or_path), model.model_revision
     fields = {name: value for name, value in options.items() if name in RELAY_FIELDS}
     config = read_diffusion_config(source, revision, **fields)
