@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -17,8 +16,8 @@ from transformers import Qwen2Config
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from relay_hf import RelayConfig, RelayForMaskedDiffusion
 from relay_hf.modeling import make_policy
-from relay_hf.trainers import rollout
-from relay_hf.trainers.denoiser import BlockDenoiser, keep_caches_under_checkpointing
+from relay_hf.trainers.denoiser import BlockDenoiser
+from relay_hf.trainers.model_preparation import keep_caches_under_checkpointing
 from relay_hf.trainers.noise import mask_uniformly
 from relay_hf.trainers.objectives import RECIPES, mean_of_positions
 from relay_hf.trainers.rollout import Reveal, Rollout, complement, stay
@@ -85,7 +84,7 @@ class Workload:
     def step(self, model: RelayForMaskedDiffusion, rows: RolloutRows) -> float:
         """Seconds of one forward and backward pass; leaves the gradients."""
         recipe = RECIPES[self.objective]
-        if recipe.is_rollout:
+        if recipe.uses_buffer:
             policy = make_policy("confidence_threshold", 0.85)
             advances = [Reveal(policy, model.config.block_size)] * self.steps
         else:
@@ -96,23 +95,15 @@ class Workload:
             rows = replace(rows, masked=rows.masked & (torch.arange(self.length) >= first))
         model.zero_grad(set_to_none=True)
         reduce_loss = mean_of_positions(recipe, share=lambda count: count)
-        with self._denoiser():
-            began = time.perf_counter()
-            run = Rollout(model, model.config, rows, advances, recipe.carry, reduce_loss, self.window)
-            while run.windows_left > 1:
-                run.run_window().backward()
-            loss = run.run_window()
-            del run  # as in the trainer, which keeps no more than the loss and the rows
-            loss.backward()
-            return time.perf_counter() - began
-
-    @contextmanager
-    def _denoiser(self):
-        ours, rollout.make_denoiser = rollout.make_denoiser, DENOISERS[self.denoiser]
-        try:
-            yield
-        finally:
-            rollout.make_denoiser = ours
+        began = time.perf_counter()
+        denoiser = DENOISERS[self.denoiser](model, model.config, rows)
+        run = Rollout(denoiser, rows, advances, recipe.carry, reduce_loss, self.window)
+        while run.windows_left > 1:
+            run.run_window().backward()
+        loss = run.run_window()
+        del run, denoiser  # as in the trainer, which keeps no more than the loss and the rows
+        loss.backward()
+        return time.perf_counter() - began
 
     def peak_mebibytes(self) -> float:
         """Peak memory of a process that makes one step, beyond that of one which only imports the same."""

@@ -118,7 +118,7 @@ def passes(arguments: DemoArguments) -> float:
     evaluation = (
         len(THRESHOLDS) * EVALUATION_FORWARDS / FORWARDS_PER_PASS * arguments.test_puzzles / arguments.batch_size
     )
-    per_step = [ROLLOUT_STEPS if RECIPES[objective].is_rollout else 1 for objective in arguments.objectives]
+    per_step = [ROLLOUT_STEPS if RECIPES[objective].uses_buffer else 1 for objective in arguments.objectives]
     adaptation = arguments.steps * sum(per_step) + evaluation * len(per_step)
     return arguments.seeds * (arguments.warmup_steps + adaptation)
 

@@ -1,10 +1,11 @@
-"""How one denoising step of a rollout is computed. `rollout.py` knows only `make_denoiser` and `Denoiser`.
+"""How one denoising step of a rollout is computed. `rollout.py` knows only the protocol `Denoiser`.
 
 In block diffusion a noisy block sees itself and the CLEAN blocks before it, and clean text never looks at noisy text.
 The plain way to train that runs the doubled sequence [x_t ; x_0] in every step (`tests/trainers/doubled.py`). The block
 denoiser gives the same numbers for less:
 
-1. the clean text runs once per rollout, and its embeddings, keys and values are kept with their gradient;
+1. the clean text runs once per rollout, in its first window, and its embeddings, keys and values are kept with their
+   gradient;
 2. given those, noisy blocks are independent, so a step runs only the blocks that still hold a mask. Blocks that are
    known have the clean pass's own states: same input, same attention;
 3. only masked positions go through the head, in tiles that never hold all their logits.
@@ -23,9 +24,8 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..modeling import RelayConfig
 from ..modeling.channel_relay import in_scope
@@ -35,7 +35,7 @@ from .clean_text import CleanPrefix, CleanText
 from .rows import RolloutRows, fit_positions
 
 
-class Step(NamedTuple):
+class StepResult(NamedTuple):
     """What one denoising step gives.
 
     Args:
@@ -50,13 +50,15 @@ class Step(NamedTuple):
 
 
 class Denoiser(Protocol):
-    """Denoises the rows of one rollout, step by step."""
+    """Denoises the rows of one rollout, step by step. Its construction runs no model."""
+
+    config: RelayConfig
 
     def begin_window(self, is_last: bool) -> None:
-        """What follows is differentiated before the next window begins."""
+        """Called before the steps of a window, which are differentiated together before the next window begins."""
         ...
 
-    def step(self, rows: RolloutRows, state: Tensor | None, leaves_state: bool) -> Step:
+    def step(self, rows: RolloutRows, state: Tensor | None, leaves_state: bool) -> StepResult:
         """One denoising step.
 
         Args:
@@ -89,17 +91,6 @@ def make_denoiser(
     return BlockDenoiser(model, config, rows, clean_block_starts)
 
 
-def keep_caches_under_checkpointing(model: nn.Module) -> None:
-    """Lets the layers of `model` keep the caches of this file when gradient checkpointing replays them.
-
-    transformers drops every cache there, unless a layer is known to only read it. The two caches here can be replayed:
-    one is read-only, the other is written once. There is no public switch; `test_denoiser.py` fails if this one moves.
-    """
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module._can_checkpoint_with_cache = True
-
-
 def receives_state(config: RelayConfig, rows: RolloutRows) -> Tensor:
     """(B, L) bool, positions that the state enters; a row that starts from "none" gets it from its second step on.
 
@@ -119,7 +110,7 @@ class SequenceDenoiser:
     def begin_window(self, is_last: bool) -> None:
         """Steps share nothing but the state."""
 
-    def step(self, rows: RolloutRows, state: Tensor | None, leaves_state: bool) -> Step:
+    def step(self, rows: RolloutRows, state: Tensor | None, leaves_state: bool) -> StepResult:
         output = self.model(
             input_ids=rows.noisy_ids(self.config.mask_token_id),
             attention_mask=rows.attention_mask,
@@ -130,7 +121,7 @@ class SequenceDenoiser:
             output_relay_state=leaves_state,
             use_cache=False,
         )
-        return Step(output.token_losses, output.confidence, output.relay_state)
+        return StepResult(output.token_losses, output.confidence, output.relay_state)
 
     def predicted_state(self, rows: RolloutRows) -> Tensor:
         ids = rows.noisy_ids(self.config.mask_token_id)
@@ -152,8 +143,8 @@ class PackedBlocks:
 
     Attributes:
         is_masked: (B, A * S) bool, `masked` packed.
-        columns: (B, A * S) where packed positions come from. Rows with fewer active blocks repeat inactive ones, which
-            nobody reads.
+        columns: (B, A * S) where packed positions come from. Rows with fewer active blocks repeat inactive ones, whose
+            results are not read.
         is_active: (B, A * S) bool, packed positions of active blocks.
         active_columns: (B, L') bool, the same before packing.
         last: index of the last active block of all rows.
@@ -198,12 +189,16 @@ class BlockDenoiser:
         self.is_text = self._pad(rows.attention_mask)  # (B, L') with L' a multiple of S
         self.clean_ids = self._pad(rows.clean_ids)
         self.positions = torch.arange(self.is_text.shape[1], device=self.is_text.device)[None]
-        self.clean_pass, self.clean_losses = self._run_clean_pass()
-        self.clean = self.clean_pass
+        # The first window fills the clean pass; every window sets what its steps see of it.
+        self.clean_pass: CleanText | None = None
+        self.clean_losses: Tensor | None = None
         self.stand_in: CleanText | None = None
+        self.clean: CleanText | None = None
+        self.clean_hidden: Tensor | None = None
+        self.edge: Tensor | None = None
 
     def _run_clean_pass(self) -> tuple[CleanText, Tensor]:
-        """Looks up the embeddings of the whole rollout, too: the last column is a [MASK] that nobody sees.
+        """Looks up the embeddings of the whole rollout, too: the last column is a [MASK] that no position attends to.
 
         Returns:
             What the pass leaves, and the (0,) losses of no position, which are part of its graph.
@@ -225,12 +220,13 @@ class BlockDenoiser:
         return clean, output.token_losses
 
     def begin_window(self, is_last: bool) -> None:
-        """The last window carries the gradient of all windows into the clean pass."""
+        """The first window runs the clean pass, the last one carries the gradient of all windows into it."""
+        if self.clean_pass is None:
+            self.clean_pass, self.clean_losses = self._run_clean_pass()
         if is_last:
             self.clean = self.clean_pass
-            # No numbers, but an edge of the graph: whatever the window looks at, the clean pass is differentiated with
-            # it, and from its output on. That is where FSDP gathers weights: the head's, too, which share a group with
-            # those of the last norm.
+            # A zero that ties this window to the clean pass, so that its backward always runs, and from its output on.
+            # FSDP gathers weights there: the head's, too, which share a group with those of the last norm.
             self.edge = self.clean_losses.sum()
         else:
             self.stand_in = self.stand_in or self.clean_pass.stand_in()
@@ -239,7 +235,7 @@ class BlockDenoiser:
         hidden = self.clean.hidden[:, :-1]
         self.clean_hidden = align_to_positions(hidden, self.positions) if self.config.token_shift else hidden
 
-    def step(self, rows: RolloutRows, state: Tensor | None, leaves_state: bool) -> Step:
+    def step(self, rows: RolloutRows, state: Tensor | None, leaves_state: bool) -> StepResult:
         blocks, prefix = self._open_blocks(rows)
         output = self.model(
             **self._inputs(blocks, prefix),
@@ -250,7 +246,7 @@ class BlockDenoiser:
             output_relay_state=leaves_state,
         )
         state = output.relay_state[:, : self.length] if leaves_state else None
-        return Step(output.token_losses + self.edge, output.confidence, state)
+        return StepResult(output.token_losses + self.edge, output.confidence, state)
 
     def predicted_state(self, rows: RolloutRows) -> Tensor:
         blocks, prefix = self._open_blocks(rows)
@@ -297,7 +293,7 @@ class BlockDenoiser:
         return read_out, blocks.unpack(head_inputs, self.clean_hidden), blocks.unpack(is_masked, nothing)
 
     def _is_cut(self, positions: Tensor) -> Tensor | None:
-        """Positions that are aligned with clean text, whatever stands before them."""
+        """(B, L) bool, block starts that read the clean text before the block; None unless `clean_block_starts`."""
         return positions % self.size == 0 if self.clean_block_starts else None
 
     def _attention(self, columns: Tensor, is_text: Tensor, prefix: CleanPrefix) -> Any:

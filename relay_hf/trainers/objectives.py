@@ -26,42 +26,42 @@ class Recipe(NamedTuple):
     Args:
         description: what a card says of it.
         carry: what goes from one step to the next.
-        is_rollout: steps reveal positions one after the other, and rows live on in the buffer; otherwise masks are
+        uses_buffer: steps reveal positions one after the other, and rows live on in the buffer; otherwise masks are
             drawn at random.
         counted: (B, L) bool, the positions that a step's sum of losses is divided by.
     """
 
     description: str
     carry: Carry
-    is_rollout: bool
+    uses_buffer: bool
     counted: Callable[[RolloutRows], Tensor]
 
 
 RECIPES: dict[Objective, Recipe] = {
     "relay": Recipe(
         "the state is carried between denoising steps, with back-propagation through them",
-        carry="gradient", is_rollout=True, counted=MASKED,
+        carry="gradient", uses_buffer=True, counted=MASKED,
     ),
     "relay_sg": Recipe(
         "the state is carried between denoising steps, without gradients between them",
-        carry="state", is_rollout=True, counted=MASKED,
+        carry="state", uses_buffer=True, counted=MASKED,
     ),
     "rollout": Recipe(
         "several denoising steps, nothing carried between them but the tokens",
-        carry="nothing", is_rollout=True, counted=MASKED,
+        carry="nothing", uses_buffer=True, counted=MASKED,
     ),
     "masked": Recipe(
         "plain masked diffusion from a uniformly drawn fraction of masks",
-        carry="nothing", is_rollout=False, counted=MASKED,
+        carry="nothing", uses_buffer=False, counted=MASKED,
     ),
     "residual_context": Recipe(
         "masked diffusion in which each mask carries what a first pass over the same text predicts there",
-        carry="prediction", is_rollout=False, counted=MASKED,
+        carry="prediction", uses_buffer=False, counted=MASKED,
     ),
     # A mask and its complement are two halves of one mean.
     "complementary": Recipe(
         "plain masked diffusion from a uniformly drawn fraction of masks and from its complement",
-        carry="nothing", is_rollout=False, counted=LEARNED,
+        carry="nothing", uses_buffer=False, counted=LEARNED,
     ),
 }  # fmt: skip
 

@@ -12,7 +12,7 @@ from ..modeling.outputs_relay import RelayOutput
 class Reference:
     """A frozen model whose predictions make the state of another one (stage 2 of arXiv 2601.22954).
 
-    Called like a model, and passed to `make_denoiser` as one: so it sees noisy text as the trained model does. Its
+    Called like a model, and passed to `make_denoiser` as one, so that it sees noisy text as the trained model does. Its
     predictions are summarised with the channel and the embeddings of the trained model, whose input they become.
 
     Args:

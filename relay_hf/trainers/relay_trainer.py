@@ -27,7 +27,7 @@ from .buffer import RolloutBuffer
 from .card import TRAINING_PICTURE, training_card
 from .checkpoints import ResumableTrainer
 from .data_preparation import check_sources
-from .denoiser import keep_caches_under_checkpointing
+from .denoiser import make_denoiser
 from .ema import WeightAverage
 from .metrics import ChannelNorms, RunningMeans, is_channel_parameter, record_rollout
 from .model_checks import (
@@ -40,6 +40,7 @@ from .model_checks import (
     relay_model,
     with_adapter,
 )
+from .model_preparation import keep_caches_under_checkpointing
 from .non_finite import StopOnNonFiniteGradient, check_loss
 from .objectives import RECIPES, mean_of_positions, mean_of_rows, random_masks, rollout_advances
 from .processes import check_deepspeed, mean_over_processes, return_full_precision, without_exchange
@@ -203,14 +204,14 @@ class RelayTrainer(ResumableTrainer):
         loss = rollout.run_window()
         if is_training:
             check_loss(loss, rollout.step_losses, self.state.global_step)
-            if self.recipe.is_rollout:
+            if self.recipe.uses_buffer:
                 self.buffer.store(rollout.rows)
-        record_rollout(self.means if is_training else self.eval_means, rollout, reveals=self.recipe.is_rollout)
+        record_rollout(self.means if is_training else self.eval_means, rollout, reveals=self.recipe.uses_buffer)
         return earlier + loss
 
     def _begin_rollout(self, model: Any, inputs: dict[str, Tensor], is_training: bool) -> Rollout:
         args, config, recipe = self.args, self.relay_config, self.recipe
-        if recipe.is_rollout:
+        if recipe.uses_buffer:
             if is_training:
                 # The public `args.train_batch_size` is not the one that `auto_find_batch_size` found.
                 refilled = self.buffer.refill(inputs, slots=self._train_batch_size)
@@ -224,9 +225,9 @@ class RelayTrainer(ResumableTrainer):
             rows, advances = random_masks(args, config, rows, seeded=not is_training)
         reduce_loss = mean_of_positions(recipe, self._share) if is_training else mean_of_rows(recipe)
         window = args.gradient_window if is_training else None
-        return Rollout(
-            model, config, rows, advances, recipe.carry, reduce_loss, window, args.clean_block_starts, self.reference
-        )
+        make = partial(make_denoiser, rows=rows, clean_block_starts=args.clean_block_starts)
+        reference = make(self.reference, self.reference.config) if self.reference is not None else None
+        return Rollout(make(model, config), rows, advances, recipe.carry, reduce_loss, window, reference)
 
     def _share(self, count: Tensor) -> Tensor:
         """This process's share of a count over all processes, which makes the mean of their losses exact."""

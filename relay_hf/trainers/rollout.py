@@ -1,21 +1,18 @@
-"""Denoising steps on training text, differentiated in windows. How a step is computed is `denoiser.py`'s business.
+"""Denoising steps on training text, differentiated in windows. `denoiser.py` computes a single step.
 
 Legend: B rows, L positions, N masked positions, K steps.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..modeling import RelayConfig
 from ..modeling.reveal_relay import UnmaskingPolicy, in_earliest_sub_block, sub_blocks_of
-from .denoiser import Denoiser, make_denoiser
-from .reference import Reference
+from .denoiser import Denoiser
 from .rows import RolloutRows
 
 NOISE_BINS = 4
@@ -57,12 +54,12 @@ class Reveal:
 
 
 def complement(rows: RolloutRows, confidence: Tensor) -> RolloutRows:
-    """Hides just what was visible of the learned positions, and shows the others."""
+    """Masks exactly the learned positions that were visible; reveals the rest."""
     return replace(rows, masked=rows.maskable & ~rows.masked)
 
 
 def stay(rows: RolloutRows, confidence: Tensor) -> RolloutRows:
-    """Nothing changes: there is no step behind this one."""
+    """Changes nothing, after a last step."""
     return rows
 
 
@@ -94,7 +91,7 @@ def _blocks(tensor: Tensor, block_size: int | None) -> Tensor:
 
 
 class Rollout:
-    """K steps of denoising, and the loss of each (Algorithm 1 of arXiv 2605.22967).
+    """K >= 1 steps of denoising, and the loss of each (Algorithm 1 of arXiv 2605.22967).
 
     The loss of a window of steps must be differentiated before the next window runs: then no more than one window of
     activations is alive, and gradients never cross the border between two (truncated backpropagation through time).
@@ -103,16 +100,14 @@ class Rollout:
             rollout.run_window().backward()
 
     Args:
-        model: a `RelayForMaskedDiffusion`, possibly wrapped (PEFT, DDP).
-        config: its configuration.
-        rows: where to start.
+        denoiser: computes the steps of these rows.
+        rows: the rows before the first step.
         advances: K changes of the rows, one after each step.
         carry: `"gradient"` lets gradients flow through the state, `"state"` cuts them between steps, `"prediction"`
             gives each step the state that a first pass over the same rows makes, `"nothing"` carries no state.
         reduce_loss: the scalar loss of a step, from its (N,) losses and the rows before it.
         window: steps per window; None = K. The last window may be shorter.
-        clean_block_starts: see `make_denoiser`.
-        reference: makes that first pass in place of the model itself.
+        reference: the denoiser of the model that makes that first pass; None = `denoiser` itself.
 
     Attributes:
         rows: as the last step left them, state detached.
@@ -124,21 +119,16 @@ class Rollout:
 
     def __init__(
         self,
-        model: Callable[..., Any],
-        config: RelayConfig,
+        denoiser: Denoiser,
         rows: RolloutRows,
         advances: Sequence[Advance],
         carry: Carry,
         reduce_loss: Callable[[Tensor, RolloutRows], Tensor],
         window: int | None = None,
-        clean_block_starts: bool = False,
-        reference: Reference | None = None,
+        reference: Denoiser | None = None,
     ) -> None:
-        self._make_denoiser = partial(make_denoiser, model, config, rows, clean_block_starts)
-        self._denoiser: Denoiser | None = None
-        self.block_size = config.block_size
+        self.denoiser = denoiser
         self.reference = reference
-        self.clean_block_starts = clean_block_starts
         self.rows = rows
         self.advances = advances
         self.carry = carry
@@ -156,20 +146,18 @@ class Rollout:
     def run_window(self) -> Tensor:
         """Runs the steps of the next window; returns the sum of their losses, with its graph."""
         done = len(self.step_losses)
-        if self._denoiser is None:  # not earlier: it may run the model, which belongs to the first window
-            self._denoiser = self._make_denoiser()
-        self._denoiser.begin_window(is_last=self.windows_left == 1)
+        self.denoiser.begin_window(is_last=self.windows_left == 1)
         state = None if self.carry == "nothing" else self.rows.relay_state
         goes_on = self.carry in ("gradient", "state")
         losses = []
         for advance in self.advances[done : done + self.window]:
             if self.carry == "prediction":
-                state = self._predicted_state(self._denoiser)
+                state = self._predicted_state()
                 self.rows = replace(self.rows, has_state=torch.ones_like(self.rows.has_state))
             masked = self.rows.masked
-            token_losses, probability, next_state = self._denoiser.step(self.rows, state, leaves_state=goes_on)
+            token_losses, probability, next_state = self.denoiser.step(self.rows, state, leaves_state=goes_on)
             losses.append(self.reduce_loss(token_losses, self.rows))
-            self.loss_by_noise += loss_by_noise(token_losses.detach(), self.rows, self.block_size)
+            self.loss_by_noise += loss_by_noise(token_losses.detach(), self.rows, self.denoiser.config.block_size)
             confidence = torch.zeros(masked.shape, device=masked.device).masked_scatter(masked, probability)
             self.rows = advance(self.rows, confidence)
             if goes_on:
@@ -182,8 +170,8 @@ class Rollout:
         return torch.stack(losses).sum()
 
     @torch.no_grad()
-    def _predicted_state(self, denoiser: Denoiser) -> Tensor:
-        if self.reference is not None:
-            denoiser = make_denoiser(self.reference, self.reference.config, self.rows, self.clean_block_starts)
-            denoiser.begin_window(is_last=True)
-        return denoiser.predicted_state(self.rows)
+    def _predicted_state(self) -> Tensor:
+        if self.reference is None:
+            return self.denoiser.predicted_state(self.rows)
+        self.reference.begin_window(is_last=True)  # nothing of it is differentiated
+        return self.reference.predicted_state(self.rows)

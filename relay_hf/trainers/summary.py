@@ -60,7 +60,7 @@ def _describe_rows(dataset: Any, given: int | None, max_length: int | None) -> l
 
 def _describe_objective(args: RelayTrainerConfig, config: RelayConfig) -> str:
     recipe = RECIPES[args.objective]
-    steps = f"; {args.rollout_steps} denoising steps per rollout" if recipe.is_rollout else ""
+    steps = f"; {args.rollout_steps} denoising steps per rollout" if recipe.uses_buffer else ""
     block = f"blocks of {config.block_size}" if config.block_size is not None else "the whole row as one block"
     return f"{args.objective} ({recipe.description}{steps}), {block}, channel {config.relay_channel}"
 
@@ -77,7 +77,7 @@ def _describe_steps(trainer: Any) -> str:
     ]
     epochs = f", {steps / per_epoch:.3g} epochs" if isinstance(trainer.train_dataset, Dataset) else ""
     text = f"{steps:,} of {total_batch:,} rows ({', '.join(parts)}){epochs}"
-    if epochs and trainer.recipe.is_rollout:
+    if epochs and trainer.recipe.uses_buffer:
         text += "; a row stays in the rollout buffer for several steps, so fewer rows are trained than drawn"
     return text
 

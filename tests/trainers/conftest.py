@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from relay_hf import RelayConfig, RelayForMaskedDiffusion
 from relay_hf.modeling.reveal_relay import UnmaskingPolicy
 from relay_hf.trainers import RelayTrainer, RelayTrainerConfig
+from relay_hf.trainers.denoiser import Denoiser, make_denoiser
 from relay_hf.trainers.objectives import RECIPES, mean_of_positions
 from relay_hf.trainers.rollout import Reveal, Rollout, complement, stay
 from relay_hf.trainers.rows import RolloutRows
@@ -55,15 +56,17 @@ def begin_rollout(
     policies: list[UnmaskingPolicy],
     objective: str,
     window: int | None = None,
-    **options: Any,
+    clean_block_starts: bool = False,
+    make: Callable[..., Denoiser] = make_denoiser,
 ) -> Rollout:
     """A rollout as the trainer begins it; the policies say nothing to objectives with random masks."""
     recipe = RECIPES[objective]
     advances = [Reveal(policy, model.config.block_size) for policy in policies]
-    if not recipe.is_rollout:
+    if not recipe.uses_buffer:
         advances = [complement, stay] if objective == "complementary" else [stay]
     reduce_loss = mean_of_positions(recipe, share=lambda count: count)
-    return Rollout(model, model.config, rows, advances, recipe.carry, reduce_loss, window, **options)
+    denoiser = make(model, model.config, rows, clean_block_starts)
+    return Rollout(denoiser, rows, advances, recipe.carry, reduce_loss, window)
 
 
 def run_rollout(*args: Any) -> tuple[torch.Tensor, Rollout]:

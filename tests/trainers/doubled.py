@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers.masking_utils import create_bidirectional_mask
 
 from relay_hf import RelayConfig
-from relay_hf.trainers.denoiser import Step, receives_state
+from relay_hf.trainers.denoiser import StepResult, receives_state
 from relay_hf.trainers.rows import RolloutRows
 
 
@@ -41,13 +41,13 @@ class DoubledDenoiser:
     def begin_window(self, is_last: bool) -> None:
         """Every step has its own clean half."""
 
-    def step(self, rows: RolloutRows, state: Tensor | None, leaves_state: bool) -> Step:
+    def step(self, rows: RolloutRows, state: Tensor | None, leaves_state: bool) -> StepResult:
         length = rows.clean_ids.shape[1]
         with self._raw_outputs():
             output = self.model(**self._inputs(rows, state), logits_to_keep=torch.arange(length))
         next_state = self._shift(output.relay_state[:, :length]) if leaves_state else None
         losses, confidence = self._score(self._shift(output.logits).float(), rows)
-        return Step(losses[rows.masked], confidence[rows.masked], next_state)
+        return StepResult(losses[rows.masked], confidence[rows.masked], next_state)
 
     def _inputs(self, rows: RolloutRows, state: Tensor | None) -> dict[str, Any]:
         length = rows.clean_ids.shape[1]
@@ -89,7 +89,7 @@ class DoubledDenoiser:
 
 
 class PublishedDenoiser(DoubledDenoiser):
-    """Computes one more loss, over all labels, which nobody uses: the published code passes the labels along."""
+    """Computes one more loss, over all labels, which is not used: the published code passes the labels along."""
 
     def _score(self, logits: Tensor, rows: RolloutRows) -> tuple[Tensor, Tensor]:
         labels = rows.clean_ids.where(rows.maskable, -100)

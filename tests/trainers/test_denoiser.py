@@ -11,8 +11,9 @@ from torch import Tensor
 
 from relay_hf.modeling import make_policy
 from relay_hf.modeling.channel_relay import CHANNELS, LayerNormChannel, Readings
-from relay_hf.trainers import Objective, rollout
-from relay_hf.trainers.denoiser import BlockDenoiser, keep_caches_under_checkpointing
+from relay_hf.trainers import Objective
+from relay_hf.trainers.denoiser import BlockDenoiser
+from relay_hf.trainers.model_preparation import keep_caches_under_checkpointing
 from relay_hf.trainers.noise import mask_uniformly
 from relay_hf.trainers.objectives import RECIPES
 from relay_hf.trainers.rollout import Rollout
@@ -28,12 +29,10 @@ def run(
     """One rollout with either denoiser, and the gradients it leaves."""
     policy = make_policy("confidence_threshold", threshold)
     model.zero_grad()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rollout, "make_denoiser", denoiser)
-        rollout_ = begin_rollout(model, rows, [policy] * steps, objective, window)
-        while rollout_.windows_left:
-            rollout_.run_window().backward()
-    return rollout_, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    rollout = begin_rollout(model, rows, [policy] * steps, objective, window, make=denoiser)
+    while rollout.windows_left:
+        rollout.run_window().backward()
+    return rollout, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def assert_equal_rollouts(model: Any, rows: Any, objective: str, *options: Any) -> None:
@@ -128,6 +127,17 @@ def test_block_denoiser_runs_only_active_blocks() -> None:
     assert [embeds.shape[1] for embeds in seen] == [17, 8], "the clean text and a [MASK], then two blocks with masks"
 
 
+def test_denoiser_construction_runs_no_model() -> None:
+    model = build_model()
+    rows = fresh_rows(model.config, build_rows(2), carries_state=True)
+    passes: list[None] = []
+    model.register_forward_hook(lambda *_: passes.append(None))
+    rollout = begin_rollout(model, rows, [make_policy("confidence_threshold", 0.5)], "relay")
+    assert passes == []
+    rollout.run_window()
+    assert len(passes) == 2, "the clean text, then the step"
+
+
 def test_block_denoiser_nothing_masked_has_zero_loss_and_gradient() -> None:
     model = build_model()
     rows = fresh_rows(model.config, build_rows(2), carries_state=True)
@@ -153,9 +163,9 @@ def test_channel_decides_what_training_carries(
         monkeypatch.setitem(CHANNELS, "layer_norm", channel)
         model = build_model(block_size=block_size, token_shift=shift)
         rows = fresh_rows(model.config, build_rows(2), carries_state=True)
-        options = {"clean_block_starts": clean_block_starts}
-        rollout_ = begin_rollout(model, rows, [make_policy("confidence_threshold", 0.3)], "relay", **options)
-        rollout_.run_window()
-        states.append(rollout_.rows.relay_state)
+        policies = [make_policy("confidence_threshold", 0.3)]
+        rollout = begin_rollout(model, rows, policies, "relay", clean_block_starts=clean_block_starts)
+        rollout.run_window()
+        states.append(rollout.rows.relay_state)
     torch.testing.assert_close(states[1], 2 * states[0])
     assert states[0][:, 3:].any()

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from relay_hf.modeling import make_policy
-from relay_hf.trainers.denoiser import keep_caches_under_checkpointing
+from relay_hf.trainers.denoiser import make_denoiser
+from relay_hf.trainers.model_preparation import keep_caches_under_checkpointing
 from relay_hf.trainers.noise import mask_uniformly
 from relay_hf.trainers.objectives import RECIPES, mean_of_positions, mean_of_rows
 from relay_hf.trainers.rollout import Reveal, Rollout, complement, stay
@@ -115,7 +116,8 @@ def test_mean_of_rows_does_not_depend_on_how_rows_are_batched() -> None:
         recipe = RECIPES[objective]
 
         def evaluate(rows: RolloutRows, recipe: Any = recipe) -> float:
-            rollout = Rollout(model, model.config, rows, [complement, stay], recipe.carry, mean_of_rows(recipe))
+            denoiser = make_denoiser(model, model.config, rows)
+            rollout = Rollout(denoiser, rows, [complement, stay], recipe.carry, mean_of_rows(recipe))
             return rollout.run_window().item()
 
         alone = [evaluate(rows.map(lambda tensor, row=row: tensor[row : row + 1])) for row in range(4)]
@@ -129,7 +131,8 @@ def test_mean_of_positions_of_two_processes_is_that_of_one() -> None:
 
     def loss(rows: RolloutRows, share: Any) -> float:
         reduce_loss = mean_of_positions(recipe, share)
-        return Rollout(model, model.config, rows, [stay], recipe.carry, reduce_loss).run_window().item()
+        denoiser = make_denoiser(model, model.config, rows)
+        return Rollout(denoiser, rows, [stay], recipe.carry, reduce_loss).run_window().item()
 
     halves = [rows.map(lambda tensor, part=part: tensor[part]) for part in (slice(1), slice(1, 4))]
     average = torch.stack([half.masked.sum() for half in halves]).float().mean()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from relay_hf import RelayForMaskedDiffusion
 from relay_hf.trainers import RelayTrainer
-from relay_hf.trainers.denoiser import SequenceDenoiser
+from relay_hf.trainers.denoiser import SequenceDenoiser, make_denoiser
 from relay_hf.trainers.noise import mask_uniformly
 from relay_hf.trainers.objectives import RECIPES, mean_of_positions
 from relay_hf.trainers.reference import Reference
@@ -72,10 +72,12 @@ def state_in_numpy(logits: Tensor, model: Any, rows: RolloutRows) -> Tensor:
     return torch.tensor(state, dtype=torch.float32)
 
 
-def begin(model: Any, rows: RolloutRows, reference: Reference | None, **options: Any) -> Rollout:
+def begin(model: Any, rows: RolloutRows, reference: Reference | None) -> Rollout:
     recipe = RECIPES["residual_context"]
     reduce_loss = mean_of_positions(recipe, share=lambda count: count)
-    return Rollout(model, model.config, rows, [stay], recipe.carry, reduce_loss, reference=reference, **options)
+    denoiser = make_denoiser(model, model.config, rows)
+    supplier = make_denoiser(reference, reference.config, rows) if reference is not None else None
+    return Rollout(denoiser, rows, [stay], recipe.carry, reduce_loss, reference=supplier)
 
 
 @settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])
