@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, IterableDataset
-from torch import Tensor, stack
 from transformers.utils import logging
 from trl import SFTConfig
 
 from ..modeling import RelayConfig
+from .batches import labels_differ, mask_is_learned, token_is_unknown
 from .text_rows import TextRows, text_rows
 from .token_rows import FOREIGN, TokenRows
 
@@ -153,49 +153,6 @@ def warn_of_dropped_rows(given: Any, prepared: Any, name: str) -> None:
         )
 
 
-def check_batch(ids: Tensor, labels: Tensor, attention_mask: Tensor, config: RelayConfig) -> None:
-    """The same for the rows of a batch, which a data collator of the user may have made.
-
-    Args:
-        ids, labels: (B, L) tokens, and what is learned of them.
-        attention_mask: (B, L) bool, False at padding.
-        config: the model's configuration.
-
-    Raises:
-        ValueError: all labels are -100, one is at padding, differs from the token at its position or is [MASK], a token
-            is not in the vocabulary, or the padding is not on the right.
-    """
-    if not ids.shape == labels.shape == attention_mask.shape:
-        raise ValueError(
-            f"The batch has `input_ids` of shape {tuple(ids.shape)}, `labels` of {tuple(labels.shape)} and an "
-            f"`attention_mask` of {tuple(attention_mask.shape)}: give three of one shape."
-        )
-    learned, outside = labels != -100, (ids < 0) | (ids >= config.text_config.vocab_size)
-    found = (
-        ~learned.any(),
-        ~attention_mask[:, 0].all(),
-        (attention_mask[:, 1:] & ~attention_mask[:, :-1]).any(),
-        (learned & ~attention_mask).any(),
-        outside.any(),
-        (learned & (ids != labels)).any(),
-        (learned & (ids == config.mask_token_id)).any(),
-    )
-    # One answer for all, since an accelerator is waited for each time.
-    if not stack(found).any():
-        return
-    unknown = int(ids[outside][0]) if found[4] else -1
-    messages = (
-        "All labels of the batch are -100, so there is nothing to learn: check the response of each row.",
-        "The batch is padded on the left: blocks are counted from the first column; pad on the right.",
-        "The batch has padding between tokens: the zeros of `attention_mask` must be on the right.",
-        "The batch has labels at padding: give -100 where `attention_mask` is 0.",
-        _is_unknown("The batch", unknown, config),
-        _labels_differ("The batch"),
-        _has_mask("The batch", config),
-    )
-    raise ValueError(next(message for message, is_so in zip(messages, found, strict=True) if is_so))
-
-
 def _check_row(row: dict[str, Any], index: int, name: str, config: RelayConfig) -> dict[str, Any]:
     """A prepared row of a stream, as it is."""
     if {"input_ids", "labels"} <= row.keys():
@@ -207,37 +164,16 @@ def _check_row(row: dict[str, Any], index: int, name: str, config: RelayConfig) 
 def _check_tokens(tokens: np.ndarray, labels: np.ndarray, rows: np.ndarray, name: str, config: RelayConfig) -> None:
     """Refuses tokens and labels of one or more rows; `rows` has the number of the row of each label."""
     if tokens.shape != labels.shape:
-        raise ValueError(_labels_differ(f"The {name}"))
+        raise ValueError(labels_differ(f"The {name}"))
     outside, learned = (tokens < 0) | (tokens >= config.text_config.vocab_size), labels != -100
     for wrong, message in (
         # Inside a GPU this would end the process without a word about data.
-        (outside, lambda where: _is_unknown(where, tokens[outside][0], config)),
-        (learned & (tokens != labels), _labels_differ),
-        (learned & (tokens == config.mask_token_id), lambda where: _has_mask(where, config)),
+        (outside, lambda where: token_is_unknown(where, tokens[outside][0], config)),
+        (learned & (tokens != labels), labels_differ),
+        (learned & (tokens == config.mask_token_id), lambda where: mask_is_learned(where, config)),
     ):
         if wrong.any():
             raise ValueError(message(f"Row {rows[wrong][0]} of the {name}"))
-
-
-def _is_unknown(where: str, token_id: int, config: RelayConfig) -> str:
-    return (
-        f"{where} has the token id {token_id}, but the model has {config.text_config.vocab_size} tokens: tokenize with "
-        "the model's own tokenizer, or call `model.resize_token_embeddings`."
-    )
-
-
-def _labels_differ(where: str) -> str:
-    return (
-        f"{where} has labels that differ from the `input_ids` at their positions: give the clean text as `input_ids`, "
-        "the same as `labels`, and -100 where nothing is learned; masks are put in by the trainer."
-    )
-
-
-def _has_mask(where: str, config: RelayConfig) -> str:
-    return (
-        f"{where} has the mask token (id {config.mask_token_id}) among what is to be learned, which could never be "
-        "revealed: use a token of its own as [MASK], and remove it from the text."
-    )
 
 
 def _without_completion(name: str, columns: str) -> str:

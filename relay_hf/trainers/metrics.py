@@ -64,7 +64,7 @@ def record_rollout(means: RunningMeans, rollout: Rollout, reveals: bool) -> None
     """
     rows = rollout.rows
     values: dict[str, Number] = {
-        "masked_fraction": rollout.step_masked[0].sum() / rows.maskable.sum().clamp(min=1),
+        "masked_fraction": rollout.step_masked[0].sum() / rows.learned.sum().clamp(min=1),
         **{f"loss_step_{step}": loss for step, loss in enumerate(rollout.step_losses, start=1)},
     }
     if reveals:

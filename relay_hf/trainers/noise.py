@@ -42,20 +42,20 @@ def mask_uniformly(
     draw, time = draws.to(rows.clean_ids.device).unbind(-1)  # (B, L)
     width = config.block_size or length
     time = time[:, ::width].repeat_interleave(width, dim=1)[:, :length]
-    return _hide(rows, (1 - MINIMUM_MASK_PROBABILITY) * time + MINIMUM_MASK_PROBABILITY, draw)
+    return _mask(rows, (1 - MINIMUM_MASK_PROBABILITY) * time + MINIMUM_MASK_PROBABILITY, draw)
 
 
 def stagger(rows: RolloutRows) -> RolloutRows:
-    """Rows as if they had come in one after the other: row i of B with about (B - i) / B of its positions hidden."""
+    """Rows as if they had come in one after the other: row i of B with about (B - i) / B of its positions masked."""
     count = len(rows)
     fraction = torch.arange(count, 0, -1, device=rows.masked.device)[:, None] / count
-    return _hide(rows, fraction, torch.rand(rows.masked.shape).to(rows.masked.device))
+    return _mask(rows, fraction, torch.rand(rows.masked.shape).to(rows.masked.device))
 
 
-def _hide(rows: RolloutRows, probability: Tensor, draw: Tensor) -> RolloutRows:
-    """Hides learned positions whose uniform draw, (B, L), is below the probability; at least one of each row."""
-    hidden = rows.maskable & (draw < probability)
-    # A row without a mask would teach nothing: hide the position that came closest.
-    closest = (draw - probability).masked_fill(~rows.maskable, torch.inf).argmin(-1, keepdim=True)
-    lucky = torch.zeros_like(hidden).scatter(-1, closest, ~hidden.any(-1, keepdim=True)) & rows.maskable
-    return replace(rows, masked=hidden | lucky)
+def _mask(rows: RolloutRows, probability: Tensor, draw: Tensor) -> RolloutRows:
+    """Masks learned positions whose uniform draw, (B, L), is below the probability; at least one of each row."""
+    masked = rows.learned & (draw < probability)
+    # A row without a mask would teach nothing: mask the position that came closest.
+    closest = (draw - probability).masked_fill(~rows.learned, torch.inf).argmin(-1, keepdim=True)
+    lucky = torch.zeros_like(masked).scatter(-1, closest, ~masked.any(-1, keepdim=True)) & rows.learned
+    return replace(rows, masked=masked | lucky)

@@ -17,7 +17,7 @@ from .rollout import Advance, Carry, Reveal, complement, stay
 from .rows import RolloutRows
 
 # What a mean is taken over, (B, L) bool of some rows.
-MASKED, LEARNED = attrgetter("masked"), attrgetter("maskable")
+MASKED, LEARNED = attrgetter("masked"), attrgetter("learned")
 
 
 class Recipe(NamedTuple):

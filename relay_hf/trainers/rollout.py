@@ -55,7 +55,7 @@ class Reveal:
 
 def complement(rows: RolloutRows, confidence: Tensor) -> RolloutRows:
     """Masks exactly the learned positions that were visible; reveals the rest."""
-    return replace(rows, masked=rows.maskable & ~rows.masked)
+    return replace(rows, masked=rows.learned & ~rows.masked)
 
 
 def stay(rows: RolloutRows, confidence: Tensor) -> RolloutRows:
@@ -78,7 +78,7 @@ def loss_by_noise(token_losses: Tensor, rows: RolloutRows, block_size: int | Non
     losses = torch.zeros(rows.masked.shape, device=token_losses.device).masked_scatter(
         rows.masked, token_losses.float()
     )
-    masked, learned = (_blocks(flags, block_size).sum(-1) for flags in (rows.masked, rows.maskable))  # (blocks,)
+    masked, learned = (_blocks(flags, block_size).sum(-1) for flags in (rows.masked, rows.learned))  # (blocks,)
     quarter = ((NOISE_BINS * masked - 1) // learned.clamp(min=1)).clamp(min=0)
     sums = torch.stack([_blocks(losses, block_size).sum(-1), masked.float()])
     return sums.new_zeros(2, NOISE_BINS).index_add(1, quarter, sums)

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..modeling import RelayConfig
-from .dataset_checks import check_batch
+from .batches import TextBatch, read_batch
 
 
 def fit_positions(tensor: Tensor, length: int) -> Tensor:
-    """Pads with zeros or trims the second axis, the positions, on the right; rows alone, (B,), stay as they are."""
+    """Pads with zeros or trims the second axis, the positions, on the right; a (B,) tensor has none and stays equal."""
     if tensor.ndim == 1 or tensor.shape[1] == length:
         return tensor
     features = (0, 0) * (tensor.ndim - 2)
@@ -26,15 +26,15 @@ class RolloutRows:
 
     Args:
         clean_ids: (B, L) the text.
-        maskable: (B, L) bool, positions that are learned; the others are always visible.
+        learned: (B, L) bool, positions that are learned; the others are always visible.
         attention_mask: (B, L) bool, False at padding, which is on the right.
-        masked: (B, L) bool, positions that are still hidden, a subset of `maskable`.
+        masked: (B, L) bool, positions that are still masked, a subset of `learned`.
         relay_state: (B, L, D) fp32, detached state of the last step, or None if the objective carries none.
         has_state: (B,) bool, False for rows that have not been denoised yet.
     """
 
     clean_ids: Tensor
-    maskable: Tensor
+    learned: Tensor
     attention_mask: Tensor
     masked: Tensor
     relay_state: Tensor | None
@@ -49,11 +49,11 @@ class RolloutRows:
         return ~self.masked.any(-1)
 
     def noisy_ids(self, mask_token_id: int) -> Tensor:
-        """(B, L) the text with [MASK] at the positions that are still hidden."""
+        """(B, L) the text with [MASK] at the positions that are still masked."""
         return torch.where(self.masked, mask_token_id, self.clean_ids)
 
     def map(self, function: Callable[..., Tensor], *others: "RolloutRows") -> "RolloutRows":
-        """Applies `function` to each tensor (and those of other rows at its place) that is there."""
+        """Applies `function` to each tensor that is not None, together with that of every other rows."""
         tensors: dict[str, Any] = {}
         for name in FIELDS:
             first, *rest = (getattr(rows, name) for rows in (self, *others))
@@ -61,7 +61,7 @@ class RolloutRows:
         return RolloutRows(**tensors)
 
     def fit(self, length: int) -> "RolloutRows":
-        """The rows at another length; what is added is neither seen nor learned."""
+        """The rows at another length; added positions are neither seen nor learned."""
         return self.map(lambda tensor: fit_positions(tensor, length))
 
 
@@ -69,6 +69,11 @@ FIELDS = tuple(field.name for field in fields(RolloutRows))
 
 
 def fresh_rows(config: RelayConfig, batch: dict[str, Tensor], carries_state: bool) -> RolloutRows:
+    """The rows of a batch, all masked; arguments and errors are those of `read_batch` and `all_masked`."""
+    return all_masked(config, read_batch(batch, config), carries_state)
+
+
+def all_masked(config: RelayConfig, text: TextBatch, carries_state: bool) -> RolloutRows:
     """Rows in which everything to be learned is masked.
 
     The last block of a row is filled up with [MASK]s that are seen but not learned: decoding has them there too, and
@@ -76,25 +81,15 @@ def fresh_rows(config: RelayConfig, batch: dict[str, Tensor], carries_state: boo
 
     Args:
         config: the model's configuration.
-        batch: `input_ids` (B, L), `labels` (B, L) with -100 outside the response, `attention_mask` (B, L) or nothing.
+        text: the rows.
         carries_state: whether the objective uses the relay channel.
-
-    Raises:
-        ValueError: those of `check_batch`; or there are no labels, or tensors that are not read.
     """
-    clean_ids = batch["input_ids"]
-    if batch.get("labels") is None:
-        raise ValueError("The batch has no `labels`: mark what to learn, with -100 everywhere else.")
-    if unread := sorted(batch.keys() - {"input_ids", "labels", "attention_mask"}):
-        raise ValueError(f"The batch has {unread}, which the rollout does not read: leave them out in `data_collator`.")
-    maskable = batch["labels"] != -100
-    attention_mask = batch.get("attention_mask", torch.ones_like(clean_ids)).bool()
-    check_batch(clean_ids, batch["labels"], attention_mask, config)
+    clean_ids, learned, attention_mask = text
     if config.block_size is not None:
-        blocks = -(-attention_mask.sum(-1) // config.block_size)  # (B,)
+        blocks = -(-text.is_text.sum(-1) // config.block_size)  # (B,)
         length = max(int(blocks.max()) * config.block_size, clean_ids.shape[1])
-        maskable, is_text = fit_positions(maskable, length), fit_positions(attention_mask, length)
-        clean_ids = fit_positions(clean_ids, length).where(is_text, config.mask_token_id)
+        clean_ids, learned, is_text = (fit_positions(tensor, length) for tensor in text)
+        clean_ids = clean_ids.where(is_text, config.mask_token_id)
         # Not beyond the positions that the model has.
         filled = blocks * config.block_size
         filled = filled.clamp(max=config.positions).maximum(is_text.sum(-1)) if config.positions else filled
@@ -102,13 +97,13 @@ def fresh_rows(config: RelayConfig, batch: dict[str, Tensor], carries_state: boo
     rows, length = clean_ids.shape
     state = None
     if carries_state:
-        # Zeros also stand for "no state yet": `has_state` tells the two apart.
+        # Zeros also mean "no state yet": `has_state` distinguishes the two.
         state = torch.zeros(rows, length, config.relay_state_width, device=clean_ids.device)
     return RolloutRows(
         clean_ids=clean_ids,
-        maskable=maskable,
+        learned=learned,
         attention_mask=attention_mask,
-        masked=maskable,
+        masked=learned,
         relay_state=state,
         has_state=torch.zeros(rows, dtype=torch.bool, device=clean_ids.device),
     )

@@ -92,6 +92,6 @@ class PublishedDenoiser(DoubledDenoiser):
     """Computes one more loss, over all labels, which is not used: the published code passes the labels along."""
 
     def _score(self, logits: Tensor, rows: RolloutRows) -> tuple[Tensor, Tensor]:
-        labels = rows.clean_ids.where(rows.maskable, -100)
+        labels = rows.clean_ids.where(rows.learned, -100)
         self.unused = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
         return super()._score(logits, rows)

@@ -146,7 +146,7 @@ def learned(trainer: RelayTrainer) -> set[str]:
     trainer.train()
     assert all(loss > 0 for loss in logged(trainer, "loss"))
     rows = trainer.buffer.rows
-    texts = (trainer.processing_class.decode(i[m]) for i, m in zip(rows.clean_ids, rows.maskable, strict=True))
+    texts = (trainer.processing_class.decode(i[m]) for i, m in zip(rows.clean_ids, rows.learned, strict=True))
     return {text for text in texts if text}  # a batch larger than the data set leaves places empty
 
 

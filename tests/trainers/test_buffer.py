@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from relay_hf.trainers import buffer as buffer_module
 from relay_hf.trainers.buffer import RolloutBuffer
 from relay_hf.trainers.rows import fresh_rows
 
@@ -131,7 +132,7 @@ def test_queue_rows_come_in_the_order_of_the_data(
         waiting = waiting[len(taken) :][:queue_size]
 
         assert buffer.refill(batch, slots) == len(taken)
-        assert [ids.tolist() for ids, _ in buffer.queue] == [filled(text) for text in waiting]
+        assert [ids.tolist() for ids, _ in buffer.queue] == waiting
         for slot, text in enumerate(held):
             if text is not None:
                 assert buffer.rows.clean_ids[slot, : whole_blocks(len(text))].tolist() == filled(text)
@@ -151,6 +152,36 @@ def test_state_dict_with_queue_restored_goes_on_equally() -> None:
         assert one.refill(build_rows(1, length=5, seed=2)) == 2
     assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in buffer.state_dict().items())
     assert len(buffer.queue) == 2
+
+
+def test_state_dict_of_an_earlier_version_goes_on_equally() -> None:
+    """Its names differ, and its queue holds rows that are filled up to whole blocks."""
+    buffer, other = (RolloutBuffer(CONFIG, True, queue_size=9) for _ in range(2))
+    buffer.refill(build_rows(3, length=9), slots=2)
+    state = buffer.state_dict()
+    early = {name.replace("learned", "maskable"): tensor for name, tensor in state.items()}
+    (ids, learned), fill = buffer.queue[0], whole_blocks(9) - 9
+    early["queue_ids"] = torch.cat([ids, torch.full((fill,), MASK)])
+    early["queue_maskable"] = torch.cat([learned, torch.zeros(fill, dtype=torch.bool)])
+    early["queue_lengths"] = torch.tensor([9 + fill])
+    assert {"maskable", "queue_maskable"} <= early.keys()
+    other.load_state_dict(early)
+    for one in (buffer, other):
+        finish(one, [0, 1])
+        assert one.refill(build_rows(1, length=5, seed=2)) == 2
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in buffer.state_dict().items())
+
+
+def test_rows_are_read_and_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for name in ("read_batch", "all_masked"):
+        function = getattr(buffer_module, name)
+        monkeypatch.setattr(buffer_module, name, lambda *a, n=name, f=function: calls.append(n) or f(*a))
+    buffer = RolloutBuffer(CONFIG, carries_state=True, queue_size=9)
+    buffer.refill(build_rows(3), slots=2)
+    assert calls == ["read_batch", "all_masked"]
+    buffer.refill(build_rows(3, seed=1))
+    assert calls[2:] == ["read_batch"], "no place is free"
 
 
 def test_refill_fewer_slots_lets_unfinished_rows_begin_again() -> None:
@@ -189,7 +220,7 @@ def test_staggered_buffer_starts_out_of_phase_only_once() -> None:
     assert masked[3] < 9
     finish(buffer, [0, 1, 2, 3])
     buffer.refill(build_rows(4, seed=1))
-    assert torch.equal(buffer.rows.masked, buffer.rows.maskable)
+    assert torch.equal(buffer.rows.masked, buffer.rows.learned)
 
 
 @pytest.mark.parametrize(

@@ -69,4 +69,4 @@ def test_stagger_masks_ever_fewer_positions() -> None:
     assert rows.masked[0].sum() == 200
     for row, fraction in enumerate(rows.masked.sum(-1) / 200):
         assert float(fraction) == pytest.approx(1 - row / 5, abs=0.1)
-    assert not (rows.masked & ~rows.maskable).any()
+    assert not (rows.masked & ~rows.learned).any()

@@ -36,14 +36,14 @@ def test_complementary_learns_every_position_once() -> None:
     rollout = begin_rollout(model, rows, [], "complementary")
     loss = rollout.run_window()
     first, second = rollout.step_masked
-    assert torch.equal(first | second, rows.maskable)
+    assert torch.equal(first | second, rows.learned)
     assert not (first & second).any()
     # The mean over all learned positions, each from the view in which it is hidden.
     total = torch.tensor(0.0)
     for masked in (first, second):
         plain = begin_rollout(model, replace(rows, masked=masked), [], "masked")
         total = total + plain.run_window().detach() * masked.sum()
-    torch.testing.assert_close(loss.detach(), total / rows.maskable.sum())
+    torch.testing.assert_close(loss.detach(), total / rows.learned.sum())
 
 
 @pytest.mark.parametrize("objective", ["relay_sg", "rollout", "complementary"])

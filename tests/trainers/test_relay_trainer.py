@@ -199,7 +199,7 @@ def test_trainer_prompt_completion_text_learns_the_completion_only(
     rows = [{"prompt": "2 + 2 = ", "completion": "4."}, {"prompt": "one, two, ", "completion": "three"}] * 8
     trainer = make_trainer(model, Dataset.from_list(rows), max_steps=2)
     trainer.train()
-    learned = trainer.buffer.rows.maskable.sum(-1)
+    learned = trainer.buffer.rows.learned.sum(-1)
     assert set(learned.tolist()) == {3, 6}, "the completion and its end-of-text token"
 
 

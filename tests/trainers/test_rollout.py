@@ -234,7 +234,7 @@ def test_fresh_rows_fill_the_last_block_with_visible_masks_that_nobody_learns() 
     assert rows.attention_mask.sum(-1).tolist() == [12, 8]
     assert rows.clean_ids[0, 10:].tolist() == [MASK] * 2
     assert rows.clean_ids[1, 7].item() == MASK
-    assert not rows.maskable[0, 10:].any()
-    assert not rows.maskable[1, 7:].any()
+    assert not rows.learned[0, 10:].any()
+    assert not rows.learned[1, 7:].any()
     whole = fresh_rows(build_model(block_size=None).config, batch, carries_state=False)
     assert torch.equal(whole.clean_ids, batch["input_ids"])

@@ -162,9 +162,9 @@ def test_block_model_masks_the_response_only(text_trainer: Callable[..., RelayTr
     learned = {"".join(turns[1::2]).replace("¶", "[EOS]") for turns in expected}
     assert len(snapshots.rows) == 4
     for kept in snapshots.rows:
-        for ids, maskable in zip(kept.clean_ids, kept.maskable, strict=True):
-            assert trainer.processing_class.decode(ids[maskable]) in learned
-        assert not (kept.masked & ~kept.maskable).any()
+        for ids, is_learned in zip(kept.clean_ids, kept.learned, strict=True):
+            assert trainer.processing_class.decode(ids[is_learned]) in learned
+        assert not (kept.masked & ~kept.learned).any()
     assert any(bool(kept.masked.any()) for kept in snapshots.rows), "every step revealed everything"
 
 
