@@ -30,7 +30,7 @@ from transformers.utils import logging
 from relay_hf import RelayForMaskedDiffusion
 from relay_hf.demo.arguments import DemoArguments
 from relay_hf.demo.study import THRESHOLDS, load_puzzles, new_model, train_model
-from relay_hf.plots import CurvePoint, plot_accuracy_against_forwards
+from relay_hf.pictures.accuracy import CurvePoint, plot_accuracy_against_forwards
 from relay_hf.tasks.sudoku import evaluate_sudoku, make_sudoku_tokenizer
 
 COUNTED_STEPS = 8

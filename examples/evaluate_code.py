@@ -16,11 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config
 
 from relay_hf import RelayConfig, RelayForMaskedDiffusion
-from relay_hf.evaluation.code import CodeEvalArguments
-from relay_hf.evaluation.code.card import add_runs
-from relay_hf.evaluation.code.compare import compare_runs
-from relay_hf.evaluation.code.evaluate import evaluate_code
-from relay_hf.evaluation.code.report import format_table
+from relay_hf.evaluation import CodeEvalArguments, add_runs, compare_runs, evaluate_code, format_table
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", help="checkpoint to load, with its tokenizer")

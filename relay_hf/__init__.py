@@ -5,14 +5,12 @@ Where the package is imported, the Auto classes of transformers know `RelayConfi
 
 from typing import TYPE_CHECKING
 
-from .lazy_names import lazy_names
-from .registration import register_with_transformers
+from .startup.lazy_names import lazy_names
+from .startup.registration import register_with_transformers
 from .version import __version__
 
 if TYPE_CHECKING:
     from .conversion import convert
-    from .denoising import show_denoising
-    from .denoising_plot import plot_denoising
     from .hub import PushError, push
     from .modeling import (
         RelayCache,
@@ -22,6 +20,8 @@ if TYPE_CHECKING:
         RelayGenerateOutput,
         RelayOutput,
     )
+    from .pictures.denoising import plot_denoising
+    from .pictures.timeline import show_denoising
     from .trainers import RelayTrainer, RelayTrainerConfig
 
 __all__ = [
@@ -55,9 +55,9 @@ __getattr__ = lazy_names(
         "RelayTrainer": "trainers",
         "RelayTrainerConfig": "trainers",
         "convert": "conversion",
-        "plot_denoising": "denoising_plot",
+        "plot_denoising": "pictures.denoising",
         "push": "hub",
-        "show_denoising": "denoising",
+        "show_denoising": "pictures.timeline",
     },
 )
 

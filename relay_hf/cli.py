@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from typing import Any
 
-from .plain_stream import PlainStream
+from .startup.plain_stream import PlainStream
 from .version import __version__
 
 # Command -> what it does, in the order of the help. Each is a file of `relay_hf.commands`.
 COMMANDS = {
     "convert": "make a relay model of a causal decoder, Fast-dLLM v2, SDAR, LLaDA or Dream",
+    "prepare-data": "make the training data of the published recipe",
     "train": "train a relay model, from a YAML recipe or from options",
     "generate": "answer a prompt, and count the forwards it took",
     "chat": "talk with a relay model in the terminal",
@@ -64,7 +65,7 @@ def _run(argv: Sequence[str] | None) -> int:
         # What follows is the command's own to parse, `--help` included.
         commands.add_parser(name, help=purpose, add_help=False, prefix_chars="\0")
     chosen, rest = parser.parse_known_args(argv)
-    command = importlib.import_module(f"relay_hf.commands.{chosen.command}")
+    command = importlib.import_module(f"relay_hf.commands.{chosen.command.replace('-', '_')}")
     try:
         command.run(f"relay-hf {chosen.command}", rest)
     except BrokenPipeError:

@@ -25,8 +25,8 @@ from transformers.utils import cached_file
 
 import relay_hf
 
-from . import test_serving_contract
 from .modeling import test_generation_contract
+from .serving import test_contract
 
 PACKAGE = Path(relay_hf.__file__).parent
 HUGGING_FACE = {"accelerate", "datasets", "huggingface_hub", "lm_eval", "peft", "transformers", "trl"}
@@ -92,7 +92,7 @@ def read_by(*owners: type, name: str) -> Callable[[], None]:
 
 # Attributes, keywords and imported names, and what shows that each still means what it meant.
 CHECKS: dict[str, Callable[[], None]] = {
-    "_StreamError": test_serving_contract.test_streams_report_failures_as_items_of_their_queue,
+    "_StreamError": test_contract.test_streams_report_failures_as_items_of_their_queue,
     "_actions": parser_actions,
     "_attn_implementation": attention_of_a_configuration,
     "_can_checkpoint_with_cache": layers_may_keep_caches,

@@ -22,8 +22,7 @@ def run(program: str, argv: Sequence[str]) -> None:
             "harness."
         )
     # Not above: `--help` would wait for torch.
-    from ..evaluation.code.card import add_runs
-    from ..evaluation.harness_card import add_results
+    from ..evaluation import add_results, add_runs
 
     add = add_results if runs[0].is_file() else add_runs
     print(add(Path(arguments.folder), runs))

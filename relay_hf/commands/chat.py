@@ -24,7 +24,7 @@ def run(program: str, argv: Sequence[str]) -> None:
     parser = make_decoding_parser(program, "PATH_OR_REPO", ChatArguments, run.__doc__)
     arguments, given = parse_decoding(parser, argv)
     # Not above: `--help` and refused options would wait for torch.
-    from ..checkpoint_loading import load_for_decoding
+    from ..loading.checkpoint import load_for_decoding
     from .conversation import Conversation
 
     model, tokenizer = load_for_decoding(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from ..demo import DemoArguments, run_demo
 from ..demo.arguments import WebArguments, changed_fields
-from ..web import run_page
+from ..demo.web import run_page
 from .parser import make_parser, parse
 
 

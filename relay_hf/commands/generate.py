@@ -33,8 +33,8 @@ def run(program: str, argv: Sequence[str]) -> None:
     arguments, given = parse_decoding(parser, argv)
     prompt = _read_prompt(given.prompt, arguments.prompt_file)
     # Not above: `--help` and refused options would wait for torch.
-    from ..checkpoint_loading import load_for_decoding
-    from ..denoising import show_denoising
+    from ..loading.checkpoint import load_for_decoding
+    from ..pictures.timeline import show_denoising
 
     model, tokenizer = load_for_decoding(
         given.model, arguments.revision, arguments.device, arguments.dtype, arguments.options

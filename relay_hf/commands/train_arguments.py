@@ -15,7 +15,7 @@ from transformers.utils import is_bitsandbytes_available
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 from trl.scripts.utils import DatasetConfig
 
-from ..conversion.gguf_sources import refuse_gguf
+from ..loading.gguf_sources import refuse_gguf
 from ..recipes import recipe_path
 from ..trainers import RelayTrainerConfig
 from .parser import unknown_option

@@ -10,9 +10,9 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl import get_peft_config, get_quantization_config
 
-from ..checkpoint_loading import read_diffusion_config, read_tokenizer
 from ..conversion.mask_token import choose_mask_token
 from ..hub_cards import CARD, set_usage
+from ..loading.checkpoint import read_diffusion_config, read_tokenizer
 from ..modeling import RelayForMaskedDiffusion
 from ..modeling.adapter_relay import ADAPTER_BASE_FIELD
 from ..modeling.configuration_relay import RELAY_FIELDS

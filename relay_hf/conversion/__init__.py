@@ -2,13 +2,12 @@
 
 from typing import TYPE_CHECKING
 
-from ..lazy_names import lazy_names
-from .arguments import ConvertArguments
+from ..startup.lazy_names import lazy_names
 from .report import ConversionReport
 
 if TYPE_CHECKING:
     from .checkpoint import convert
 
-__all__ = ["ConversionReport", "ConvertArguments", "convert"]
+__all__ = ["ConversionReport", "convert"]
 
 __getattr__ = lazy_names(__name__, {"convert": "checkpoint"})

@@ -17,11 +17,11 @@ from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from ..loading.tokenizer import load_tokenizer
 from ..modeling import RelayConfig, RelayForMaskedDiffusion
 from ..modeling.configuration_relay import RELAY_FIELDS
 from ..modeling.conversion_relay import FOREIGN_PARAMETER_NAMES, code_of_its_own
 from ..modeling.files_relay import check_json_files, explained
-from ..tokenizer_loading import load_tokenizer
 from .gguf_file import open_gguf, read_gguf_weights
 from .mask_token import add_rows, choose_mask_token
 from .report import ConversionReport

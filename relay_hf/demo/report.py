@@ -21,7 +21,7 @@ from ..hub_cards import (
     save_card,
     versions,
 )
-from ..plots import CurvePoint, plot_accuracy_against_forwards
+from ..pictures.accuracy import CurvePoint, plot_accuracy_against_forwards
 from .arguments import DemoArguments
 from .study import (
     ADAPTATION_LEARNING_RATE,

@@ -2,13 +2,12 @@
 
 from typing import TYPE_CHECKING
 
-from ..lazy_names import lazy_names
-from .arguments import PushArguments
+from ..startup.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from .pushing import push
     from .upload import PushError
 
-__all__ = ["PushArguments", "PushError", "push"]
+__all__ = ["PushError", "push"]
 
 __getattr__ = lazy_names(__name__, {"PushError": "upload", "push": "pushing"})

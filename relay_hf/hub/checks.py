@@ -8,9 +8,9 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from safetensors import safe_open
 from transformers import GenerationConfig
 
+from ..loading.tokenizer import load_tokenizer
 from ..modeling import RelayConfig
 from ..modeling.files_relay import check_json_files, explained
-from ..tokenizer_loading import load_tokenizer
 from .contents import ADAPTER_CONFIG, CONFIG, WEIGHTS, matches
 
 INDEX = "model.safetensors.index.json"

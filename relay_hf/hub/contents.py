@@ -20,9 +20,9 @@ from ..hub_cards import (
     set_usage,
     usage_snippet,
 )
+from ..loading.tokenizer import load_tokenizer
 from ..modeling import RelayConfig, RelayForMaskedDiffusion
 from ..modeling.adapter_relay import ADAPTER_BASE_FIELD, complete_adapter
-from ..tokenizer_loading import load_tokenizer
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "adapter_model.safetensors")

@@ -4,8 +4,9 @@ from .card_data import NOT_EVALUATED, DatasetFacts, Evaluation, EvaluationRow, R
 from .citations import FAST_DLLM_V2_CITATION, RELAY_CITATION, RESIDUAL_CONTEXT_CITATION, SOFT_MASK_CITATION
 from .editing import add_evaluation, has_card, read_card, set_usage
 from .environment import hardware, versions
+from .hub_ids import is_hub_id, link_model
 from .markdown import slug
-from .metadata import OWN_TAG, is_hub_id, link_model, make_metadata
+from .metadata import OWN_TAG, make_metadata
 from .model_facts import cite_model, describe_channel, describe_model, plain_card
 from .render import CARD, render_card, save_card
 from .snippets import chat_snippet, fill_in_snippet, generate_snippet, usage_snippet

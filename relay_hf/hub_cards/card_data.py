@@ -47,7 +47,7 @@ class TrainingFacts:
         parameters: number of trained parameters.
         hardware: what it ran on, see `hardware()`.
         versions: package -> version, see `versions()`.
-        picture: name of an image file beside the card that shows the losses, see `relay_hf.training_plot`.
+        picture: name of an image file beside the card that shows the losses, see `relay_hf.pictures.training`.
 
     Raises:
         ValueError: a number is negative, or `picture` is not a plain file name.

@@ -7,8 +7,9 @@ from huggingface_hub import ModelCard
 
 from .card_data import NOT_EVALUATED, Evaluation
 from .evaluation_section import describe_evaluation
+from .hub_ids import is_hub_id
 from .markdown import bullets, get_section, set_section
-from .metadata import OWN_TAG, is_hub_id, make_results
+from .metadata import OWN_TAG, make_results
 from .render import CARD, write_card
 from .snippets import describe_usage, loaded_models, quote, say_where_code_is
 

@@ -4,12 +4,10 @@ It says `library_name: transformers`: the Hub knows that library, and its Auto c
 tag. Results go into the `model-index`, the machine-readable form of the Hub.
 """
 
-from pathlib import Path
-
 from huggingface_hub import EvalResult, ModelCardData
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from .card_data import Evaluation, EvaluationRow, RelayCardData
+from .hub_ids import is_hub_id
 from .markdown import slug
 
 LIBRARY_NAME = "transformers"
@@ -54,22 +52,6 @@ def make_results(evaluation: Evaluation, task: str | None) -> list[EvalResult]:
         for row in evaluation.own_rows
         for metric, value in row.metrics.items()
     ]
-
-
-def is_hub_id(name: str | None) -> bool:
-    """Whether a name is one of a model or data set on the Hub: "namespace/name", and no path of this machine."""
-    if name is None or name.count("/") != 1 or Path(name).exists():
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
-def link_model(name: str) -> str:
-    """A link to the Hub; of a folder only its own name, because the path means nothing on another machine."""
-    return f"[{name}](https://huggingface.co/{name})" if is_hub_id(name) else f"`{Path(name).name}`"
 
 
 def _metric_name(metric: str, row: EvaluationRow) -> str:

@@ -8,8 +8,9 @@ from huggingface_hub import ModelCard
 
 from .card_data import RelayCardData, TrainingFacts
 from .evaluation_section import describe_dataset, describe_evaluation
+from .hub_ids import link_model
 from .markdown import bullets, paragraphs, sentence, table
-from .metadata import link_model, make_metadata
+from .metadata import make_metadata
 from .snippets import describe_usage
 
 TEMPLATE = Path(__file__).with_name("template.md")

@@ -1,4 +1,4 @@
-"""Recipes for `relay-hf train --config NAME`, and the script that prepares the data of the published one."""
+"""Recipes for `relay-hf train --config NAME`, as YAML files beside this one."""
 
 from pathlib import Path
 

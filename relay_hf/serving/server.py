@@ -1,6 +1,6 @@
 """transformers' serving with one relay model: loaded our way, options checked before a stream begins.
 
-What is overridden with an underscore has no public counterpart; `tests/test_serving_contract.py` fails when it moves.
+What is overridden with an underscore has no public counterpart; `tests/serving/test_contract.py` fails when it moves.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import BaseHandler, GenerateManager, GenerationState, _StreamError, split_revision
 from transformers.generation.streamers import BaseStreamer
 
-from ..checkpoint_loading import find_device, read_diffusion_config, read_tokenizer
+from ..loading.checkpoint import find_device, read_diffusion_config, read_tokenizer
 from ..modeling import RelayForMaskedDiffusion
 from . import errors
 from .access import AccessCheck

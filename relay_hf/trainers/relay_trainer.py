@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from ..hub import push
 from ..hub_cards import save_card
 from ..modeling import RelayConfig, RelayForMaskedDiffusion
-from ..training_plot import logged, plot_training
+from ..pictures.training import logged, plot_training
 from .adapter_targets import check_targets
 from .buffer import RolloutBuffer
 from .card import TRAINING_PICTURE, training_card

@@ -7,9 +7,9 @@ import pytest
 from transformers import AutoModel, AutoTokenizer
 
 from relay_hf import RelayCache
-from relay_hf.checkpoint_loading import load_for_decoding
 from relay_hf.cli import main
 from relay_hf.commands.conversation import Conversation
+from relay_hf.loading.checkpoint import load_for_decoding
 
 Chat = Callable[..., str]
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from relay_hf import RelayForMaskedDiffusion
 from relay_hf.cli import main
-from relay_hf.evaluation.cards import hash_weights
+from relay_hf.evaluation.weights import hash_weights
 
 from ..conftest import text_config
 

@@ -12,9 +12,9 @@ import yaml
 from relay_hf.cli import COMMANDS
 from relay_hf.commands.chat import ChatArguments
 from relay_hf.commands.generate import GenerateArguments
+from relay_hf.commands.prepare_data import PrepareArguments
 from relay_hf.commands.train_arguments import ARGUMENTS
 from relay_hf.recipes import recipe_path
-from relay_hf.recipes.prepare_data import PrepareArguments
 
 PAGE = (Path(__file__).parents[2] / "docs" / "command_line.md").read_text()
 OTHERS = {"config", "help", "help_all", "num_processes", "module", "json", "raw", "show_steps"}
@@ -28,8 +28,8 @@ def test_page_names_options_that_exist() -> None:
 
 def test_page_names_every_command_and_no_other() -> None:
     table = PAGE[: PAGE.index("\n## ")]
-    assert set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)))) == set(COMMANDS)
-    assert set(re.findall(r"^relay-hf (\w+)", PAGE, re.MULTILINE)) <= set(COMMANDS)
+    assert set(re.findall(r"`([\w-]+)`", "".join(re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)))) == set(COMMANDS)
+    assert set(re.findall(r"^relay-hf ([\w-]+)", PAGE, re.MULTILINE)) <= set(COMMANDS)
 
 
 def test_page_names_every_recipe() -> None:

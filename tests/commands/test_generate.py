@@ -109,7 +109,7 @@ def test_show_steps_leaves_stdout_to_the_text(checkpoint: Path, capsys: pytest.C
 
 
 def test_dtype_is_that_of_the_weights(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from relay_hf.checkpoint_loading import load_for_decoding
+    from relay_hf.loading.checkpoint import load_for_decoding
 
     assert str(load_for_decoding(str(checkpoint), dtype="bfloat16")[0].lm_head.weight.dtype) == "torch.bfloat16"
 

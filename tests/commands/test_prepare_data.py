@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from relay_hf.recipes.filters import prompt_key
-from relay_hf.recipes.prepare_data import main
+from relay_hf.cli import main
+from relay_hf.commands.mixture_filters import prompt_key
 
 from .conftest import write_rows
 
@@ -61,14 +61,14 @@ BAD_MATH = [
 
 @pytest.fixture
 def prepare(checkpoint: Path, tmp_path: Path) -> Callable[..., int]:
-    """Runs the script on rows of code and of mathematics."""
+    """Runs the command on rows of code and of mathematics."""
 
     def run(
         code: list[dict], math: list[dict], *options: Any, output: str = "data/out.jsonl", max_tokens: int = 100
     ) -> int:
         code_file, math_file = write_rows(tmp_path / "code.jsonl", code), write_rows(tmp_path / "math.jsonl", math)
         arguments = ["--code", code_file, "--math", math_file, "--model", checkpoint, "--max_tokens", max_tokens]
-        return main([str(argument) for argument in (tmp_path / output, *arguments, *options)])
+        return main(["prepare-data", *map(str, (tmp_path / output, *arguments, *options))])
 
     return run
 

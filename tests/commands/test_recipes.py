@@ -10,7 +10,6 @@ from huggingface_hub import ModelCard
 from relay_hf.cli import main
 from relay_hf.commands.train_arguments import TrainArguments, parse
 from relay_hf.recipes import recipe_path
-from relay_hf.recipes.prepare_data import main as prepare_data
 
 from .conftest import write_rows
 from .test_prepare_data import code_row, math_row
@@ -64,7 +63,7 @@ def test_recipe_trains_a_tiny_model_on_data_that_the_script_made(name: str, chec
     math = write_rows(tmp_path / "math.jsonl", [math_row(f"m{i}") for i in range(8)])
     data = tmp_path / "data.jsonl"
     sources = ["--code", str(code), "--math", str(math), "--code_rows", "4", "--math_rows", "6"]
-    assert prepare_data([str(data), *sources, "--model", str(checkpoint), "--max_tokens", "100"]) == 0
+    assert main(["prepare-data", str(data), *sources, "--model", str(checkpoint), "--max_tokens", "100"]) == 0
     small: dict[str, Any] = {
         "model_name_or_path": checkpoint,
         "dataset_name": data,

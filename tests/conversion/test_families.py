@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, Qwen2Tokenizer
 
 from relay_hf import RelayConfig, RelayForMaskedDiffusion, convert
+from relay_hf.loading.tokenizer import load_tokenizer
 from relay_hf.modeling.conversion_relay import foreign_config_to_relay
-from relay_hf.tokenizer_loading import load_tokenizer
 
 from ..conftest import text_config
 from .conftest import make_tokenizer

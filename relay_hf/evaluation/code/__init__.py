@@ -20,7 +20,7 @@ def run_evaluation(model: str, arguments: CodeEvalArguments) -> str:
     import os
     from pathlib import Path
 
-    from ...checkpoint_loading import check_decoding, read_diffusion_config, read_generation_config, read_tokenizer
+    from ...loading.checkpoint import check_decoding, read_diffusion_config, read_generation_config, read_tokenizer
     from ...modeling import RelayForMaskedDiffusion
     from .answers import decoding_options
     from .evaluate import evaluate_code

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 
-from ...checkpoint_loading import check_decoding
+from ...loading.checkpoint import check_decoding
 from ...modeling import RelayForMaskedDiffusion
 from ...modeling.options_relay import GREEDY
+from ..forwards import count_costs
 from ..stop_texts import StopTexts
 from .chat_prompt import ChatPrompt
 from .problems import Problem
-from .samples import FORWARDS
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,7 @@ class Answerer:
             )
         answers = []
         for row in range(len(problems)):
-            costs = {name: int(getattr(output, name)[row]) for name in FORWARDS}
-            written = round(float(output.tokens_per_forward[row]) * sum(costs.values()))
-            tokens = output.sequences[row, width : width + written]
-            answers.append(Answer(self.tokenizer.decode(tokens, skip_special_tokens=True), **costs, new_tokens=written))
+            costs = count_costs(output, row)
+            tokens = output.sequences[row, width : width + costs["new_tokens"]]
+            answers.append(Answer(self.tokenizer.decode(tokens, skip_special_tokens=True), **costs))
         return answers

@@ -6,8 +6,9 @@ from math import comb
 from pathlib import Path
 from statistics import mean
 
+from ..forwards import FORWARDS
 from .report import draw_picture, read_results
-from .samples import FORWARDS, SETTINGS, Sample, read_samples, read_settings
+from .samples import SETTINGS, Sample, read_samples, read_settings
 
 SIGNIFICANT = 0.05
 # Where two evaluations must differ, or may: the rest of the settings should be equal.

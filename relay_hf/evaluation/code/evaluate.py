@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ...modeling import RelayForMaskedDiffusion
-from ..cards import hash_weights
+from ..weights import hash_weights
 from .answers import Answerer
 from .arguments import CodeEvalArguments
 from .extraction import extract_code

@@ -8,8 +8,9 @@ from statistics import mean
 from typing import Any
 
 from ...hub_cards import EvaluationRow, hardware, versions
-from ...plots import CurvePoint, plot_accuracy_against_forwards
-from .samples import FORWARDS, Sample
+from ...pictures.accuracy import CurvePoint, plot_accuracy_against_forwards
+from ..forwards import FORWARDS
+from .samples import Sample
 
 METRIC = "pass@1"
 RESULTS, PICTURE = "results.json", "accuracy_against_forwards.png"

@@ -10,7 +10,6 @@ from typing import Any
 from .problems import Problem
 
 SETTINGS = "settings.json"  # beside the files of answers
-FORWARDS = ("denoise_forwards", "commit_forwards", "prefill_forwards")
 
 
 @dataclass(frozen=True)

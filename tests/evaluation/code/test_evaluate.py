@@ -14,11 +14,11 @@ from relay_hf.evaluation.code.answers import Answerer
 from relay_hf.evaluation.code.chat_prompt import ChatPrompt
 from relay_hf.evaluation.code.evaluate import evaluate_code
 from relay_hf.evaluation.code.problems import load_problems
-from relay_hf.evaluation.code.samples import FORWARDS
+from relay_hf.evaluation.forwards import FORWARDS
 from relay_hf.modeling import RelayGenerateOutput
 
 from ...conftest import all_tokens_but
-from .conftest import NAMES
+from ..conftest import NAMES
 
 
 @pytest.fixture

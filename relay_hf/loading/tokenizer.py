@@ -1,0 +1,59 @@
+"""The tokenizer beside a checkpoint, also where the checkpoint is of a family that transformers does not know."""
+
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import cached_file
+
+from ..modeling import RelayConfig
+from ..modeling.files_relay import explained, unreadable
+
+# A tokenizer that is saved at all has one of these.
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def load_tokenizer(
+    source: str, config: RelayConfig, revision: str | None = None, gguf_file: str | None = None
+) -> PreTrainedTokenizerBase | None:
+    """Loads the tokenizer without running code of the checkpoint.
+
+    Left alone, `AutoTokenizer` reads `config.json` itself, and warns of a wrong model type if it is one of ours to
+    translate.
+
+    Args:
+        source: folder or Hub id.
+        config: the checkpoint's configuration as we read it.
+        revision: branch, tag or commit on the Hub.
+        gguf_file: file in the source that describes the tokenizer, too.
+
+    Returns:
+        The tokenizer, or None if the checkpoint has none.
+
+    Raises:
+        OSError: it has one that cannot be read.
+    """
+    try:
+        with explained(source, "tokenizer"):
+            return _load_tokenizer(source, config, revision, gguf_file)
+    except ValueError as error:  # of libraries, which name no file
+        raise unreadable(source, "tokenizer", error) from error
+
+
+def _load_tokenizer(
+    source: str, config: RelayConfig, revision: str | None, gguf_file: str | None
+) -> PreTrainedTokenizerBase | None:
+    options: dict[str, Any] = {"revision": revision}
+    if gguf_file is not None:
+        return AutoTokenizer.from_pretrained(source, gguf_file=gguf_file, **options)
+    if not any(
+        cached_file(source, name, _raise_exceptions_for_missing_entries=False, **options) for name in TOKENIZER_FILES
+    ):
+        return None
+    if "auto_map" in get_tokenizer_config(source, **options):
+        # Its own class, for instance Dream's, is a copy of the one of its backbone.
+        options["tokenizer_type"] = config.text_config.model_type
+    tokenizer = AutoTokenizer.from_pretrained(source, config=config, **options)
+    # The copy that is saved needs no foreign code either.
+    tokenizer.init_kwargs.pop("auto_map", None)
+    return tokenizer
