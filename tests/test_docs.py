@@ -181,7 +181,7 @@ def check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Cal
         if words[0] in ("COMMAND", "--help", "--version"):
             return
         assert words[0] in COMMANDS, words
-        module = __import__(f"relay_hf.commands.{words[0]}", fromlist=["run"])
+        module = __import__(f"relay_hf.commands.{words[0].replace('-', '_')}", fromlist=["run"])
         if whole and hasattr(module, "make_parser") and "--help" not in words:
             with monkeypatch.context() as patch:
                 patch.setattr(TrlParser, "parse_args_into_dataclasses", parse_only)
