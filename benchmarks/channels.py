@@ -19,9 +19,9 @@ from transformers import Qwen2Config
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from relay_hf import RelayCache, RelayConfig, RelayForMaskedDiffusion
+from relay_hf.modeling.channel_relay import CHANNELS
 
 BLOCK, SUB_BLOCK = 32, 8
-CHANNELS = ("none", "layer_norm", "residual_context", "soft_mask")
 
 
 class Bench:

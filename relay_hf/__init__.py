@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         RelayGenerateHistory,
         RelayGenerateOutput,
         RelayOutput,
+        register_channel,
     )
     from .pictures.denoising import plot_denoising
     from .pictures.timeline import show_denoising
@@ -38,6 +39,7 @@ __all__ = [
     "convert",
     "plot_denoising",
     "push",
+    "register_channel",
     "show_denoising",
 ]
 
@@ -57,6 +59,7 @@ __getattr__ = lazy_names(
         "convert": "conversion",
         "plot_denoising": "pictures.denoising",
         "push": "hub",
+        "register_channel": "modeling",
         "show_denoising": "pictures.timeline",
     },
 )

@@ -37,7 +37,7 @@ class RelayModelConfig(ModelConfig):
     )
     token_shift: bool | None = field(default=None, metadata={"help": "Whether the raw head scores the next token."})
     relay_channel: str | None = field(
-        default=None, metadata={"help": "What is carried: layer_norm, residual_context, soft_mask or none."}
+        default=None, metadata={"help": "Channel: what is carried between two steps, e.g. layer_norm, or none."}
     )
     reference_model: str | None = field(
         default=None, metadata={"help": "Frozen model whose predictions `objective=residual_context` feeds."}

@@ -1,7 +1,7 @@
 """Model cards written from what ran: facts in, README.md with machine-readable metadata out. Works offline."""
 
 from .card_data import NOT_EVALUATED, DatasetFacts, Evaluation, EvaluationRow, RelayCardData, TrainingFacts
-from .citations import FAST_DLLM_V2_CITATION, RELAY_CITATION, RESIDUAL_CONTEXT_CITATION, SOFT_MASK_CITATION
+from .citations import FAST_DLLM_V2_CITATION, RELAY_CITATION
 from .editing import add_evaluation, has_card, read_card, set_usage
 from .environment import hardware, versions
 from .hub_ids import is_hub_id, link_model
@@ -17,8 +17,6 @@ __all__ = [
     "NOT_EVALUATED",
     "OWN_TAG",
     "RELAY_CITATION",
-    "RESIDUAL_CONTEXT_CITATION",
-    "SOFT_MASK_CITATION",
     "DatasetFacts",
     "Evaluation",
     "EvaluationRow",

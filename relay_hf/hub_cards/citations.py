@@ -11,26 +11,6 @@ RELAY_CITATION = """@misc{rozonoyer2026relay,
   url           = {https://arxiv.org/abs/2605.22967}
 }"""
 
-RESIDUAL_CONTEXT_CITATION = """@misc{hu2026residual,
-  title         = {Residual Context Diffusion Language Models},
-  author        = {Hu, Yuezhou and Singh, Harman and Maheswaran, Monishwaran and Xi, Haocheng and Hooper, Coleman
-                   and Zhang, Jintao and Tomar, Aditya and Mahoney, Michael W. and Min, Sewon and Farajtabar, Mehrdad
-                   and Keutzer, Kurt and Gholami, Amir and Xu, Chenfeng},
-  year          = {2026},
-  eprint        = {2601.22954},
-  archivePrefix = {arXiv},
-  url           = {https://arxiv.org/abs/2601.22954}
-}"""
-
-SOFT_MASK_CITATION = """@misc{hersche2025softmasked,
-  title         = {Soft-Masked Diffusion Language Models},
-  author        = {Hersche and Moor-Smith and Hofmann and Rahimi},
-  year          = {2025},
-  eprint        = {2510.17206},
-  archivePrefix = {arXiv},
-  url           = {https://arxiv.org/abs/2510.17206}
-}"""
-
 FAST_DLLM_V2_CITATION = """@misc{wu2025fastdllm,
   title         = {Fast-dLLM v2: Efficient Block-Diffusion LLM},
   author        = {Wu, Chengyue and Zhang, Hao and Xue, Shuchen and Diao, Shizhe and Fu, Yonggan and Liu, Zhijian

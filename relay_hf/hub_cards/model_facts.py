@@ -3,12 +3,10 @@
 from typing import TYPE_CHECKING
 
 from .card_data import RelayCardData
-from .citations import FAST_DLLM_V2_CITATION, RELAY_CITATION, RESIDUAL_CONTEXT_CITATION, SOFT_MASK_CITATION
+from .citations import FAST_DLLM_V2_CITATION, RELAY_CITATION
 
 if TYPE_CHECKING:
     from ..modeling import RelayConfig
-
-_CITATIONS_OF_CHANNELS = {"residual_context": [RESIDUAL_CONTEXT_CITATION], "soft_mask": [SOFT_MASK_CITATION]}
 
 
 def describe_model(config: "RelayConfig") -> dict[str, str]:
@@ -35,22 +33,14 @@ def describe_model(config: "RelayConfig") -> dict[str, str]:
 
 def describe_channel(config: "RelayConfig") -> str | None:
     """What is carried between two denoising steps, and how it enters; None = nothing is."""
-    where = "masked positions" if config.relay_scope == "masked" else "all positions"
-    read_out = "final norm" if config.relay_readout == "post_norm" else f"layer {config.relay_layer}"
-    descriptions = {
-        "layer_norm": f"the output of the {read_out}, added at {where} through a LayerNorm.",
-        "residual_context": "the mean embedding of what was predicted, mixed into the masks: the more, the less sure.",
-        "soft_mask": f"the mean embedding of the {config.relay_top_k} likeliest tokens, mixed into the masks: the "
-        "more, the surer.",
-    }
-    return descriptions.get(config.relay_channel)
+    return config.channel_class.sentence(config) or None
 
 
 def cite_model(config: "RelayConfig") -> list[str]:
     """BibTeX of Relay, and of whatever else the model is made of."""
     is_block_diffusion = config.block_size is not None and config.token_shift
     of_blocks = [FAST_DLLM_V2_CITATION] if is_block_diffusion else []
-    return [RELAY_CITATION, *_CITATIONS_OF_CHANNELS.get(config.relay_channel, []), *of_blocks]
+    return [RELAY_CITATION, *filter(None, [config.channel_class.citation]), *of_blocks]
 
 
 def plain_card(name: str, config: "RelayConfig", usage: str = "", base_model: str | None = None) -> RelayCardData:

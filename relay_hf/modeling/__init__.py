@@ -6,14 +6,18 @@ Importing it registers `RelayConfig` and `RelayForMaskedDiffusion` with the Auto
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from .cache_relay import RelayCache
+from .channel_relay import Channel, DistributionChannel, Readings, register_channel
 from .configuration_relay import RelayConfig
 from .modeling_relay import RelayForMaskedDiffusion
 from .outputs_relay import RelayGenerateHistory, RelayGenerateOutput, RelayOutput
 from .reveal_relay import ConfidenceBudget, ConfidenceThreshold, make_policy
 
 __all__ = [
+    "Channel",
     "ConfidenceBudget",
     "ConfidenceThreshold",
+    "DistributionChannel",
+    "Readings",
     "RelayCache",
     "RelayConfig",
     "RelayForMaskedDiffusion",
@@ -21,6 +25,7 @@ __all__ = [
     "RelayGenerateOutput",
     "RelayOutput",
     "make_policy",
+    "register_channel",
 ]
 
 AutoConfig.register(RelayConfig.model_type, RelayConfig, exist_ok=True)

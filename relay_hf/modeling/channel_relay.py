@@ -1,32 +1,25 @@
 """Relay channels: what is carried from one denoising step to the next, and how it enters the embeddings.
 
-A channel is a small module with one interface:
+A channel is a small module that describes itself; `register_channel` adds one from any package. Every state is one
+tensor, (B, L, `config.relay_state_width`), position-aligned. So what keeps states (the cache, the rollout buffer) need
+not know what they mean.
 
-- `initial_state(rows, length, device)`: the state of the first step, or None for "nothing is injected";
-- `forward(embeds, receives, state)`: the embeddings of the next step. It gets the embeddings rather than returning a
-  delta, because a channel may interpolate instead of adding;
-- `next_state(readings)`: the state a forward pass leaves behind. (Not called `update`: PEFT wraps the channel in a
-  module that has an `update` of its own.)
-- `reads_distribution`: whether that is made of what the head says, rather than of hidden states.
-
-Every state is one tensor, (B, L, `config.relay_state_width`), position-aligned. So whoever keeps states (the cache, the
-rollout buffer) need not know what they mean.
-
-Legend: B rows, L positions, N masked ones among them, D hidden size, V vocabulary.
+Legend: B rows, L positions, N masked ones among them, D hidden size, W width of the state, V vocabulary.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
+from transformers import PreTrainedConfig
 from transformers import initialization as init
 
-from .configuration_relay import RelayConfig
 from .head_relay import is_plain
+from .registry_relay import Registry
 
 # Logits held at a time while states are made of them.
 LOGITS_AT_ONCE = 2**24
@@ -50,13 +43,111 @@ class Readings(NamedTuple):
     embeddings: nn.Module
 
 
-class NoChannel(nn.Module):
-    """Forgets everything between steps: a plain masked diffusion model."""
+class ChannelPart(nn.Module):
+    """A module that writes its own initial values; the model calls `reset_parameters` when it initialises."""
+
+    def reset_parameters(self) -> None:
+        """Writes the initial values with `transformers.initialization`, which spares what came from a checkpoint.
+
+        transformers builds models on the meta device and initialises later: values that `__init__` writes are lost.
+        """
+
+
+class Channel(ChannelPart):
+    """What a model carries between denoising steps. A subclass writes `inject` and `next_state`, and what differs.
+
+    Its parameters stay in fp32 whatever the model's dtype is.
+
+    Args:
+        config: the model's `RelayConfig`.
+
+    Attributes:
+        reads_distribution: the state is made of what the head says (see `DistributionChannel`), and never
+            differentiated; else of hidden states.
+        may_start_from_zeros: zeros are a state of their own, with which a block may start.
+        options: names and defaults of what `config.relay_options` may hold; `option_values` reads them.
+        citation: BibTeX of the channel's source, for cards.
+    """
 
     reads_distribution: ClassVar[bool] = False
+    may_start_from_zeros: ClassVar[bool] = True
+    options: ClassVar[Mapping[str, Any]] = {}
+    citation: ClassVar[str] = ""
 
-    def __init__(self, config: RelayConfig) -> None:
+    def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
+        self.width = self.state_width(config)
+        self.starts_from_zeros = config.relay_initial_state == "zeros"
+        # When PEFT merges, it copies the `weight` of each module that it had replaced, without asking if there is one.
+        self.register_parameter("weight", None)
+
+    @classmethod
+    def state_width(cls, config: PreTrainedConfig) -> int:
+        """W, numbers of state per position; 0 if nothing is carried."""
+        return config.text_config.hidden_size
+
+    @classmethod
+    def option_values(cls, config: PreTrainedConfig) -> dict[str, Any]:
+        """The channel's options as the configuration has them."""
+        return {**cls.options, **(config.relay_options or {})}
+
+    @classmethod
+    def check(cls, config: PreTrainedConfig) -> None:
+        """Raise a ValueError of one sentence if a field of the configuration does not fit the channel."""
+
+    @classmethod
+    def sentence(cls, config: PreTrainedConfig) -> str:
+        """What is carried, and how it enters: how a card says it."""
+        return f"the state of `relay_channel={config.relay_channel!r}`."
+
+    def initial_state(self, rows: int, length: int, device: torch.device) -> Tensor | None:
+        """State of the first denoising step, (B, L, W) fp32, or None if nothing is to be injected."""
+        return torch.zeros(rows, length, self.width, device=device) if self.starts_from_zeros else None
+
+    def forward(self, embeds: Tensor, receives: Tensor, state: Tensor) -> Tensor:
+        """The embeddings of the next step: what `inject` makes of them where `receives`.
+
+        Args:
+            embeds: (B, L, D) token embeddings.
+            receives: (B, L) bool, positions that get the state.
+            state: (B, L, W) position-aligned state, any float dtype.
+
+        Returns:
+            (B, L, D) in the dtype of `embeds`.
+
+        Raises:
+            ValueError: `state` and `embeds` do not fit.
+        """
+        needed = (*embeds.shape[:-1], self.width)
+        if state.shape != needed:
+            raise ValueError(
+                f"`relay_state` has shape {tuple(state.shape)}, but embeddings of shape {tuple(embeds.shape)} need "
+                f"{needed}: pass the state that the previous forward returned for the same rows and positions."
+            )
+        return torch.where(receives[..., None], self.inject(embeds, state).to(embeds.dtype), embeds)
+
+    def inject(self, embeds: Tensor, state: Tensor) -> Tensor:
+        """(B, L, D) embeddings and (B, L, W) state -> (B, L, D) embeddings with the state, any float dtype."""
+        raise NotImplementedError
+
+    def next_state(self, readings: Readings) -> Tensor | None:
+        """The state that a forward pass leaves behind, (B, L, W).
+
+        It is not called `update`, because PEFT wraps the channel in a module that has an `update` of its own.
+        """
+        raise NotImplementedError
+
+
+class NoChannel(Channel):
+    """Forgets everything between steps: a plain masked diffusion model."""
+
+    @classmethod
+    def state_width(cls, config: PreTrainedConfig) -> int:
+        return 0
+
+    @classmethod
+    def sentence(cls, config: PreTrainedConfig) -> str:
+        return ""
 
     def initial_state(self, rows: int, length: int, device: torch.device) -> None:
         return None
@@ -70,7 +161,7 @@ class NoChannel(nn.Module):
         return None
 
 
-class RelayLayerNorm(nn.LayerNorm):
+class RelayLayerNorm(ChannelPart, nn.LayerNorm):
     """A LayerNorm in fp32 whose weight starts at `initial_weight` (0 makes a fresh channel an exact no-op).
 
     The initial values are written here because transformers builds models on the meta device and initialises later, and
@@ -91,52 +182,33 @@ class RelayLayerNorm(nn.LayerNorm):
         return F.layer_norm(input.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
 
 
-class LayerNormChannel(nn.Module):
+class LayerNormChannel(Channel):
     """Relay: adds a LayerNorm of the carried hidden state, `e_i + LN(h_i)` (arXiv 2605.22967, Algorithm 1).
 
     The parameters are fp32 whatever the model's dtype is, and so is the arithmetic: with the published learning rate a
     zero-initialised weight stays below about 1e-3, where bf16 would lose most updates.
     """
 
-    reads_distribution: ClassVar[bool] = False
-    # When PEFT merges, it copies the `weight` of each module that it had replaced, without asking if there is one.
-    weight: Tensor | None = None
-
-    def __init__(self, config: RelayConfig) -> None:
-        super().__init__()
-        self.starts_from_zeros = config.relay_initial_state == "zeros"
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
         initial_weight = {"zeros": 0.0, "ones": 1.0}[config.relay_init]
-        self.norm = RelayLayerNorm(config.text_config.hidden_size, config.relay_norm_eps, initial_weight)
+        self.norm = RelayLayerNorm(self.width, config.relay_norm_eps, initial_weight)
 
-    def initial_state(self, rows: int, length: int, device: torch.device) -> Tensor | None:
-        """State of the first denoising step, (B, L, D) fp32, or None if nothing is to be injected."""
-        if not self.starts_from_zeros:
-            return None
-        return torch.zeros(rows, length, *self.norm.normalized_shape, device=device)
+    @classmethod
+    def sentence(cls, config: PreTrainedConfig) -> str:
+        read_out = "final norm" if config.relay_readout == "post_norm" else f"layer {config.relay_layer}"
+        where = "masked positions" if config.relay_scope == "masked" else "all positions"
+        return f"the output of the {read_out}, added at {where} through a LayerNorm."
 
-    def forward(self, embeds: Tensor, receives: Tensor, state: Tensor) -> Tensor:
-        """Adds the normalised state where `receives`.
-
-        Args:
-            embeds: (B, L, D) token embeddings.
-            receives: (B, L) bool, positions that get the state.
-            state: (B, L, D) position-aligned state, any float dtype.
-
-        Returns:
-            (B, L, D) in the dtype of `embeds`.
-
-        Raises:
-            ValueError: `state` and `embeds` differ in shape.
-        """
-        _check_shape(state, embeds, embeds.shape[-1])
-        return torch.where(receives[..., None], embeds + self.norm(state).to(embeds.dtype), embeds)
+    def inject(self, embeds: Tensor, state: Tensor) -> Tensor:
+        return embeds + self.norm(state).to(embeds.dtype)
 
     def next_state(self, readings: Readings) -> Tensor:
         """The state is the hidden state itself, (B, L, D)."""
         return readings.read_out
 
 
-class DistributionChannel(nn.Module):
+class DistributionChannel(Channel):
     """Carries the mean embedding of what each masked position was predicted to be, and one number beside it.
 
     The state is (B, L, D + 1) fp32 (fp64 in a model of double precision): `D` numbers of the mean embedding, then the
@@ -145,14 +217,17 @@ class DistributionChannel(nn.Module):
 
     reads_distribution: ClassVar[bool] = True
 
-    def __init__(self, config: RelayConfig) -> None:
-        super().__init__()
-        self.width = config.relay_state_width
-        self.starts_from_zeros = config.relay_initial_state == "zeros"
+    @classmethod
+    def state_width(cls, config: PreTrainedConfig) -> int:
+        return config.text_config.hidden_size + 1
 
-    def initial_state(self, rows: int, length: int, device: torch.device) -> Tensor | None:
-        """State of the first denoising step, (B, L, D + 1) fp32, or None if nothing is to be injected."""
-        return torch.zeros(rows, length, self.width, device=device) if self.starts_from_zeros else None
+    @classmethod
+    def check(cls, config: PreTrainedConfig) -> None:
+        if config.relay_scope == "all":
+            raise ValueError(
+                f"`relay_scope='all'` has no meaning for `relay_channel={config.relay_channel!r}`, which replaces "
+                "[MASK]s: set `relay_scope='masked'`."
+            )
 
     def summarise(self, logits: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """(N, V) fp32 logits and (V, D) embeddings -> (N, D) mean embeddings and (N,) numbers."""
@@ -162,25 +237,11 @@ class DistributionChannel(nn.Module):
         """(B, L, 1) numbers -> weight of the mean embedding against the embedding itself."""
         raise NotImplementedError
 
-    def forward(self, embeds: Tensor, receives: Tensor, state: Tensor) -> Tensor:
-        """Interpolates between each embedding and the carried mean where `receives`.
-
-        Args:
-            embeds: (B, L, D) token embeddings.
-            receives: (B, L) bool, positions that get the state.
-            state: (B, L, D + 1) position-aligned state.
-
-        Returns:
-            (B, L, D) in the dtype of `embeds`.
-
-        Raises:
-            ValueError: `state` and `embeds` do not fit.
-        """
-        _check_shape(state, embeds, self.width)
+    def inject(self, embeds: Tensor, state: Tensor) -> Tensor:
+        """Interpolates between each embedding and the carried mean."""
         state = at_least_single(state)
         share = self.share(state[..., -1:])
-        mixed = (1.0 - share) * at_least_single(embeds) + share * state[..., :-1]
-        return torch.where(receives[..., None], mixed.to(embeds.dtype), embeds)
+        return (1.0 - share) * at_least_single(embeds) + share * state[..., :-1]
 
     @torch.no_grad()
     def next_state(self, readings: Readings) -> Tensor:
@@ -219,9 +280,32 @@ class ResidualContextChannel(DistributionChannel):
     A state of zeros changes nothing. T is `config.relay_temperature`.
     """
 
-    def __init__(self, config: RelayConfig) -> None:
+    citation: ClassVar[str] = """@misc{hu2026residual,
+  title         = {Residual Context Diffusion Language Models},
+  author        = {Hu, Yuezhou and Singh, Harman and Maheswaran, Monishwaran and Xi, Haocheng and Hooper, Coleman
+                   and Zhang, Jintao and Tomar, Aditya and Mahoney, Michael W. and Min, Sewon and Farajtabar, Mehrdad
+                   and Keutzer, Kurt and Gholami, Amir and Xu, Chenfeng},
+  year          = {2026},
+  eprint        = {2601.22954},
+  archivePrefix = {arXiv},
+  url           = {https://arxiv.org/abs/2601.22954}
+}"""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
         self.temperature = config.relay_temperature
+
+    @classmethod
+    def check(cls, config: PreTrainedConfig) -> None:
+        super().check(config)
+        if not 0 < config.relay_temperature < math.inf:
+            raise ValueError(
+                f"`relay_temperature={config.relay_temperature}` must be above 0, and finite; 1 leaves it as it is."
+            )
+
+    @classmethod
+    def sentence(cls, config: PreTrainedConfig) -> str:
+        return "the mean embedding of what was predicted, mixed into the masks: the more, the less sure."
 
     def summarise(self, logits: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         entropy = torch.special.entr((logits / self.temperature).softmax(-1)).sum(-1)
@@ -238,13 +322,40 @@ class SoftMaskChannel(DistributionChannel):
         e_i <- (1 - s_i) e_i + s_i mean_i,  s_i = w_s sigmoid(w_a (-H(p_i) - w_b))
 
     The three weights are learned, from 0, 10 / 1.5 and -0.75 on, as in the authors' code: a fresh channel changes
-    nothing. k is `config.relay_top_k`. No state leaves a [MASK] as it is, so that the first step has none.
+    nothing. k is `config.relay_top_k`. No state leaves a [MASK] as it is, so that the first step has none: zeros would
+    be a sure prediction.
     """
 
-    def __init__(self, config: RelayConfig) -> None:
+    may_start_from_zeros: ClassVar[bool] = False
+    citation: ClassVar[str] = """@misc{hersche2025softmasked,
+  title         = {Soft-Masked Diffusion Language Models},
+  author        = {Hersche and Moor-Smith and Hofmann and Rahimi},
+  year          = {2025},
+  eprint        = {2510.17206},
+  archivePrefix = {arXiv},
+  url           = {https://arxiv.org/abs/2510.17206}
+}"""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
-        self.top_k = min(config.relay_top_k, config.text_config.vocab_size)
+        self.top_k = config.relay_top_k
         self.weight = nn.Parameter(torch.empty(3, dtype=torch.float32))
+
+    @classmethod
+    def check(cls, config: PreTrainedConfig) -> None:
+        super().check(config)
+        if not 1 <= config.relay_top_k <= config.text_config.vocab_size:
+            raise ValueError(
+                f"`relay_top_k={config.relay_top_k}` must be at least 1, and at most the "
+                f"{config.text_config.vocab_size} tokens of the vocabulary: how many predictions to mix."
+            )
+
+    @classmethod
+    def sentence(cls, config: PreTrainedConfig) -> str:
+        return (
+            f"the mean embedding of the {config.relay_top_k} likeliest tokens, mixed into the masks: the more, the "
+            "surer."
+        )
 
     def reset_parameters(self) -> None:
         """Writes the initial values; respects parameters that came from a checkpoint."""
@@ -261,24 +372,33 @@ class SoftMaskChannel(DistributionChannel):
         return scale * torch.sigmoid(slope * (-number - shift))
 
 
-Channel = NoChannel | LayerNormChannel | ResidualContextChannel | SoftMaskChannel
-
-CHANNELS: dict[str, type[Channel]] = {
-    "none": NoChannel,
-    "layer_norm": LayerNormChannel,
-    "residual_context": ResidualContextChannel,
-    "soft_mask": SoftMaskChannel,
-}
+CHANNELS: Registry[Channel] = Registry("relay_channel", Channel, "relay_hf.register_channel")
 
 
-def in_scope(config: RelayConfig, is_masked: Tensor) -> Tensor:
+def register_channel(name: str, cls: type[Channel]) -> None:
+    """Makes a channel known, so that `relay_channel=name` means it: in configurations, checkpoints and cards.
+
+    Call it where the class is defined: a process that loads a checkpoint with the channel has to import that module.
+
+    Args:
+        name: as `relay_channel` is to have it.
+        cls: subclass of `Channel`.
+
+    Raises:
+        ValueError: the name is taken, or `cls` is no channel.
+    """
+    CHANNELS.add(name, cls)
+
+
+register_channel("none", NoChannel)
+register_channel("layer_norm", LayerNormChannel)
+register_channel("residual_context", ResidualContextChannel)
+register_channel("soft_mask", SoftMaskChannel)
+
+
+def in_scope(config: PreTrainedConfig, is_masked: Tensor) -> Tensor:
     """(B, L) bool, positions that the state enters under `config.relay_scope`, given those that are masked."""
     return torch.ones_like(is_masked) if config.relay_scope == "all" else is_masked
-
-
-def make_channel(config: RelayConfig) -> Channel:
-    """Builds the channel that `config.relay_channel` names."""
-    return CHANNELS[config.relay_channel](config)
 
 
 def token_table(embeddings: nn.Module) -> Tensor:
@@ -295,12 +415,3 @@ def token_table(embeddings: nn.Module) -> Tensor:
 def at_least_single(tensor: Tensor) -> Tensor:
     """In fp32; a model in double precision keeps that."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def _check_shape(state: Tensor, embeds: Tensor, width: int) -> None:
-    if state.shape != (*embeds.shape[:-1], width):
-        raise ValueError(
-            f"`relay_state` has shape {tuple(state.shape)}, but embeddings of shape {tuple(embeds.shape)} need "
-            f"{(*embeds.shape[:-1], width)}: pass the state that the previous forward returned for the same rows and "
-            "positions."
-        )

@@ -8,6 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .backbone_relay import check_backbone
+from .channel_relay import CHANNELS, Channel
 from .conversion_relay import foreign_config_to_relay
 from .versions_relay import BackboneHolderConfig
 
@@ -33,8 +34,8 @@ class RelayConfig(BackboneHolderConfig):
         relay_channel: what is carried from one denoising step to the next. `"none"`: nothing. `"layer_norm"`: a hidden
             state, added to the embeddings through a LayerNorm (Relay). `"residual_context"`: the mean embedding of what
             was predicted, the more the less sure (RCD, arXiv 2601.22954). `"soft_mask"`: that of the best predictions,
-            the more the surer (arXiv 2510.17206). The fields below that speak of a hidden state or a LayerNorm are
-            those of `"layer_norm"` alone.
+            the more the surer (arXiv 2510.17206). Or the name of a channel of yours, see `register_channel`. The fields
+            below that speak of a hidden state or a LayerNorm are those of `"layer_norm"` alone.
         relay_layer: decoder layer whose output is carried; negative counts from the end, -1 = last.
         relay_readout: `"post_norm"` carries the output of the final norm (needs the last layer), `"pre_norm"` the raw
             residual stream.
@@ -45,6 +46,7 @@ class RelayConfig(BackboneHolderConfig):
         relay_norm_eps: epsilon of the channel's LayerNorm.
         relay_temperature: of the distribution whose entropy weighs the residual, with `"residual_context"`.
         relay_top_k: number of predictions that `"soft_mask"` mixes.
+        relay_options: what a registered channel needs to know beside these fields, by the names that it declares.
         generation_defaults: options of block diffusion that `generate` has other defaults for, such as those of the
             family that a checkpoint is from; `generation_config` goes first.
 
@@ -60,7 +62,7 @@ class RelayConfig(BackboneHolderConfig):
     mask_token_id: int | None = None
     token_shift: bool = False
     tie_word_embeddings: bool | None = None
-    relay_channel: Literal["none", "layer_norm", "residual_context", "soft_mask"] = "layer_norm"
+    relay_channel: str = "layer_norm"
     relay_layer: int = -1
     relay_readout: Literal["post_norm", "pre_norm"] = "post_norm"
     relay_scope: Literal["masked", "all"] = "masked"
@@ -69,6 +71,7 @@ class RelayConfig(BackboneHolderConfig):
     relay_norm_eps: float = 1e-5
     relay_temperature: float = 1.0
     relay_top_k: int = 3
+    relay_options: dict[str, Any] | None = None
     generation_defaults: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -87,7 +90,7 @@ class RelayConfig(BackboneHolderConfig):
         self.validate_numbers()
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
-        if self.relay_channel == "soft_mask":
+        if not self.channel_class.may_start_from_zeros:
             self.relay_initial_state = "none"
         if self.relay_readout == "pre_norm":
             # Otherwise transformers reports the final norm's output in place of the last layer's.
@@ -96,7 +99,7 @@ class RelayConfig(BackboneHolderConfig):
         self.validate_mask_token()
         self.validate_block()
         self.validate_relay_layer()
-        self.validate_distribution_channel()
+        self.validate_channel()
 
     def validate_numbers(self) -> None:
         for name, value in {**self.text_config.to_dict(), "relay_norm_eps": self.relay_norm_eps}.items():
@@ -144,27 +147,28 @@ class RelayConfig(BackboneHolderConfig):
     def validate_backbone(self) -> None:
         check_backbone(self.text_config)
 
-    def validate_distribution_channel(self) -> None:
-        if not 0 < self.relay_temperature < math.inf:
+    def validate_channel(self) -> None:
+        channel = self.channel_class
+        if unknown := sorted(set(self.relay_options or {}) - set(channel.options)):
             raise ValueError(
-                f"`relay_temperature={self.relay_temperature}` must be above 0, and finite; 1 leaves it as it is."
+                f"`relay_options` names {unknown}, but `relay_channel={self.relay_channel!r}` has the options "
+                f"{sorted(channel.options)}: leave out what it does not know."
             )
-        if not 1 <= self.relay_top_k <= self.text_config.vocab_size:
-            raise ValueError(
-                f"`relay_top_k={self.relay_top_k}` must be at least 1, and at most the {self.text_config.vocab_size} "
-                "tokens of the vocabulary: how many predictions to mix."
-            )
-        if self.relay_channel in ("residual_context", "soft_mask") and self.relay_scope == "all":
-            raise ValueError(
-                f"`relay_scope='all'` has no meaning for `relay_channel={self.relay_channel!r}`, which replaces "
-                "[MASK]s: set `relay_scope='masked'`."
-            )
+        channel.check(self)
+
+    @property
+    def channel_class(self) -> type[Channel]:
+        """The class that `relay_channel` names.
+
+        Raises:
+            ValueError: no class has been registered under that name.
+        """
+        return CHANNELS.find(self.relay_channel)
 
     @property
     def relay_state_width(self) -> int:
-        """Numbers of state per position."""
-        beside = 1 if self.relay_channel in ("residual_context", "soft_mask") else 0
-        return self.text_config.hidden_size + beside
+        """Numbers of state per position; 0 if nothing is carried."""
+        return self.channel_class.state_width(self)
 
     @property
     def positions(self) -> int | None:

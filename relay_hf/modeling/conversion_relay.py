@@ -252,7 +252,7 @@ def check_whole(source: Any, config: Any, missing: list[str], options: dict[str,
         return
     own = _own_fields(source, options)
     is_relay = own.get("model_type") == config.model_type
-    has_channel = is_relay and own.get("relay_channel", "layer_norm") == config.relay_channel
+    has_channel = is_relay and own.get("relay_channel", type(config).relay_channel) == config.relay_channel
     has_channel = has_channel or bool(own.get("use_relay") or own.get("use_loopholing"))
     allowed = (() if has_channel else ("relay.",)) + (() if is_relay else ("lm_head.",))
     if all(name.startswith(allowed) for name in missing):

@@ -16,7 +16,7 @@ from transformers.utils.generic import can_return_tuple
 from .adapter_relay import complete_adapter, loaded_adapter, merge_adapter, put_adapter, split_adapter
 from .backbone_relay import check_attention, check_backbone, embedding_name, learned_positions
 from .cache_relay import RelayCache
-from .channel_relay import Readings, RelayLayerNorm, SoftMaskChannel, in_scope, make_channel
+from .channel_relay import ChannelPart, Readings, in_scope
 from .configuration_relay import RelayConfig
 from .conversion_relay import FOREIGN_PARAMETER_NAMES, check_whole
 from .defaults_relay import add_defaults
@@ -85,7 +85,7 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         # Positions that there are; None where they are computed, as rotary ones are.
         self.learned_positions = learned_positions(self.model)
         self._tied_weights_keys = {"lm_head.weight": f"model.{embedding_name(self.model)}.weight"}
-        self.relay = make_channel(config)
+        self.relay = config.channel_class(config)
         self.lm_head = RelayHead(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         # Index among the backbone's hidden states (0 = embeddings), or None for the output of its final norm.
         layers = config.text_config.num_hidden_layers
@@ -100,7 +100,7 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, RelayLayerNorm | SoftMaskChannel):
+        if isinstance(module, ChannelPart):
             module.reset_parameters()
 
     @classmethod

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..modeling import RelayConfig, RelayForMaskedDiffusion
 from ..modeling.adapter_relay import check_adapter, loaded_adapter
+from ..modeling.channel_relay import CHANNELS
 from ..modeling.options_relay import check_same_tokens
 from .metrics import is_channel_parameter
 from .relay_config import RelayTrainerConfig
@@ -150,10 +151,11 @@ def relay_model(model: Any, args: RelayTrainerConfig) -> RelayForMaskedDiffusion
             "`'residual_context'`."
         )
     if args.objective == "residual_context" and not base.relay.reads_distribution:
+        readers = sorted(name for name, channel in CHANNELS.items() if channel.reads_distribution)
         raise ValueError(
             f"`objective='residual_context'` feeds predictions to the model, which `relay_channel="
-            f"{base.config.relay_channel!r}` does not read: load it with `relay_channel='residual_context'` or "
-            "`'soft_mask'`, or choose `objective='relay'`."
+            f"{base.config.relay_channel!r}` does not read: load it with one of the channels {readers}, or choose "
+            "`objective='relay'`."
         )
     return base
 

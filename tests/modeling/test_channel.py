@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from relay_hf import RelayConfig, RelayForMaskedDiffusion
 
 from ..conftest import MASK, text_config
+from ..extensions import channel  # noqa: F401  (registers "bounded")
 
 
 @pytest.fixture
@@ -154,6 +155,7 @@ BASE: dict[str, Any] = {
     "relay_norm_eps": 1e-5,
     "relay_temperature": 1.0,
     "relay_top_k": 3,
+    "relay_options": None,
 }
 # They decide what `generate` does, not what a forward does; `tests/conversion/test_families.py` has them.
 OF_GENERATE = {"generation_defaults"}
@@ -172,6 +174,7 @@ OTHER: dict[str, Any] = {
     "relay_norm_eps": 0.9,
     "relay_temperature": 0.5,
     "relay_top_k": 1,
+    "relay_options": {"softness": 0.3},
 }
 
 
@@ -187,6 +190,8 @@ def two_steps(**fields: Any) -> Tensor:
             model.relay.norm.bias.fill_(0.5)
         if model.config.relay_channel == "soft_mask":
             model.relay.weight[0] = 1.0  # a fresh channel changes nothing
+        if model.config.relay_channel == "bounded":
+            model.relay.weight.fill_(1.0)
         first = model(ids, relay_state=model.initial_relay_state(*ids.shape))
         return model(ids, relay_state=first.relay_state).logits
 
@@ -197,7 +202,7 @@ def test_config_fields_all_tested() -> None:
 
 
 # Fields that other channels read.
-CHANNEL_OF = {"relay_temperature": "residual_context", "relay_top_k": "soft_mask"}
+CHANNEL_OF = {"relay_temperature": "residual_context", "relay_top_k": "soft_mask", "relay_options": "bounded"}
 
 
 @pytest.mark.parametrize("field", OTHER)

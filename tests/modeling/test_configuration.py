@@ -11,6 +11,8 @@ from relay_hf import RelayConfig
 
 from ..conftest import MASK, VOCAB_SIZE, text_config
 
+RCD = {"relay_channel": "residual_context"}
+
 
 def test_fast_dllm_v2_preset_is_published_instance(tiny_text_config: Qwen2Config) -> None:
     config = RelayConfig.fast_dllm_v2(tiny_text_config, mask_token_id=MASK)
@@ -101,9 +103,7 @@ def test_unknown_relay_option_raises(tiny_text_config: Qwen2Config) -> None:
         RelayConfig(text_config=tiny_text_config, relay_chanel="none")
 
 
-@pytest.mark.parametrize(
-    "field", ["relay_channel", "relay_readout", "relay_scope", "relay_init", "relay_initial_state"]
-)
+@pytest.mark.parametrize("field", ["relay_readout", "relay_scope", "relay_init", "relay_initial_state"])
 def test_unknown_choice_raises(tiny_text_config: Qwen2Config, field: str) -> None:
     with pytest.raises(StrictDataclassFieldValidationError, match=f"'{field}' expected one of"):
         RelayConfig(text_config=tiny_text_config, **{field: "other"})
@@ -137,10 +137,13 @@ def test_backbone_with_sliding_window_switched_off_accepted() -> None:
         ({"relay_norm_eps": float("nan")}, "`relay_norm_eps=nan` is not a finite number"),
         ({"relay_norm_eps": 0.0}, "`relay_norm_eps=0.0` must lie between 0 and 1"),
         ({"relay_norm_eps": -1e-5}, "`relay_norm_eps=-1e-05` must lie between 0 and 1"),
-        ({"relay_temperature": 0.0}, "`relay_temperature=0.0` must be above 0"),
-        ({"relay_temperature": float("inf")}, "`relay_temperature=inf` must be above 0, and finite"),
-        ({"relay_temperature": float("nan")}, "`relay_temperature=nan` must be above 0, and finite"),
-        ({"relay_top_k": 65}, "`relay_top_k=65` must be at least 1, and at most the 64 tokens"),
+        (RCD | {"relay_temperature": 0.0}, "`relay_temperature=0.0` must be above 0"),
+        (RCD | {"relay_temperature": float("inf")}, "`relay_temperature=inf` must be above 0, and finite"),
+        (RCD | {"relay_temperature": float("nan")}, "`relay_temperature=nan` must be above 0, and finite"),
+        (
+            {"relay_channel": "soft_mask", "relay_top_k": 65},
+            "`relay_top_k=65` must be at least 1, and at most the 64 tokens",
+        ),
         ({"mask_token_id": 64}, "`mask_token_id=64` is outside the vocabulary of 64 tokens"),
         ({"mask_token_id": -1}, "`mask_token_id=-1` is outside the vocabulary"),
     ],
@@ -164,6 +167,13 @@ def test_config_absurd_value_raises(fields: dict[str, Any], message: str) -> Non
 def test_config_absurd_backbone_raises(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RelayConfig(text_config=text_config(**fields), mask_token_id=63, block_size=8)
+
+
+@pytest.mark.parametrize("name", ["other", "", "LAYER_NORM"])
+def test_unknown_channel_raises(tiny_text_config: Qwen2Config, name: str) -> None:
+    message = rf"`relay_channel='{name}'` is unknown: choose one of \[.*'layer_norm'.*\], or first import the module"
+    with pytest.raises(ValueError, match=message):
+        RelayConfig(text_config=tiny_text_config, relay_channel=name)
 
 
 def test_text_config_object_unchanged(tiny_text_config: Qwen2Config) -> None:

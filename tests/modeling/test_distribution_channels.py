@@ -148,8 +148,8 @@ def test_generate_without_relay_makes_no_state(make_model: Callable, monkeypatch
     ("fields", "message"),
     [
         ({"relay_channel": "residual_context", "relay_scope": "all"}, "`relay_scope='all'` has no meaning"),
-        ({"relay_temperature": 0.0}, "`relay_temperature=0.0` must be above 0"),
-        ({"relay_top_k": 0}, "`relay_top_k=0` must be at least 1"),
+        ({"relay_channel": "residual_context", "relay_temperature": 0.0}, "`relay_temperature=0.0` must be above 0"),
+        ({"relay_channel": "soft_mask", "relay_top_k": 0}, "`relay_top_k=0` must be at least 1"),
     ],
 )
 def test_config_of_senseless_channel_raises(fields: dict[str, Any], message: str) -> None:
