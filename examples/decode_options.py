@@ -46,17 +46,17 @@ for way, options in WAYS.items():
     counts = [int(output[f"{kind}_forwards"][0]) for kind in ("denoise", "commit", "prefill")]
     print(f"{way}: denoise, commit, prefill = {counts}")
 
-# Residual context diffusion starts a block from noise, or from what another model predicts.
+# Residual context diffusion may start a block from the predictions of another model.
 if not arguments.model:
-    starts = {"dirichlet": {"sampling_seeds": [7]}, "reference": {"reference_model": model}}
     residual = RelayForMaskedDiffusion(
         RelayConfig.fast_dllm_v2(backbone, mask_token_id=257, relay_channel="residual_context")
     )
-    for start, options in starts.items():
-        options |= {"max_new_tokens": arguments.max_new_tokens, "return_dict_in_generate": True}
-        output = residual.generate(prompts[0], relay_start=start, **options)
-        asked = 0 if output.reference_forwards is None else int(output.reference_forwards)
-        print(f"each block started by {start}: denoise, reference = {[int(output.denoise_forwards), asked]}")
+    output = residual.generate(
+        prompts[0], max_new_tokens=arguments.max_new_tokens, return_dict_in_generate=True, relay_start="reference",
+        reference_model=model,
+    )  # fmt: skip
+    counts = [int(output.denoise_forwards), int(output.reference_forwards)]
+    print(f"each block started by another model: denoise, reference = {counts}")
 
 # Each turn computes only what the turns before did not.
 cache, text = RelayCache(config=model.config.text_config), torch.empty(1, 0, dtype=torch.long)

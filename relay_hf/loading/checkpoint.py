@@ -10,9 +10,8 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..modeling import RelayConfig, RelayForMaskedDiffusion
-from ..modeling.defaults_relay import add_defaults
 from ..modeling.files_relay import check_json_files, explained
-from ..modeling.options_relay import check_options
+from ..modeling.options_relay import DecodingOptions, complete_generation_config
 from .gguf_sources import refuse_gguf
 from .tokenizer import load_tokenizer
 
@@ -101,7 +100,7 @@ def read_generation_config(source: str, config: RelayConfig, revision: str | Non
         defaults = GenerationConfig.from_pretrained(source, revision=revision)
     except OSError:  # it has none
         defaults = GenerationConfig()
-    add_defaults(config, defaults)
+    complete_generation_config(config, defaults)
     return defaults
 
 
@@ -119,7 +118,7 @@ def check_decoding(config: RelayConfig, defaults: GenerationConfig, given: Mappi
     options = copy.deepcopy(defaults)
     if unknown := options.update(**given):
         raise ValueError(f"`generate` does not take {sorted(unknown)}: check the spelling.")
-    check_options(config, options)
+    DecodingOptions.of(config, options)
 
 
 def load_for_decoding(

@@ -9,6 +9,7 @@ from .cache_relay import RelayCache
 from .channel_relay import Channel, DistributionChannel, Readings, register_channel
 from .configuration_relay import RelayConfig
 from .modeling_relay import RelayForMaskedDiffusion
+from .options_relay import DecodingOptions
 from .outputs_relay import RelayGenerateHistory, RelayGenerateOutput, RelayOutput
 from .reveal_relay import ConfidenceBudget, ConfidenceThreshold, make_policy
 
@@ -16,6 +17,7 @@ __all__ = [
     "Channel",
     "ConfidenceBudget",
     "ConfidenceThreshold",
+    "DecodingOptions",
     "DistributionChannel",
     "Readings",
     "RelayCache",

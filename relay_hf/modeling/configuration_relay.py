@@ -233,3 +233,28 @@ class RelayConfig(BackboneHolderConfig):
 
 
 RELAY_FIELDS = frozenset(RelayConfig.__annotations__) - {"text_config"}
+
+
+def check_same_tokens(config: RelayConfig, reference: Any) -> None:
+    """Raise if a reference model's predictions are of other tokens or blocks; its width and family may differ.
+
+    Args:
+        config: configuration of the model that receives the predictions.
+        reference: the model that makes them.
+
+    Raises:
+        ValueError: the reference is no model of this library, or has another vocabulary, [MASK] or block size.
+    """
+    other = getattr(reference, "config", None)
+    if getattr(other, "model_type", None) != config.model_type:
+        raise ValueError(
+            f"`reference_model` is a {type(reference).__name__}, but must be a masked diffusion model of this library: "
+            "pass a `RelayForMaskedDiffusion`, with `relay_channel='none'` if it has no channel."
+        )
+    ours = (config.text_config.vocab_size, config.mask_token_id, config.block_size)
+    theirs = (other.text_config.vocab_size, other.mask_token_id, other.block_size)
+    if ours != theirs:
+        raise ValueError(
+            f"`reference_model` has (vocabulary size, `mask_token_id`, `block_size`) = {theirs}, but this model has "
+            f"{ours}: choose a reference of the same tokens and blocks."
+        )

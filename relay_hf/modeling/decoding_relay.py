@@ -16,10 +16,12 @@ from .cache_relay import RelayCache
 from .choice_relay import Choice, TokenChooser, uniform_numbers
 from .grid_relay import DecodingGrid
 from .history_relay import RevealRecorder
+from .options_relay import DecodingOptions
 from .outputs_relay import RelayGenerateHistory, RelayGenerateOutput
 from .passes_relay import Draft, ForwardPasses
-from .reveal_relay import Progress, UnmaskingPolicy, in_earliest_sub_block, sub_blocks_of
+from .reveal_relay import Progress, in_earliest_sub_block, sub_blocks_of
 from .start_relay import RelayStart
+from .stopping_relay import Stopping
 
 
 @dataclass
@@ -51,56 +53,34 @@ class BlockDecoder:
     Args:
         model: called as `model(input_ids, ...)`, plus its head and its initial relay state.
         cache: empty, or of an earlier turn of the only row's conversation; filled while decoding.
-        policy: which masked positions to reveal.
-        chooser: which token to reveal there.
+        options: of one `generate`.
+        chooser: which token to reveal at a position.
         seeds: (B,) long, of the random numbers that a row's tokens are drawn with.
-        sub_block_size: positions of a block revealed before the next ones are looked at; None = all.
-        use_sub_block_cache: pass only the active sub-block through the network once the block's keys and values are
-            known from a forward at its start; an approximation. `"prefix"`: it and all behind it.
-        fuse_commits: commit a block in the first denoise forward of the next one.
-        use_relay: carry the state between denoising steps.
         start: makes the state of each block's first step; None = the model's initial one.
-        stop_token_ids: (n,) tokens that end a row, or None.
-        pad_token_id: scalar written behind a row's end, or None; see `padding_token`.
-        stopping_criteria: further criteria, asked about every prefix of a row when its block is complete.
+        stopping: what ends a row.
         streamer: gets drafts (if it can) and finished blocks of the only row.
-        output_history: note which forward reveals which token.
     """
 
     def __init__(
         self,
         model: Any,
         cache: RelayCache,
+        options: DecodingOptions,
         *,
-        policy: UnmaskingPolicy,
         chooser: TokenChooser,
         seeds: Tensor,
-        sub_block_size: int | None,
-        use_sub_block_cache: bool | str,
-        fuse_commits: bool,
-        use_relay: bool,
         start: RelayStart | None,
-        stop_token_ids: Tensor | None,
-        pad_token_id: Tensor | None,
-        stopping_criteria: list[Callable[..., Tensor]],
+        stopping: Stopping,
         streamer: Any,
-        output_history: bool,
     ) -> None:
         self.model = model
         self.cache = cache
-        self.policy = policy
+        self.options = options
         self.chooser = chooser
         self.seeds = seeds
-        self.sub_block_size = sub_block_size
-        self.use_sub_block_cache = use_sub_block_cache
-        self.fuse_commits = fuse_commits
-        self.use_relay = use_relay
         self.start = start
-        self.stop_token_ids = stop_token_ids
-        self.pad_token_id = padding_token(pad_token_id, stop_token_ids, model.config.mask_token_id)
-        self.stopping_criteria = stopping_criteria
+        self.stopping = stopping
         self.streamer = streamer
-        self.output_history = output_history
         self.mask_token_id: int = model.config.mask_token_id
         self.block_size: int | None = model.config.block_size
         self.token_shift: bool = model.config.token_shift
@@ -125,16 +105,16 @@ class BlockDecoder:
         self.denoise_forwards, self.commit_forwards, self.prefill_forwards, self.reference_forwards = torch.zeros(
             4, len(input_ids), dtype=torch.long, device=input_ids.device
         )
-        self.recorder = RevealRecorder(grid.tokens) if self.output_history else None
+        self.recorder = RevealRecorder(grid.tokens) if self.options.output_history else None
         self.passes = ForwardPasses(
             self.model,
             self.cache,
             grid,
-            use_relay=self.use_relay,
-            keeps_block=bool(self.use_sub_block_cache),
+            use_relay=self.options.use_relay,
+            keeps_block=bool(self.options.use_sub_block_cache),
         )
         # Sub-blocks of text that is appended to a canvas begin with it.
-        is_canvas = self.block_size is None and self.appends and self.sub_block_size is not None
+        is_canvas = self.block_size is None and self.appends and self.options.sub_block_size is not None
         grid.anchor = grid.prompt_end if is_canvas else torch.zeros_like(grid.prompt_end)
 
         begin, final_column = grid.prefix, grid.tokens.shape[1]
@@ -152,7 +132,7 @@ class BlockDecoder:
                 self.cache.batch_select_indices(alive)
             if stop == final_column or len(grid.rows) == 0:
                 break
-            if self.fuse_commits:
+            if self.options.fuse_commits:
                 self.passes.commit_later(begin, stop)
             else:
                 self.passes.commit(begin, stop)
@@ -232,7 +212,7 @@ class BlockDecoder:
     def _next_step(self, columns: slice) -> Step | None:
         """Which positions to score next, or None if the block is known; the one place where a step waits for the
         device."""
-        grid, size = self.grid, self.sub_block_size or self.grid.width
+        grid, size = self.grid, self.options.sub_block_size or self.grid.width
         block = grid.tokens[:, columns]
         masked = self._masked(columns)
         column = torch.arange(columns.start, columns.stop, device=block.device)  # (S,)
@@ -249,7 +229,7 @@ class BlockDecoder:
             # The block's first token is the commit's, not the policy's.
             certain[:, 0] = candidates[:, 0]
         begins = grid.anchor - columns.start + sub_block * size  # (B,) of the sub-block; negative if it is cut off
-        if self.use_sub_block_cache:
+        if self.options.use_sub_block_cache:
             # A sub-block alone cannot score its own first position if that is done at the position before.
             is_first = torch.arange(len(column), device=block.device) == begins.clamp(min=0)[:, None]
             is_first_masked = (candidates & is_first).any(-1) & self.token_shift
@@ -264,7 +244,7 @@ class BlockDecoder:
         numbers = torch.stack([*counts, begins.where(active, len(column)).amin()]).tolist()
         if not any(numbers[:-1]):
             return None
-        length = size if self.use_sub_block_cache != "prefix" else len(column) - numbers[-1]
+        length = size if self.options.use_sub_block_cache != "prefix" else len(column) - numbers[-1]
         return Step(
             block,
             masked,
@@ -287,7 +267,9 @@ class BlockDecoder:
         """
         is_new = active & (sub_block != self.sub_block)
         step, positions = self.progress
-        total = masks if self.block_size is None else torch.full_like(masks, self.sub_block_size or self.grid.width)
+        total = (
+            masks if self.block_size is None else torch.full_like(masks, self.options.sub_block_size or self.grid.width)
+        )
         before = Progress(step.where(~is_new, 0), positions.where(~is_new, total))
         self.sub_block = sub_block.where(active, self.sub_block)
         self.progress = Progress(before.step + active, before.positions)
@@ -308,10 +290,10 @@ class BlockDecoder:
     def _first_stop_token(self, columns: slice) -> Tensor:
         """(B,) column of the first stop token among the new tokens of the block, or one that is never reached."""
         grid, never = self.grid, self.grid.tokens.shape[1]
-        if self.stop_token_ids is None:
+        if self.stopping.token_ids is None:
             return torch.full_like(grid.end, never)
         column = torch.arange(columns.start, columns.stop, device=grid.tokens.device)
-        is_stop = torch.isin(grid.tokens[:, columns], self.stop_token_ids) & (column >= grid.prompt_end[:, None])
+        is_stop = torch.isin(grid.tokens[:, columns], self.stopping.token_ids) & (column >= grid.prompt_end[:, None])
         return torch.where(is_stop, column, never).amin(-1)
 
     def _choose(self, hidden: Tensor, rows: Tensor, columns: Tensor | int, share_left: Tensor) -> Choice:
@@ -355,7 +337,7 @@ class BlockDecoder:
         nothing = torch.zeros(block.shape, device=block.device)
         confidence = nothing.index_put(where, choice.confidence)
         measure = nothing.index_put(where, choice.measure)
-        revealed = self.policy(measure, step.candidates & ~step.certain, step.progress) | step.certain
+        revealed = self.options.policy(measure, step.candidates & ~step.certain, step.progress) | step.certain
         grid.tokens[:, columns] = torch.where(revealed, block.index_put(where, choice.tokens), block)
         if self.recorder is not None:
             self.recorder.record(grid.rows, columns, revealed, confidence, self.denoise_forwards[grid.rows])
@@ -366,8 +348,8 @@ class BlockDecoder:
 
     def _stop_by_criteria(self, begin: int, stop: int) -> None:
         """Ends rows by criteria: those that read text, and clocks, which leave rows what is known by then."""
-        clocks = [criterion for criterion in self.stopping_criteria if isinstance(criterion, MaxTimeCriteria)]
-        readers = [criterion for criterion in self.stopping_criteria if not isinstance(criterion, MaxTimeCriteria)]
+        clocks = [criterion for criterion in self.stopping.criteria if isinstance(criterion, MaxTimeCriteria)]
+        readers = [criterion for criterion in self.stopping.criteria if not isinstance(criterion, MaxTimeCriteria)]
         if readers:
             self._stop_by_text(begin, stop, readers)
         if any(bool(clock(self.grid.tokens, None).any()) for clock in clocks):
@@ -384,7 +366,7 @@ class BlockDecoder:
         first = (begin - grid.prompt_end).clamp(min=0)  # (B,) new tokens known before this block
         known = grid.end.clamp(max=stop) - grid.prompt_end  # (B,) and with it
         grid.file(stop)
-        behind = torch.full_like(grid.all_end, self.pad_token_id)
+        behind = torch.full_like(grid.all_end, self.stopping.padding)
         behind[grid.rows] = behind[grid.rows].where(grid.end <= stop, self.mask_token_id)
         texts, width = grid.as_given(grid.all_tokens, grid.prompts, behind[:, None]), grid.prompts.shape[1]
         for count in range(int(first.min()) + 1, int(known.max()) + 1):
@@ -409,7 +391,7 @@ class BlockDecoder:
         filled = ((grid.prompts == self.mask_token_id) & grid.is_text).sum(-1)
         forwards = self.denoise_forwards + self.commit_forwards + self.prefill_forwards
         return RelayGenerateOutput(
-            sequences=grid.as_given(grid.all_tokens, grid.prompts, self.pad_token_id),
+            sequences=grid.as_given(grid.all_tokens, grid.prompts, self.stopping.padding),
             denoise_forwards=self.denoise_forwards,
             commit_forwards=self.commit_forwards,
             prefill_forwards=self.prefill_forwards,
@@ -431,18 +413,3 @@ class BlockDecoder:
             given=given,
             denoise_forwards=self.denoise_forwards,
         )
-
-
-def padding_token(pad_token_id: Tensor | None, stop_token_ids: Tensor | None, mask_token_id: int) -> int:
-    """What is written behind a row's end: the padding token, or if there is none that is not [MASK], a stop token or 0.
-
-    Args:
-        pad_token_id: scalar, or None.
-        stop_token_ids: (n,), or None.
-        mask_token_id: which is never written.
-    """
-    if pad_token_id is not None and int(pad_token_id) != mask_token_id:
-        return int(pad_token_id)
-    if stop_token_ids is not None and len(stop_token_ids):
-        return int(stop_token_ids[0])
-    return 1 if mask_token_id == 0 else 0

@@ -4,86 +4,66 @@ The mixin checks the options and hands over to the block decoder. It overrides u
 which is how transformers itself specialises decoding; `tests/modeling/test_generation_contract.py` fails if they move.
 """
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import EosTokenCriteria, GenerationMode, MaxLengthCriteria
+from transformers.generation import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
 from .cache_relay import RelayCache
 from .choice_relay import TokenChooser
+from .configuration_relay import RelayConfig
 from .decoding_relay import BlockDecoder
-from .defaults_relay import add_defaults
-from .options_relay import (
-    check_inputs,
-    check_length,
-    check_options,
-    check_reference,
-    check_user_arguments,
-    drop_empty,
-    fit_processors,
-    policy_of,
-    seeds_of_rows,
-)
+from .options_relay import DecodingOptions, complete_generation_config
 from .outputs_relay import RelayGenerateOutput
 from .start_relay import make_start
+from .stopping_relay import Stopping
+from .transformers_options_relay import check_counts, drop_empty
 from .versions_relay import CACHE_ARGUMENT, pop_cache
+
+# Arguments that users may pass to `generate` beside its options.
+INPUTS = {"input_ids", "attention_mask", "cache", "past_key_values"}
 
 
 class RelayGenerationMixin(GenerationMixin):
     """Block diffusion decoding with the relay state in the cache.
 
-    Options of `generate` beside the usual ones, with defaults in `model.generation_config`:
-
-    - `unmasking_policy`: `"confidence_threshold"`, `"confidence_budget"`, `"fixed_count"`, `"time_schedule"` or
-      `"entropy_bound"`;
-    - `unmasking_threshold`: what the policy compares with;
-    - `denoising_steps`: how many steps a block, or a sub-block, takes. `fixed_count` and `time_schedule` spread its
-      positions over them, `confidence_threshold` reveals as many as they need in any case;
-    - `unmasking_order`: which positions `fixed_count` and `time_schedule` reveal first. `"confidence"`: the most
-      probable token; `"entropy"`: the least; `"margin"`: the greatest difference of the two best probabilities;
-      `"left_to_right"`;
-    - `confidence_top_k`: count only so many tokens of each distribution, the most probable ones, greedy or not;
-    - `sub_block_size`: positions of a block that are revealed first, left to right; `None` = the whole block. On a
-      canvas that text is appended to they are counted from the end of each row's prompt;
-    - `use_sub_block_cache`: once a forward at a sub-block's start has computed the keys and values of the whole block,
-      pass only the sub-block through the network. Faster and an approximation: the rest of the block is not told what
-      is revealed meanwhile. `"prefix"` passes the sub-block and all that is behind it;
-    - `fuse_commits`: commit a finished block in the first denoise forward of the next one, which saves a forward per
-      block. That first forward then sees [MASK] in place of a token-shift model's first token of the block;
-    - `use_relay`: carry the state between denoising steps;
-    - `relay_start`: state of a block's first step. `None`: what `config.relay_initial_state` says; `"zeros"`:
-      the channel applied to zeros; `"self"`: what one more denoise forward leaves, with nothing injected;
-      `"dirichlet"`: random predictions; `"reference"`: the predictions of another model of the same tokens and blocks,
-      given as `reference_model`. The last two are for channels that read distributions;
-    - `t_max`, `t_min`: temperature at a block's first step, and the one it falls to linearly as the block is revealed;
-    - `sampling_seeds`: one number per row of the output. A row draws the same tokens in any batch, on any device;
-    - `output_history`: return, as `history`, which forward revealed which token (with `return_dict_in_generate=True`).
-
-    `cache` of an earlier turn may be passed on for one conversation: blocks that both turns share are not
-    computed again.
-
-    A model with `block_size=None` fills in the masks of the given canvas, and of `max_new_tokens` more if asked for.
+    `generate` takes the options of `DecodingOptions` beside those of transformers; `model.generation_config` has their
+    defaults. `cache` of an earlier turn may be passed on for one conversation: blocks that both turns share are not
+    computed again. A model with `block_size=None` fills in the masks of the given canvas, and of `max_new_tokens` more
+    if asked for.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        add_defaults(self.config, self.generation_config)
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """Options of `generate` where the caller gives none; any that lacks those of block diffusion gets them."""
+        return self._generation_config
+
+    @generation_config.setter
+    def generation_config(self, generation_config: GenerationConfig) -> None:
+        complete_generation_config(self.config, generation_config)
+        self._generation_config = generation_config
 
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any
     ) -> tuple[GenerationConfig, dict[str, Any]]:
-        # A file written by another library, or an object assigned by the user, may lack our fields.
-        add_defaults(self.config, self.generation_config)
-        check_user_arguments(kwargs)
+        check_counts(kwargs)
         options, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         drop_empty(options)
         return options, model_kwargs
 
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        super()._validate_model_kwargs(model_kwargs)
+        # Two options of transformers come along; `DecodingOptions` refuses them.
+        taken = INPUTS | {"output_attentions", "output_hidden_states"}
+        if unused := sorted(name for name, value in model_kwargs.items() if name not in taken and value is not None):
+            raise ValueError(f"`generate` does not take {unused}: leave them out.")
+
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: continuous batching (also reached by `cache_implementation="paged"`) goes token by token."""
+        """Raises ValueError: continuous batching (also `cache_implementation="paged"`) goes token by token."""
         raise ValueError("Continuous batching decodes left to right, which block diffusion does not: call `generate`.")
 
     @property
@@ -113,9 +93,10 @@ class RelayGenerationMixin(GenerationMixin):
         if generation_mode_kwargs.get("synced_gpus"):
             raise ValueError("`synced_gpus=True` is not supported: gather the weights on one process to generate.")
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
-        # Everything about our own options is said here, before any forward.
-        check_options(self.config, generation_config)
-        check_reference(self.config, generation_config, generation_mode_kwargs.get("reference_model"))
+        # Parsed before any forward, and handed to `_sample`.
+        generation_mode_kwargs["options"] = DecodingOptions.of(
+            self.config, generation_config, generation_mode_kwargs.get("reference_model")
+        )
 
     def _prepare_model_inputs(
         self, inputs: Any, bos_token_id: Tensor | None, model_kwargs: dict[str, Any]
@@ -145,6 +126,12 @@ class RelayGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"`cache` is a {type(cache).__name__}, which cannot hold the relay state: pass a `RelayCache`, or "
                 "nothing."
+            )
+        is_one_row = batch_size * generation_config.num_return_sequences == 1
+        if cache.get_seq_length() and not (is_one_row and cache.tokens is not None and len(cache.tokens) == 1):
+            raise ValueError(
+                "`cache` holds a prefix of other rows: a cache is carried from turn to turn of one conversation, so "
+                "pass one row, or `reset()` the cache."
             )
         if cache.get_seq_length() == 0:
             # A run that never committed a block leaves a relay state without keys and values.
@@ -181,52 +168,35 @@ class RelayGenerationMixin(GenerationMixin):
         streamer: BaseStreamer | None = None,
         attention_mask: Tensor | None = None,
         reference_model: Any = None,
+        options: DecodingOptions | None = None,
         **model_kwargs: Any,
     ) -> RelayGenerateOutput | Tensor:
         """Decodes a batch; called by `generate`, whose documentation describes the arguments.
 
         Raises:
-            ValueError: an option that block diffusion cannot honour.
+            ValueError: an option does not fit the batch.
         """
-        cache: RelayCache = pop_cache(model_kwargs)
-        # Set by `generate` for token-by-token decoding; positions and logits are the block decoder's own business.
-        for name in ("position_ids", "logits_to_keep", "use_cache", "tokenizer"):
-            model_kwargs.pop(name, None)
-        if unused := sorted(name for name, value in model_kwargs.items() if value is not None):
-            raise ValueError(f"`generate` does not take {unused}: leave them out.")
-        if streamer is not None and len(input_ids) > 1:
-            raise ValueError(f"A streamer shows one row, but the batch has {len(input_ids)}: generate rows one by one.")
-        carried = cache.tokens
-        if cache.get_seq_length() and (carried is None or len(carried) != 1 or len(input_ids) != 1):
-            raise ValueError(
-                "`cache` holds a prefix of other rows: a cache is carried from turn to turn of one "
-                "conversation, so pass one row, or `reset()` the cache."
-            )
-        new_tokens = generation_config.max_length - input_ids.shape[1]
+        rows, new_tokens = len(input_ids), generation_config.max_length - input_ids.shape[1]
+        if options is None:
+            options = DecodingOptions.of(self.config, generation_config, reference_model)
+        if streamer is not None and rows > 1:
+            raise ValueError(f"A streamer shows one row, but the batch has {rows}: generate rows one by one.")
         longest = input_ids.shape[1] if attention_mask is None else int(attention_mask.sum(-1).max())
         check_length(self.config, self.learned_positions, longest + new_tokens)
-        processors = fit_processors(logits_processor, generation_config)
-        policy = policy_of(generation_config)
-
-        device = self.get_input_embeddings().weight.device
-        seeds = seeds_of_rows(generation_config, len(input_ids)).to(device)
+        draws, device = generation_config.do_sample, self.get_input_embeddings().weight.device
+        cache: RelayCache = pop_cache(model_kwargs)
         decoder = BlockDecoder(
             self,
             cache,
-            policy=policy,
-            chooser=TokenChooser(processors, generation_config.do_sample, self.config.mask_token_id, policy.reads),
-            seeds=seeds,
-            sub_block_size=generation_config.sub_block_size,
-            use_sub_block_cache=generation_config.use_sub_block_cache,
-            fuse_commits=generation_config.fuse_commits,
-            use_relay=generation_config.use_relay,
-            start=make_start(generation_config.relay_start, seeds, reference_model),
-            stop_token_ids=generation_config._eos_token_tensor,
-            pad_token_id=generation_config._pad_token_tensor,
-            # Length and stop tokens are the decoder's own.
-            stopping_criteria=[c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria | EosTokenCriteria)],
+            options,
+            chooser=TokenChooser(
+                options.processors(logits_processor), draws, self.config.mask_token_id, options.policy.reads
+            ),
+            # Greedy decoding leaves torch's generator alone.
+            seeds=(options.seeds(rows) if draws else torch.zeros(rows, dtype=torch.long)).to(device),
+            start=make_start(options.relay_start, reference_model),
+            stopping=Stopping.of(generation_config, stopping_criteria, self.config.mask_token_id),
             streamer=streamer,
-            output_history=generation_config.output_history,
         )
         with cache.undone_by_exceptions():
             output = decoder.run(
@@ -235,3 +205,67 @@ class RelayGenerationMixin(GenerationMixin):
                 new_tokens=new_tokens,
             )
         return output if generation_config.return_dict_in_generate else output.sequences
+
+
+def check_inputs(config: RelayConfig, input_ids: Any, attention_mask: Any = None) -> None:
+    """Raise if prompts are not a batch of tokens.
+
+    Args:
+        config: configuration of the model.
+        input_ids: (B, P) long.
+        attention_mask: (B, P), or None.
+
+    Raises:
+        ValueError: they are no tensors, empty, of a wrong type, outside the vocabulary, or of different shapes.
+    """
+    for name, given in (("input_ids", input_ids), ("attention_mask", attention_mask)):
+        if not isinstance(given, Tensor) and given is not None:
+            raise ValueError(f"`{name}` are a {type(given).__name__}: pass a tensor of shape (rows, positions).")
+    if input_ids.ndim != 2:
+        raise ValueError(
+            f"`input_ids` have shape {tuple(input_ids.shape)}: pass (rows, positions), `input_ids[None]` for one."
+        )
+    if len(input_ids) == 0:
+        raise ValueError("`input_ids` hold no row: give at least one prompt.")
+    if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        raise ValueError(f"`input_ids` are of type {input_ids.dtype}, but tokens are whole numbers: pass ids.")
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"`attention_mask` has shape {tuple(attention_mask.shape)}, but `input_ids` {tuple(input_ids.shape)}: "
+            "pass one number per token, 0 at padding."
+        )
+    vocab_size = config.text_config.vocab_size
+    lowest, highest = torch.stack(input_ids.aminmax()).tolist() if input_ids.numel() else (0, 0)
+    if lowest < 0 or highest >= vocab_size:
+        wrong = lowest if lowest < 0 else highest
+        raise ValueError(
+            f"`input_ids` hold the token id {wrong}, but the model has {vocab_size} tokens: tokenize with the model's "
+            "own tokenizer, or call `resize_token_embeddings`."
+        )
+
+
+def check_length(config: RelayConfig, learned_positions: int | None, length: int) -> None:
+    """Raise if a text is longer than a table of positions; warn if it is longer than the texts of the model's training.
+
+    Args:
+        config: configuration of the model.
+        learned_positions: rows of that table; None if positions are computed.
+        length: positions of the longest row, prompt and new tokens.
+
+    Raises:
+        ValueError: the table ends before the text.
+    """
+    limit = config.positions
+    if limit is None or length <= limit:
+        return
+    if learned_positions is not None:
+        raise ValueError(
+            f"Prompt and new tokens take {length} positions, but the model has learned {limit}: shorten the prompt, or "
+            "lower `max_new_tokens`."
+        )
+    # Without the length: one warning, not one per text.
+    warnings.warn(
+        f"Prompt and new tokens take more positions than the {limit} of the model's `max_position_embeddings`, and "
+        "what it writes there may be nonsense: shorten the prompt, or lower `max_new_tokens`.",
+        stacklevel=2,
+    )

@@ -19,7 +19,6 @@ from .cache_relay import RelayCache
 from .channel_relay import ChannelPart, Readings, in_scope
 from .configuration_relay import RelayConfig
 from .conversion_relay import FOREIGN_PARAMETER_NAMES, check_whole
-from .defaults_relay import add_defaults
 from .files_relay import check_json_files, explained
 from .generation_relay import RelayGenerationMixin
 from .head_relay import RelayHead, is_plain, score
@@ -131,8 +130,6 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
                 "The checkpoint's head has a bias (`lm_head.bias`), for which a relay model has no place: choose a "
                 "model without."
             )
-        # The file of a foreign checkpoint lacks our fields.
-        add_defaults(model.config, model.generation_config)
         # Bidirectional models say that they cannot use one; ours decodes with a cache in any case.
         model.generation_config.use_cache = True
         if adapter is not None:

@@ -1,412 +1,295 @@
-"""What `generate` refuses, in one sentence and before any forward; and logits processors in the form that it needs."""
+"""The options of block diffusion: names, types, defaults, meaning and refusals, all in `DecodingOptions`.
+
+A new option is a field of it, with a sentence in its docstring. Other parts of the library ask `option_names`.
+"""
 
 import math
-import warnings
-from typing import Any
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LinearTemperatureScheduleLogitsProcessor, LogitsProcessorList
-from transformers.generation import (
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    InfNanRemoveLogitsProcessor,
-    LogitNormalization,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    SequenceBiasLogitsProcessor,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopHLogitsWarper,
+from transformers import (
+    GenerationConfig,
+    LinearTemperatureScheduleLogitsProcessor,
+    LogitsProcessorList,
     TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
 )
 
 from .channel_relay import CHANNELS
-from .configuration_relay import RelayConfig
+from .configuration_relay import RelayConfig, check_same_tokens
+from .conversion_relay import foreign_generation_to_relay
 from .reveal_relay import UnmaskingPolicy, make_policy
 from .start_relay import STARTS
+from .transformers_options_relay import AFTER_TEMPERATURE, check_transformers_options, fit_processors
 
-# Those that follow the temperature in transformers' own order.
-AFTER_TEMPERATURE = (
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    LogitNormalization,
-    MinPLogitsWarper,
-    TopHLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
-# The only ones whose effect does not depend on the order in which tokens appear.
-ORDER_FREE_PROCESSORS = (
-    *AFTER_TEMPERATURE,
-    InfNanRemoveLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-)
-# Options of transformers that would change nothing, and why.
-WITHOUT_EFFECT = {
-    "output_scores": "every position is scored many times",
-    "output_logits": "every position is scored many times",
-    "output_attentions": "a block takes many forwards",
-    "output_hidden_states": "a block takes many forwards",
-    "penalty_alpha": "contrastive search goes token by token",
-    "prefill_chunk_size": "the prompt is prefilled at once",
+Subject = Literal["unmasking", "drawing", "result"]
+# Annotation of an option -> what `isinstance` accepts, and the sentence for everything else.
+_TYPES: dict[Any, tuple[Any, str]] = {
+    bool: (bool, "must be True or False."),
+    int | None: (int | None, "is not a whole number: give one, or `None`."),
+    float | None: (int | float | None, "is not a number: give a temperature, or `None`."),
 }
 
 
-# What transformers refuses, or fails with, when it is empty.
-MAY_BE_EMPTY = (
-    "bad_words_ids",
-    "begin_suppress_tokens",
-    "eos_token_id",
-    "sequence_bias",
-    "stop_strings",
-    "suppress_tokens",
-)
+@dataclass(frozen=True)
+class DecodingOptions:
+    """What `generate` takes beside the options of transformers, by keyword or in `model.generation_config`.
 
-
-# Greedy decoding of a checkpoint that may say how tokens are drawn, which `generate` would refuse.
-GREEDY = {"do_sample": False, "t_max": None, "t_min": None, "sampling_seeds": None}
-
-
-def check_user_arguments(given: dict[str, Any]) -> None:
-    """Refuses arguments of the model's `forward` that `generate` sets itself.
+    The defaults are those of a model with blocks; `default_options` has those of any model.
 
     Args:
-        given: what the caller passed by name.
+        unmasking_policy: `"confidence_threshold"`, `"confidence_budget"`, `"fixed_count"`, `"time_schedule"` or
+            `"entropy_bound"`.
+        unmasking_threshold: the number that the policy compares with.
+        denoising_steps: steps that a block, or a sub-block, takes. `fixed_count` and `time_schedule` spread its
+            positions over them, `confidence_threshold` reveals at least an even share per step.
+        unmasking_order: the positions that `fixed_count` and `time_schedule` reveal first. `"confidence"`: those with
+            the most probable token; `"entropy"`: the least entropy; `"margin"`: the greatest difference of the two
+            best probabilities; `"left_to_right"`.
+        confidence_top_k: count only so many tokens of each distribution, the most probable ones, greedy or not.
+        sub_block_size: positions of a block that are revealed before the next ones, left to right; `None` = the whole
+            block. On a canvas that text is appended to, sub-blocks are counted from the end of each row's prompt.
+        use_sub_block_cache: a forward at a sub-block's start computes the keys and values of the whole block, the
+            following ones pass only the sub-block through the network. Faster and an approximation: the rest of the
+            block does not see the tokens that they reveal. `"prefix"` passes the sub-block and the block's rest.
+        fuse_commits: commit a finished block in the first denoise forward of the next one, one forward fewer per block.
+            That forward sees [MASK] in place of a token-shift model's first token of the block.
+        use_relay: carry the relay state between denoising steps.
+        relay_start: state of a block's first step. `None`: that of `config.relay_initial_state`; `"self"`: the state
+            that one more denoise forward leaves, with nothing injected; `"reference"`: the predictions of another model
+            of the same tokens and blocks, given as `reference_model`, for channels that read distributions.
+        t_max, t_min: temperature at a block's first step, and the one to which it falls linearly as the block is
+            revealed.
+        sampling_seeds: one number per returned row. A row draws the same tokens in any batch, on any device.
+        output_history: return, as `history`, which forward revealed which token (with `return_dict_in_generate=True`).
 
     Raises:
-        ValueError: there is one.
+        ValueError: an option is of a wrong type, out of range, or senseless together with another.
     """
-    if unused := sorted({"position_ids", "logits_to_keep"} & {name for name in given if given[name] is not None}):
-        raise ValueError(f"`generate` does not take {unused}: leave them out.")
-    for name in ("max_new_tokens", "max_length", "num_return_sequences"):
-        value = given.get(name)
-        if value is not None and not (_is_number(value, int) and value >= 0):
-            raise ValueError(f"`{name}={value!r}` is not a whole number >= 0: give one.")
 
+    unmasking_policy: str = "confidence_threshold"
+    unmasking_threshold: float = 0.85
+    denoising_steps: int | None = None
+    unmasking_order: str = "confidence"
+    confidence_top_k: int | None = None
+    sub_block_size: int | None = 8
+    use_sub_block_cache: bool | str = False
+    fuse_commits: bool = False
+    use_relay: bool = True
+    relay_start: str | None = None
+    t_max: float | None = field(default=None, metadata={"about": "drawing"})
+    t_min: float | None = field(default=None, metadata={"about": "drawing"})
+    sampling_seeds: list[int] | None = field(default=None, metadata={"about": "drawing"})
+    output_history: bool = field(default=False, metadata={"about": "result"})
 
-def check_options(config: RelayConfig, options: GenerationConfig) -> None:
-    """Refuses options that are of a wrong type, out of range, senseless together, or without effect.
+    @classmethod
+    def of(
+        cls, config: RelayConfig, generation_config: GenerationConfig, reference_model: Any = None
+    ) -> "DecodingOptions":
+        """Parses the options of one `generate`.
 
-    Args:
-        config: the model's.
-        options: the model's generation config, with the caller's options in it.
+        Args:
+            config: configuration of the model.
+            generation_config: the model's, completed, and with the caller's options in it.
+            reference_model: the model for `relay_start="reference"`, or None.
 
-    Raises:
-        ValueError: there is one.
-    """
-    _check_types(options)
-    policy_of(options)
-    block_size, sub_block_size = config.block_size, options.sub_block_size
-    if sub_block_size is not None and (sub_block_size < 1 or (block_size and block_size % sub_block_size)):
-        raise ValueError(
-            f"`sub_block_size={sub_block_size}` does not divide the model's `block_size={block_size}`: choose a "
-            "divisor; the block size itself stands for the whole block, as `None` does."
-        )
-    if options.use_sub_block_cache and sub_block_size is None:
-        raise ValueError(
-            f"`use_sub_block_cache={options.use_sub_block_cache}` has no sub-blocks to work with: also set "
-            "`sub_block_size`."
-        )
-    if options.fuse_commits and block_size is None:
-        raise ValueError("`fuse_commits=True` has no blocks to commit, the model has `block_size=None`: drop it.")
-    _check_start(config, options)
-    _check_sampling(options)
-    _check_special_tokens(config, options)
-    if options.output_history and not options.return_dict_in_generate:
-        raise ValueError(
-            "`output_history=True` has nowhere to go: also set `return_dict_in_generate=True`, and read `history`."
-        )
-    if options.use_cache is not None and not options.use_cache:
-        raise ValueError(
-            f"`use_cache={options.use_cache}` is not supported: the relay state lives in the cache; leave it on."
-        )
-    if isinstance(options.stop_strings, list | tuple) and "" in options.stop_strings:
-        raise ValueError(
-            f"`stop_strings={options.stop_strings!r}` holds an empty text, which stands everywhere: leave it out."
-        )
-    if options.num_return_sequences == 0:
-        raise ValueError("`num_return_sequences=0` asks for nothing: give 1 or more.")
-    for name, why in WITHOUT_EFFECT.items():
-        if getattr(options, name, None) not in (None, False):
-            raise ValueError(f"`{name}={getattr(options, name)!r}` has no effect, because {why}: leave it out.")
-    if options.num_beam_groups not in (None, 1):
-        raise ValueError(f"`num_beam_groups={options.num_beam_groups}` has no effect without beams: leave it out.")
+        Raises:
+            ValueError: an option, or one of transformers, is of a wrong type, out of range, senseless together with
+                another or for the model, or without effect.
+        """
+        options = cls(**{option.name: getattr(generation_config, option.name) for option in fields(cls)})
+        check_transformers_options(config, generation_config)
+        options._check_model(config)
+        options._check_reference(config, reference_model)
+        options._check_generation_config(generation_config)
+        return options
 
+    @cached_property
+    def policy(self) -> UnmaskingPolicy:
+        """The policy that chooses the positions to reveal."""
+        return make_policy(self.unmasking_policy, self.unmasking_threshold, self.denoising_steps, self.unmasking_order)
 
-def policy_of(options: GenerationConfig) -> UnmaskingPolicy:
-    """The unmasking policy that the options describe.
+    def processors(self, given: LogitsProcessorList) -> LogitsProcessorList:
+        """The given logits processors in the form that the block decoder calls, with those of our own options.
 
-    Raises:
-        ValueError: they describe none.
-    """
-    return make_policy(
-        options.unmasking_policy, options.unmasking_threshold, options.denoising_steps, options.unmasking_order
-    )
+        Raises:
+            ValueError: a processor of transformers reads the order of tokens.
+        """
+        fitted = fit_processors(given)
+        if self.confidence_top_k is not None:
+            fitted.append(TopKLogitsWarper(self.confidence_top_k))
+        if self.t_max is not None:
+            place = next((i for i, p in enumerate(fitted) if isinstance(p, AFTER_TEMPERATURE)), len(fitted))
+            fitted.insert(place, LinearTemperatureScheduleLogitsProcessor(self.t_min, self.t_max, 1))
+        return fitted
 
+    def seeds(self, rows: int) -> Tensor:
+        """(B,) long, one per row; by default from torch's own generator, which `torch.manual_seed` sets.
 
-def check_reference(config: RelayConfig, options: GenerationConfig, reference: Any) -> None:
-    """Refuses a reference model that nobody reads, that is missing, or whose predictions mean something else.
+        Raises:
+            ValueError: the option does not have one for every row.
+        """
+        if self.sampling_seeds is None:
+            return torch.randint(2**62, (rows,))
+        if len(self.sampling_seeds) != rows:
+            raise ValueError(
+                f"`sampling_seeds` has {len(self.sampling_seeds)} numbers for {rows} rows: give one per returned row."
+            )
+        return torch.tensor(self.sampling_seeds, dtype=torch.long)
 
-    Args:
-        config: the model's.
-        options: the model's generation config, with the caller's options in it.
-        reference: what was given as `reference_model`, or None.
+    def __post_init__(self) -> None:
+        _ = self.policy  # refuses its own options
+        for option in fields(self):
+            value, (accepted, sentence) = getattr(self, option.name), _TYPES.get(option.type, (None, ""))
+            if accepted and (not isinstance(value, accepted) or isinstance(value, bool) != (accepted is bool)):
+                raise ValueError(f"`{option.name}={value!r}` {sentence}")
+        cached, size, best = self.use_sub_block_cache, self.sub_block_size, self.confidence_top_k
+        if not isinstance(cached, bool) and cached != "prefix":
+            raise ValueError(f"`use_sub_block_cache={cached!r}` must be True or False, or 'prefix'.")
+        if cached and size is None:
+            raise ValueError(
+                f"`use_sub_block_cache={cached}` has no sub-blocks to work with: also set `sub_block_size`."
+            )
+        if best is not None and best < 2:
+            # One token alone would be certain, and could be [MASK].
+            raise ValueError(
+                f"`confidence_top_k={best}` is not a whole number >= 2: give one, or `None` for all tokens."
+            )
+        self._check_start()
+        self._check_drawing()
 
-    Raises:
-        ValueError: there is one.
-    """
-    start = options.relay_start
-    if reference is None:
-        if start == "reference":
-            raise ValueError("`relay_start='reference'` has no model to ask: also pass one as `reference_model`.")
-        return
-    if start != "reference":
-        raise ValueError(
-            f"`reference_model` is not asked with `relay_start={start!r}`: set `relay_start='reference'`, or leave the "
-            "model out."
-        )
-    check_same_tokens(config, reference)
+    def _check_start(self) -> None:
+        start = self.relay_start
+        if start is not None and not (isinstance(start, str) and start in STARTS):
+            raise ValueError(
+                f"`relay_start={start!r}` is unknown: choose one of {sorted(STARTS)}, or `None` for the "
+                "configuration's `relay_initial_state`."
+            )
+        if start is not None and not self.use_relay:
+            raise ValueError(f"`relay_start={start!r}` starts a state, but `use_relay=False`: leave one of them out.")
 
-
-def check_same_tokens(config: RelayConfig, reference: Any) -> None:
-    """Refuses a reference model whose predictions mean something else; its width and family may differ.
-
-    Args:
-        config: of the model that is to get them.
-        reference: the model that makes them.
-
-    Raises:
-        ValueError: it is no model of this library, or predicts other tokens in other blocks.
-    """
-    other = getattr(reference, "config", None)
-    if getattr(other, "model_type", None) != config.model_type:
-        raise ValueError(
-            f"`reference_model` is a {type(reference).__name__}, but must be a masked diffusion model of this library: "
-            "pass a `RelayForMaskedDiffusion`, with `relay_channel='none'` if it has no channel."
-        )
-    ours = (config.text_config.vocab_size, config.mask_token_id, config.block_size)
-    theirs = (other.text_config.vocab_size, other.mask_token_id, other.block_size)
-    if ours != theirs:
-        raise ValueError(
-            f"`reference_model` has (vocabulary size, `mask_token_id`, `block_size`) = {theirs}, but this model has "
-            f"{ours}: choose a reference of the same tokens and blocks."
-        )
-
-
-def check_inputs(config: RelayConfig, input_ids: Any, attention_mask: Any = None) -> None:
-    """Refuses prompts that are not a batch of tokens.
-
-    Args:
-        config: the model's.
-        input_ids: (B, P) long.
-        attention_mask: (B, P), or None.
-
-    Raises:
-        ValueError: they are no tensors, empty, of a wrong type, outside the vocabulary, or of different shapes.
-    """
-    for name, given in (("input_ids", input_ids), ("attention_mask", attention_mask)):
-        if not isinstance(given, Tensor) and given is not None:
-            raise ValueError(f"`{name}` are a {type(given).__name__}: pass a tensor of shape (rows, positions).")
-    if input_ids.ndim != 2:
-        raise ValueError(
-            f"`input_ids` have shape {tuple(input_ids.shape)}: pass (rows, positions), `input_ids[None]` for one."
-        )
-    if len(input_ids) == 0:
-        raise ValueError("`input_ids` hold no row: give at least one prompt.")
-    if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
-        raise ValueError(f"`input_ids` are of type {input_ids.dtype}, but tokens are whole numbers: pass ids.")
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"`attention_mask` has shape {tuple(attention_mask.shape)}, but `input_ids` {tuple(input_ids.shape)}: "
-            "pass one number per token, 0 at padding."
-        )
-    vocab_size = config.text_config.vocab_size
-    lowest, highest = torch.stack(input_ids.aminmax()).tolist() if input_ids.numel() else (0, 0)
-    if lowest < 0 or highest >= vocab_size:
-        wrong = lowest if lowest < 0 else highest
-        raise ValueError(
-            f"`input_ids` hold the token id {wrong}, but the model has {vocab_size} tokens: tokenize with the model's "
-            "own tokenizer, or call `resize_token_embeddings`."
-        )
-
-
-def check_length(config: RelayConfig, learned_positions: int | None, length: int) -> None:
-    """Refuses a text that is longer than a table of positions, and warns of one that is longer than the model knows.
-
-    Args:
-        config: the model's.
-        learned_positions: rows of that table; None if positions are computed.
-        length: positions of the longest row, prompt and new tokens.
-
-    Raises:
-        ValueError: the table ends before the text.
-    """
-    limit = config.positions
-    if limit is None or length <= limit:
-        return
-    if learned_positions is not None:
-        raise ValueError(
-            f"Prompt and new tokens take {length} positions, but the model has learned {limit}: shorten the prompt, or "
-            "lower `max_new_tokens`."
-        )
-    # Without the length: one warning, not one per text.
-    warnings.warn(
-        f"Prompt and new tokens take more positions than the {limit} of the model's `max_position_embeddings`, and "
-        "what it writes there may be nonsense: shorten the prompt, or lower `max_new_tokens`.",
-        stacklevel=2,
-    )
-
-
-def drop_empty(options: GenerationConfig) -> None:
-    """An empty list, text or dictionary means "none", whichever option it is given for; changes `options` in place."""
-    for name in MAY_BE_EMPTY:
-        if getattr(options, name, None) in ([], (), "", {}):
-            setattr(options, name, None)
-
-
-def fit_processors(processors: LogitsProcessorList, options: GenerationConfig) -> LogitsProcessorList:
-    """The processors as the block decoder calls them: a row per scored position, of any row of the batch.
-
-    `confidence_top_k` becomes one of them.
-
-    Raises:
-        ValueError: one of transformers' reads the order of tokens.
-    """
-    fitted = LogitsProcessorList()
-    for processor in processors:
-        name = type(processor).__name__
-        if isinstance(processor, SequenceBiasLogitsProcessor):
-            if any(len(sequence) > 1 for sequence in processor.sequence_bias):
-                raise ValueError(
-                    f"{name} works on single tokens only, because block diffusion reveals tokens out of order: leave "
-                    "out sequences of several."
-                )
-        elif isinstance(processor, RepetitionPenaltyLogitsProcessor):
-            if isinstance(processor.prompt_ignore_length, int):
-                raise ValueError(f"{name} cannot ignore a part of the prompt: leave out `prompt_ignore_length`.")
-            # transformers tells it how much padding each row of the batch has; what we show it has none.
-            processor = RepetitionPenaltyLogitsProcessor(processor.penalty)
-        elif type(processor).__module__.startswith("transformers.") and not isinstance(
-            processor, ORDER_FREE_PROCESSORS
+    def _check_drawing(self) -> None:
+        hottest, coldest, seeds = self.t_max, self.t_min, self.sampling_seeds
+        if seeds is not None and not (
+            isinstance(seeds, list) and all(type(seed) is int and -(2**63) <= seed < 2**63 for seed in seeds)
         ):
             raise ValueError(
-                f"{name} is not supported, because block diffusion reveals tokens out of order: remove the option "
-                "that adds it."
+                f"`sampling_seeds={seeds!r}` is not a list of whole numbers of 64 bits: give one per returned row."
             )
-        fitted.append(processor)
-    if options.confidence_top_k is not None:
-        fitted.append(TopKLogitsWarper(options.confidence_top_k))
-    if options.t_max is not None:
-        place = next((i for i, p in enumerate(fitted) if isinstance(p, AFTER_TEMPERATURE)), len(fitted))
-        fitted.insert(place, LinearTemperatureScheduleLogitsProcessor(options.t_min, options.t_max, 1))
-    return fitted
+        if (hottest is None) != (coldest is None):
+            raise ValueError("`t_max` and `t_min` are the two ends of one schedule: give both, or neither.")
+        if hottest is not None and not math.inf > hottest >= coldest > 0:
+            raise ValueError(f"`t_max={hottest}` and `t_min={coldest}` must be temperatures with t_max >= t_min > 0.")
+
+    def _check_model(self, config: RelayConfig) -> None:
+        block_size, size, start, channel = (
+            config.block_size,
+            self.sub_block_size,
+            self.relay_start,
+            config.relay_channel,
+        )
+        if size is not None and (size < 1 or (block_size and block_size % size)):
+            raise ValueError(
+                f"`sub_block_size={size}` does not divide the model's `block_size={block_size}`: choose a divisor, or "
+                "`None` for the whole block."
+            )
+        if self.fuse_commits and block_size is None:
+            raise ValueError(
+                "`fuse_commits=True` has no blocks to commit, the model has `block_size=None`: leave it out."
+            )
+        if start is not None and channel == "none":
+            raise ValueError(f"`relay_start={start!r}` starts a state, but the model carries none: leave it out.")
+        if start == "reference" and not CHANNELS[channel].reads_distribution:
+            raise ValueError(
+                f"`relay_start={start!r}` makes a state of predictions, but `relay_channel={channel!r}` carries hidden "
+                "states: choose 'self'."
+            )
+
+    def _check_reference(self, config: RelayConfig, reference_model: Any) -> None:
+        if self.relay_start == "reference":
+            if reference_model is None:
+                raise ValueError("`relay_start='reference'` has no model to ask: also pass one as `reference_model`.")
+            check_same_tokens(config, reference_model)
+        elif reference_model is not None:
+            raise ValueError(
+                f"`reference_model` is not asked with `relay_start={self.relay_start!r}`: set "
+                "`relay_start='reference'`, or leave the model out."
+            )
+
+    def _check_generation_config(self, generation_config: GenerationConfig) -> None:
+        temperature = generation_config.temperature
+        for name in ("t_max", "sampling_seeds"):
+            if getattr(self, name) is not None and not generation_config.do_sample:
+                raise ValueError(
+                    f"`{name}` is about drawing tokens, but decoding is greedy: also set `do_sample=True`, or leave it "
+                    "out."
+                )
+        if self.t_max is not None and temperature not in (None, 1.0):
+            raise ValueError(
+                f"`temperature={temperature}` and `t_max={self.t_max}` both set the temperature: give one."
+            )
+        if self.output_history and not generation_config.return_dict_in_generate:
+            raise ValueError(
+                "`output_history=True` has nowhere to go: also set `return_dict_in_generate=True`, and read `history`."
+            )
 
 
-def seeds_of_rows(options: GenerationConfig, rows: int) -> Tensor:
-    """(B,) long; by default from torch's own generator, which `torch.manual_seed` sets, or 0 if tokens are not drawn.
+def option_names(*subjects: Subject) -> tuple[str, ...]:
+    """The options about unmasking (which positions a step reveals, at which cost), drawing tokens, or the result."""
+    return tuple(
+        option.name for option in fields(DecodingOptions) if option.metadata.get("about", "unmasking") in subjects
+    )
+
+
+# Makes decoding greedy whatever the model's own `generation_config` says of drawing tokens.
+GREEDY: dict[str, Any] = {"do_sample": False, **dict.fromkeys(option_names("drawing"))}
+
+
+def default_options(config: RelayConfig) -> dict[str, Any]:
+    """The options of a model whose `generation_config` says nothing.
 
     Raises:
-        ValueError: there is not one for every row.
+        ValueError: the configuration's `generation_defaults` are not options of block diffusion.
     """
-    seeds = options.sampling_seeds
-    if seeds is None:
-        # Greedy decoding may draw the start of the relay state, and is to say the same every time.
-        return torch.randint(2**62, (rows,)) if options.do_sample else torch.zeros(rows, dtype=torch.long)
-    if len(seeds) != rows:
-        raise ValueError(f"`sampling_seeds` has {len(seeds)} numbers for {rows} rows: give one per returned row.")
-    return torch.tensor(seeds, dtype=torch.long)
+    defaults = {option.name: option.default for option in fields(DecodingOptions)}
+    own = config.generation_defaults or {}
+    if unknown := sorted(own.keys() - defaults.keys()):
+        raise ValueError(f"`generation_defaults` name {unknown}: give options of block diffusion, {sorted(defaults)}.")
+    if config.block_size is None:
+        defaults |= {"unmasking_policy": "confidence_budget", "unmasking_threshold": 0.15}
+    if config.block_size is None or config.block_size % DecodingOptions.sub_block_size:
+        defaults["sub_block_size"] = None
+    return {**defaults, **own}
 
 
-def _check_types(options: GenerationConfig) -> None:
-    """transformers takes any value for fields that it does not know, and for some that it does."""
-    cached = options.use_sub_block_cache
-    if not isinstance(cached, bool) and cached != "prefix":
-        raise ValueError(f"`use_sub_block_cache={cached!r}` must be True or False, or 'prefix'.")
-    for name in ("fuse_commits", "use_relay", "output_history", "do_sample"):
-        if not isinstance(value := getattr(options, name), bool):
-            raise ValueError(f"`{name}={value!r}` must be True or False.")
-    if not _is_number(size := options.sub_block_size, int):
-        raise ValueError(f"`sub_block_size={size!r}` is not a whole number: give one, or `None` for the whole block.")
-    if not _is_number(best := options.confidence_top_k, int) or (best is not None and best < 2):
-        # One token alone would be certain, and could be [MASK].
-        raise ValueError(f"`confidence_top_k={best!r}` is not a whole number >= 2: give one, or `None` for all tokens.")
-    for name in ("t_max", "t_min"):
-        if not _is_number(value := getattr(options, name), int | float):
-            raise ValueError(f"`{name}={value!r}` is not a number: give a temperature.")
-    seeds = options.sampling_seeds
-    if seeds is not None and not (
-        isinstance(seeds, list) and all(type(seed) is int and -(2**63) <= seed < 2**63 for seed in seeds)
-    ):
-        raise ValueError(
-            f"`sampling_seeds={seeds!r}` is not a list of whole numbers of 64 bits: give one per returned row."
-        )
+def complete_generation_config(config: RelayConfig, generation_config: GenerationConfig) -> None:
+    """Gives a generation config the options of block diffusion that it lacks, so that `generate` knows them.
 
+    The options of another family's file are translated first.
 
-def _is_number(value: Any, kind: Any) -> bool:
-    return value is None or (isinstance(value, kind) and not isinstance(value, bool))
+    Args:
+        config: configuration of the model.
+        generation_config: changed in place.
 
-
-def _check_start(config: RelayConfig, options: GenerationConfig) -> None:
-    start, channel = options.relay_start, config.relay_channel
-    if start is None:
-        return
-    if not isinstance(start, str) or start not in STARTS:
-        raise ValueError(
-            f"`relay_start={start!r}` is unknown: choose one of {sorted(STARTS)}, or `None` for what the configuration "
-            "says."
-        )
-    if not options.use_relay:
-        raise ValueError(f"`relay_start={start!r}` starts a state, but `use_relay=False`: leave one of them out.")
-    if channel == "none":
-        raise ValueError(f"`relay_start={start!r}` starts a state, but the model has none to carry: leave it out.")
-    if start == "zeros" and channel == "soft_mask":
-        raise ValueError(
-            "`relay_start='zeros'` has no meaning for `relay_channel='soft_mask'`, which would take zeros for a sure "
-            "prediction: choose another, or `None`, which injects nothing."
-        )
-    if STARTS[start].makes_predictions and not CHANNELS[channel].reads_distribution:
-        raise ValueError(
-            f"`relay_start={start!r}` makes a state of predictions, but `relay_channel={channel!r}` carries hidden "
-            "states: choose 'zeros' or 'self'."
-        )
-
-
-def _check_sampling(options: GenerationConfig) -> None:
-    hottest, coldest, seeds = options.t_max, options.t_min, options.sampling_seeds
-    if hottest is not None and not options.do_sample:
-        raise ValueError("`t_max` is about drawing tokens, but decoding is greedy: also set `do_sample=True`.")
-    if seeds is not None and not options.do_sample and options.relay_start != "dirichlet":
-        raise ValueError(
-            "`sampling_seeds` is about drawing tokens or the relay state, but nothing is drawn: also set "
-            "`do_sample=True` or `relay_start='dirichlet'`."
-        )
-    if options.do_sample and isinstance(options.top_p, int | float) and options.top_p > 1:
-        # transformers would leave it out without a word.
-        raise ValueError(f"`top_p={options.top_p}` is not a probability: give one in [0, 1], or leave it out.")
-    if (hottest is None) != (coldest is None):
-        raise ValueError("`t_max` and `t_min` are the two ends of one schedule: give both, or neither.")
-    if hottest is not None and not math.inf > hottest >= coldest > 0:
-        raise ValueError(f"`t_max={hottest}` and `t_min={coldest}` must be temperatures with t_max >= t_min > 0.")
-    if hottest is not None and options.temperature not in (None, 1.0):
-        raise ValueError(
-            f"`temperature={options.temperature}` and `t_max={hottest}` both set the temperature: give one."
-        )
-
-
-def _check_special_tokens(config: RelayConfig, options: GenerationConfig) -> None:
-    stops = options.eos_token_id if isinstance(options.eos_token_id, list) else [options.eos_token_id]
-    for name, tokens in (("eos_token_id", stops), ("pad_token_id", [options.pad_token_id])):
-        for token in tokens:
-            if token is not None and not (_is_number(token, int) and 0 <= token < config.text_config.vocab_size):
-                raise ValueError(
-                    f"`{name}={token!r}` is not one of the model's {config.text_config.vocab_size} tokens: give the "
-                    "tokenizer's."
-                )
-    if config.mask_token_id in stops:
-        raise ValueError(f"`eos_token_id={config.mask_token_id}` is [MASK], which is never written: give another.")
+    Raises:
+        ValueError: the configuration's `generation_defaults` are not options of block diffusion.
+    """
+    for name, value in foreign_generation_to_relay(generation_config.to_dict()).items():
+        if value is not None or hasattr(GenerationConfig(), name):
+            setattr(generation_config, name, value)
+        elif hasattr(generation_config, name):
+            delattr(generation_config, name)
+    defaults = default_options(config)
+    if "confidence_top_k" in (config.generation_defaults or {}):
+        # Dream's sampler reads `top_k` in greedy decoding as well.
+        defaults["confidence_top_k"] = generation_config.top_k or defaults["confidence_top_k"]
+    for name, value in defaults.items():
+        if not hasattr(generation_config, name):
+            setattr(generation_config, name, value)
+    if generation_config.do_sample is None:
+        # Pipelines draw tokens unless a model says that it does not.
+        generation_config.do_sample = False
+    # Else transformers would not read our fields back from `generation_config.json`.
+    generation_config._from_model_config = False

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..modeling import RelayConfig, RelayForMaskedDiffusion
 from ..modeling.adapter_relay import check_adapter, loaded_adapter
 from ..modeling.channel_relay import CHANNELS
-from ..modeling.options_relay import check_same_tokens
+from ..modeling.configuration_relay import check_same_tokens
 from .metrics import is_channel_parameter
 from .relay_config import RelayTrainerConfig
 

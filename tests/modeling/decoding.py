@@ -9,7 +9,6 @@ from transformers import DynamicCache
 
 from relay_hf import RelayForMaskedDiffusion, RelayGenerateOutput
 from relay_hf.modeling import make_policy
-from relay_hf.modeling.choice_relay import uniform_numbers
 from relay_hf.modeling.reveal_relay import Progress
 
 from ..conftest import MASK
@@ -19,9 +18,9 @@ LENGTHS = (3, 8, 13, 27, 16)
 PAD = 0
 # Values of `relay_start` by channel.
 STARTS = {
-    "layer_norm": ("zeros", "self"),
-    "residual_context": ("zeros", "self", "dirichlet", "reference"),
-    "soft_mask": ("self", "dirichlet", "reference"),
+    "layer_norm": ("self",),
+    "residual_context": ("self", "reference"),
+    "soft_mask": ("self", "reference"),
 }
 
 
@@ -101,7 +100,6 @@ def decode_alone(
     fuse_commits: bool = False,
     relay_start: str | None = None,
     reference_model: RelayForMaskedDiffusion | None = None,
-    seed: int = 0,
 ) -> Alone:
     """Follows DESIGN.md section 5 in the slowest way."""
     config, length = model.config, len(prompt)
@@ -132,7 +130,7 @@ def decode_alone(
             active = (tokens == MASK) & (part == part[masked[0]])
             cache = None
             if not is_started:
-                state, is_started = start_of(relay_start, model, tokens, begin, reference_model, seed), True
+                state, is_started = start_of(relay_start, model, tokens, begin, reference_model), True
                 denoise, references = denoise + (relay_start == "self"), references + (relay_start == "reference")
             if use_sub_block_cache:
                 cache = stale
@@ -179,27 +177,18 @@ def start_of(
     tokens: Tensor,
     begin: int,
     reference: RelayForMaskedDiffusion | None,
-    seed: int,
 ) -> Tensor:
     """The state that `relay_start` asks for, made one position after the other."""
     if name == "self":
         return forward(model, tokens, None, begin).relay_state
     state = torch.zeros(1, len(tokens), model.config.relay_state_width)
     embeddings = model.get_input_embeddings().weight.detach()
-    logits = forward(reference, tokens, None, begin).logits[0] if name == "reference" else torch.empty(len(tokens), 0)
-    for place in range(begin, len(tokens)) if name != "zeros" else ():
+    logits = forward(reference, tokens, None, begin).logits[0]
+    for place in range(begin, len(tokens)):
         if tokens[place] == MASK:
-            predicted = logits[place] if name == "reference" else dirichlet(seed, place, len(embeddings)).log()
-            mean, number = model.relay.summarise(predicted[None].float(), embeddings)
+            mean, number = model.relay.summarise(logits[place][None].float(), embeddings)
             state[0, place] = torch.cat([mean[0], number])
     return state
-
-
-def dirichlet(seed: int, position: int, vocabulary: int) -> Tensor:
-    """(V,) a draw from the flat Dirichlet distribution: exponential numbers over their sum."""
-    keys = (torch.tensor(seed), torch.tensor(-1), torch.tensor(position), torch.arange(vocabulary))
-    exponential = -torch.log(uniform_numbers(*keys) + 2.0**-49)
-    return exponential / exponential.sum()
 
 
 def best_of(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -49,6 +49,8 @@ REFUSED: list[dict[str, Any]] = [
     {"sampling_seeds": ["7"], "do_sample": True},
     {"sampling_seeds": [1], "do_sample": False, "relay_start": None},
     {"relay_start": "noise"},
+    {"relay_start": "zeros"},
+    {"relay_start": "dirichlet"},
     {"relay_start": True},
     {"relay_start": "self", "use_relay": False},
     {"relay_start": "self", "reference_model": REFERENCE},

@@ -74,7 +74,7 @@ def batches(draw: st.DrawFn) -> tuple[str, list[Tensor], str, int, dict[str, Any
     if policy == "time_schedule" or (policy in ("fixed_count", "confidence_threshold") and draw(st.booleans())):
         options["denoising_steps"] = draw(st.integers(1, 6))
     options["confidence_top_k"] = draw(st.sampled_from((None, None, 2, 20)))
-    options["relay_start"] = draw(st.sampled_from((None, "zeros", "self"))) if options["use_relay"] else None
+    options["relay_start"] = draw(st.sampled_from((None, "self"))) if options["use_relay"] else None
     caches = (False, True, "prefix") if options["sub_block_size"] else (False,)
     options["use_sub_block_cache"] = draw(st.sampled_from(caches))
     if not is_canvas:

@@ -21,6 +21,7 @@ OVERRIDDEN = [
     "_sample",
     "_validate_generated_length",
     "_validate_generation_mode",
+    "_validate_model_kwargs",
 ]
 
 

@@ -35,5 +35,5 @@ def test_empty_option_means_none(make_model: Callable, tokenizer: Any, option: d
 @pytest.mark.parametrize("texts", [[""], ["", "zz"]])
 def test_empty_text_among_stop_strings_is_refused(make_model: Callable, tokenizer: Any, texts: list[str]) -> None:
     model = make_model(text={"vocab_size": 259}, mask_token_id=258)
-    with pytest.raises(ValueError, match="holds an empty text, which stands everywhere: leave it out"):
+    with pytest.raises(ValueError, match="holds an empty text, which every text contains: leave it out"):
         model.generate(prompt_of(13), max_new_tokens=20, tokenizer=tokenizer, stop_strings=texts)

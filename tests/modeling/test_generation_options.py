@@ -104,7 +104,7 @@ class Drawer:
             options |= {"max_length": length + new} if self.maybe(0.2) else {"max_new_tokens": new}
         rows = self.sampling(options, count)
         self.ours(options, is_canvas)
-        self.start(options, name, rows)
+        self.start(options, name)
         self.standard(options, rows)
         return Draw(name, inputs, options, rows, new, max(int((prompt == self.mask).sum()) for prompt in prompts))
 
@@ -127,15 +127,13 @@ class Drawer:
         options["return_dict_in_generate"] = self.maybe(0.8)
         options["output_history"] = options["return_dict_in_generate"] and self.maybe()
 
-    def start(self, options: dict[str, Any], name: str, rows: int) -> None:
+    def start(self, options: dict[str, Any], name: str) -> None:
         if not options["use_relay"] or self.maybe(0.4):
             return
         start = self.rng.choice(STARTS[MODELS[name].get("relay_channel", "layer_norm")])
         options["relay_start"] = start
         if start == "reference":
             options["reference_model"] = REFERENCE
-        if start == "dirichlet" and self.maybe(0.5):
-            options["sampling_seeds"] = [self.rng.randrange(100) for _ in range(rows)]
 
     def sampling(self, options: dict[str, Any], count: int) -> int:
         """Adds options of sampling; returns how many rows there will be."""
