@@ -20,7 +20,7 @@ from relay_hf.trainers.denoiser import BlockDenoiser
 from relay_hf.trainers.model_preparation import keep_caches_under_checkpointing
 from relay_hf.trainers.noise import mask_uniformly
 from relay_hf.trainers.objectives import RECIPES, mean_of_positions
-from relay_hf.trainers.rollout import Reveal, Rollout, complement, stay
+from relay_hf.trainers.rollout import Reveal, Rollout
 from relay_hf.trainers.rows import RolloutRows, fresh_rows
 from tests.trainers.doubled import DoubledDenoiser, PublishedDenoiser
 
@@ -74,7 +74,7 @@ class Workload:
         input_ids = torch.randint(0, self.vocab - 1, (self.batch, self.length))
         labels = input_ids.clone()
         labels[:, : self.prompt] = -100
-        return model, fresh_rows(model.config, {"input_ids": input_ids, "labels": labels}, carries_state=True)
+        return model, fresh_rows(model.config, {"input_ids": input_ids, "labels": labels}, keeps_state=True)
 
     @property
     def blocks(self) -> int:
@@ -89,7 +89,7 @@ class Workload:
             advances = [Reveal(policy, model.config.block_size)] * self.steps
         else:
             rows = mask_uniformly(rows, model.config, [torch.Generator().manual_seed(row) for row in range(len(rows))])
-            advances = [complement, stay] if self.objective == "complementary" else [stay]
+            advances = recipe.advances(None, model.config, False)
         if self.active_blocks is not None:
             first = self.length - self.active_blocks * model.config.block_size
             rows = replace(rows, masked=rows.masked & (torch.arange(self.length) >= first))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     )
     from .pictures.denoising import plot_denoising
     from .pictures.timeline import show_denoising
-    from .trainers import RelayTrainer, RelayTrainerConfig
+    from .trainers import RelayTrainer, RelayTrainerConfig, register_objective
 
 __all__ = [
     "PushError",
@@ -40,6 +40,7 @@ __all__ = [
     "plot_denoising",
     "push",
     "register_channel",
+    "register_objective",
     "show_denoising",
 ]
 
@@ -60,6 +61,7 @@ __getattr__ = lazy_names(
         "plot_denoising": "pictures.denoising",
         "push": "hub",
         "register_channel": "modeling",
+        "register_objective": "trainers",
         "show_denoising": "pictures.timeline",
     },
 )

@@ -3,10 +3,7 @@
 import shlex
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from ..trainers import Objective
+from typing import Any
 
 
 @dataclass
@@ -54,7 +51,7 @@ class DemoArguments:
             raise ValueError(f"`--size={self.size}` is no size of a board: give 4, 6 or 9.")
 
     @property
-    def objectives(self) -> "list[Objective]":
+    def objectives(self) -> list[str]:
         """In the order in which they are trained."""
         return ["masked", "rollout", "relay_sg", "relay"] if self.full else ["masked", "rollout", "relay"]
 

@@ -23,7 +23,7 @@ from ..tasks.sudoku import (
     split_puzzles,
     to_features,
 )
-from ..trainers import Objective, RelayTrainer, RelayTrainerConfig
+from ..trainers import RelayTrainer, RelayTrainerConfig
 from ..trainers.interruption import SaveOnInterrupt
 from ..trainers.objectives import RECIPES
 from .arguments import DemoArguments
@@ -95,7 +95,7 @@ def run_study(
 
 
 def evaluate(
-    model: RelayForMaskedDiffusion, tokenizer: PreTrainedTokenizerBase, puzzles: Dataset, objective: Objective
+    model: RelayForMaskedDiffusion, tokenizer: PreTrainedTokenizerBase, puzzles: Dataset, objective: str
 ) -> list[dict[str, Any]]:
     """At every threshold, as JSON takes it."""
     use_relay = objective.startswith("relay")
@@ -148,7 +148,7 @@ def train_model(
     model: RelayForMaskedDiffusion,
     tokenizer: PreTrainedTokenizerBase,
     puzzles: Dataset,
-    objective: Objective,
+    objective: str,
     seed: int,
     arguments: DemoArguments,
     steps: int,

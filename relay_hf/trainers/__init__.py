@@ -5,12 +5,20 @@ from typing import TYPE_CHECKING
 from ..startup.lazy_names import lazy_names
 
 if TYPE_CHECKING:
-    from .relay_config import Objective, RelayTrainerConfig
+    from .objectives import Recipe, register_objective
+    from .relay_config import RelayTrainerConfig
     from .relay_trainer import RelayTrainer
+    from .rows import RolloutRows
 
-__all__ = ["Objective", "RelayTrainer", "RelayTrainerConfig"]
+__all__ = ["Recipe", "RelayTrainer", "RelayTrainerConfig", "RolloutRows", "register_objective"]
 
 __getattr__ = lazy_names(
     __name__,
-    {"Objective": "relay_config", "RelayTrainer": "relay_trainer", "RelayTrainerConfig": "relay_config"},
+    {
+        "Recipe": "objectives",
+        "RelayTrainer": "relay_trainer",
+        "RelayTrainerConfig": "relay_config",
+        "RolloutRows": "rows",
+        "register_objective": "objectives",
+    },
 )

@@ -22,16 +22,16 @@ class RolloutBuffer:
 
     Args:
         config: the model's configuration.
-        carries_state: whether the objective uses the relay channel.
+        keeps_state: whether the rows keep the state that a step leaves.
         queue_size: rows that may wait; what comes when the queue is full is dropped. 0 drops every incoming row that
             finds no place, as the published reference does.
         staggered: the first rows start with different fractions of their positions revealed, so that they do not all
             finish together.
     """
 
-    def __init__(self, config: RelayConfig, carries_state: bool, queue_size: int = 0, staggered: bool = False) -> None:
+    def __init__(self, config: RelayConfig, keeps_state: bool, queue_size: int = 0, staggered: bool = False) -> None:
         self.config = config
-        self.carries_state = carries_state
+        self.keeps_state = keeps_state
         self.queue_size = queue_size
         self.staggered = staggered
         self.rows: RolloutRows | None = None
@@ -91,7 +91,7 @@ class RolloutBuffer:
                 another model or tokenizer, or damaged.
         """
         state = {RENAMED.get(name, name): tensor for name, tensor in state.items()}
-        if state and self.carries_state != ("relay_state" in state):
+        if state and self.keeps_state != ("relay_state" in state):
             raise ValueError(
                 "The checkpoint's rollout buffer is of another objective, which this run cannot go on with: load the "
                 "checkpoint as a model and start a new run, or delete its `rollout_buffer_*.safetensors`."
@@ -137,13 +137,13 @@ class RolloutBuffer:
         ids, flags = torch.zeros(count, 0, dtype=torch.long, device=device), torch.zeros(count, 0, device=device).bool()
         state = torch.zeros(count, 0, self.config.relay_state_width, device=device)
         has_state = torch.zeros(count, device=device).bool()
-        return RolloutRows(ids, flags, flags, flags, state if self.carries_state else None, has_state)
+        return RolloutRows(ids, flags, flags, flags, state if self.keeps_state else None, has_state)
 
     def _take(self, count: int) -> RolloutRows:
         """The rows that have waited longest, out of the queue."""
         taken, self.queue = self.queue[:count], self.queue[count:]
         text = TextBatch.of_rows(taken, self.rows.clean_ids.device)
-        return all_masked(self.config, text, self.carries_state)
+        return all_masked(self.config, text, self.keeps_state)
 
     def _put(self, fresh: RolloutRows, slots: Tensor) -> None:
         length = max(self.rows.clean_ids.shape[1], fresh.clean_ids.shape[1])

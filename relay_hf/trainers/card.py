@@ -11,7 +11,6 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..hub_cards import (
-    FAST_DLLM_V2_CITATION,
     NOT_EVALUATED,
     DatasetFacts,
     RelayCardData,
@@ -26,7 +25,6 @@ from ..hub_cards import (
     versions,
 )
 from ..modeling import RelayConfig
-from .objectives import RECIPES
 from .reference import Reference
 from .relay_config import RelayTrainerConfig
 
@@ -122,7 +120,7 @@ def training_card(
         name=name,
         base_model=getattr(model.config, "_name_or_path", "") or None,
         objective=args.objective,
-        objective_description=RECIPES[args.objective].description,
+        objective_description=args.recipe.sentence,
         channel=describe_channel(config),
         model={"Parameters": f"{sum(p.numel() for p in model.parameters()):,}", **describe_model(config)},
         training=TrainingFacts(
@@ -213,9 +211,8 @@ def _thin(losses: Mapping[int, Mapping[str, float]]) -> dict[int, Mapping[str, f
 
 def _citations(args: RelayTrainerConfig, config: RelayConfig) -> list[str]:
     """The model's, and that of the objective."""
-    of_model = cite_model(config)
-    is_cited = args.objective != "complementary" or FAST_DLLM_V2_CITATION in of_model
-    return of_model if is_cited else [*of_model, FAST_DLLM_V2_CITATION]
+    citations = [*cite_model(config), args.recipe.citation]
+    return [citation for citation in dict.fromkeys(citations) if citation]
 
 
 def _describe_reference(reference: Reference | None) -> str:

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from ..modeling import RelayConfig, RelayForMaskedDiffusion
 from ..modeling.adapter_relay import check_adapter, loaded_adapter
-from ..modeling.channel_relay import CHANNELS
 from ..modeling.configuration_relay import check_same_tokens
 from .metrics import is_channel_parameter
+from .objectives import RECIPES
 from .relay_config import RelayTrainerConfig
 
 
@@ -114,7 +114,7 @@ def check_learning(model: nn.Module, args: RelayTrainerConfig) -> None:
         ValueError: what the objective trains is frozen.
     """
     channel = [p for name, p in model.named_parameters() if is_channel_parameter(name)]  # none for a residual context
-    if args.carries_state and channel and not any(parameter.requires_grad for parameter in channel):
+    if args.recipe.uses_channel and channel and not any(parameter.requires_grad for parameter in channel):
         raise ValueError(
             f"`objective={args.objective!r}` trains the relay channel, but it is frozen: pass the plain model with "
             "`peft_config`, or a PeftModel with `modules_to_save=['relay']` and `is_trainable=True`."
@@ -131,7 +131,7 @@ def relay_model(model: Any, args: RelayTrainerConfig) -> RelayForMaskedDiffusion
     """The relay model itself, without PEFT around it.
 
     Raises:
-        ValueError: it is not of this library, or the objective needs a channel that it lacks.
+        ValueError: it is not of this library, or its channel lacks what the objective needs.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(base, RelayForMaskedDiffusion):
@@ -139,24 +139,7 @@ def relay_model(model: Any, args: RelayTrainerConfig) -> RelayForMaskedDiffusion
             f"`model` is a {type(base).__name__}, which has no relay channel: make a relay model of it with "
             "`relay_hf.convert(source, output)`, and load that with `RelayForMaskedDiffusion.from_pretrained(output)`."
         )
-    if args.carries_state and base.config.relay_channel == "none":
-        raise ValueError(
-            f"`objective={args.objective!r}` trains a relay channel, but the model has `relay_channel='none'`: "
-            "load it with `relay_channel='layer_norm'`, or choose `objective='rollout'` or `'masked'`."
-        )
-    if args.objective == "relay" and base.relay.reads_distribution:
-        raise ValueError(
-            f"`objective='relay'` differentiates through the state, but that of `relay_channel="
-            f"{base.config.relay_channel!r}` is never differentiated: choose `objective='relay_sg'` or "
-            "`'residual_context'`."
-        )
-    if args.objective == "residual_context" and not base.relay.reads_distribution:
-        readers = sorted(name for name, channel in CHANNELS.items() if channel.reads_distribution)
-        raise ValueError(
-            f"`objective='residual_context'` feeds predictions to the model, which `relay_channel="
-            f"{base.config.relay_channel!r}` does not read: load it with one of the channels {readers}, or choose "
-            "`objective='relay'`."
-        )
+    args.recipe.check_channel(args.objective, base.config.relay_channel)
     return base
 
 
@@ -176,10 +159,11 @@ def load_reference(
     """
     if reference is None:
         return None
-    if args.objective != "residual_context":
+    if args.recipe.carry != "prediction":
+        fitting = [name for name, recipe in RECIPES.items() if recipe.carry == "prediction"]
         raise ValueError(
-            f"`reference_model` has no effect with `objective={args.objective!r}`: leave it out, or choose "
-            "`objective='residual_context'`."
+            f"`reference_model` has no effect with `objective={args.objective!r}`: leave it out, or choose one of the "
+            f"objectives {fitting}."
         )
     if isinstance(reference, str):
         reference = RelayForMaskedDiffusion.from_pretrained(reference)

@@ -1,107 +1,218 @@
-"""What each objective denoises, and how the losses of a step become one number.
+"""What each objective denoises, what it needs of a channel, and how the losses of a step become one number.
 
-Legend: B rows, L positions, N masked positions.
+A `Recipe` says everything about an objective. Other packages add theirs with `register_objective`.
+
+Legend: B rows, L positions, N masked positions, K steps.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from operator import attrgetter
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from ..hub_cards import FAST_DLLM_V2_CITATION
 from ..modeling import RelayConfig, make_policy
+from ..modeling.channel_relay import CHANNELS, Channel, NoChannel
 from .noise import mask_uniformly
-from .relay_config import Objective, RelayTrainerConfig
 from .rollout import Advance, Carry, Reveal, complement, stay
 from .rows import RolloutRows
+
+if TYPE_CHECKING:
+    from .relay_config import RelayTrainerConfig
 
 # What a mean is taken over, (B, L) bool of some rows.
 MASKED, LEARNED = attrgetter("masked"), attrgetter("learned")
 
 
-class Recipe(NamedTuple):
-    """How an objective is trained.
+class Start(Protocol):
+    """Masks fresh rows before their first step; `mask_uniformly` is one."""
+
+    def __call__(
+        self,
+        rows: RolloutRows,
+        config: RelayConfig,
+        generators: Sequence[torch.Generator] | None,
+        process: int,
+        processes: int,
+    ) -> RolloutRows:
+        """The rows with other masks; arguments as in `mask_uniformly`."""
+        ...
+
+
+class Need(NamedTuple):
+    """What an objective needs of a channel.
 
     Args:
-        description: what a card says of it.
-        carry: what goes from one step to the next.
-        uses_buffer: steps reveal positions one after the other, and rows live on in the buffer; otherwise masks are
-            drawn at random.
-        counted: (B, L) bool, the positions that a step's sum of losses is divided by.
+        phrase: completes "a channel that ...".
+        is_met: whether a channel class has it.
     """
 
-    description: str
-    carry: Carry
-    uses_buffer: bool
-    counted: Callable[[RolloutRows], Tensor]
+    phrase: str
+    is_met: Callable[[type[Channel]], bool]
 
 
-RECIPES: dict[Objective, Recipe] = {
-    "relay": Recipe(
-        "the state is carried between denoising steps, with back-propagation through them",
-        carry="gradient", uses_buffer=True, counted=MASKED,
-    ),
-    "relay_sg": Recipe(
-        "the state is carried between denoising steps, without gradients between them",
-        carry="state", uses_buffer=True, counted=MASKED,
-    ),
-    "rollout": Recipe(
-        "several denoising steps, nothing carried between them but the tokens",
-        carry="nothing", uses_buffer=True, counted=MASKED,
-    ),
-    "masked": Recipe(
-        "plain masked diffusion from a uniformly drawn fraction of masks",
-        carry="nothing", uses_buffer=False, counted=MASKED,
-    ),
-    "residual_context": Recipe(
-        "masked diffusion in which each mask carries what a first pass over the same text predicts there",
-        carry="prediction", uses_buffer=False, counted=MASKED,
-    ),
-    # A mask and its complement are two halves of one mean.
-    "complementary": Recipe(
-        "plain masked diffusion from a uniformly drawn fraction of masks and from its complement",
-        carry="nothing", uses_buffer=False, counted=LEARNED,
-    ),
-}  # fmt: skip
+def _carries(channel: type[Channel]) -> bool:
+    return not issubclass(channel, NoChannel)
 
 
-def rollout_advances(args: RelayTrainerConfig, config: RelayConfig, jitter: bool) -> list[Advance]:
-    """One reveal per step; with jitter, each has its own threshold, moved back into the valid range."""
+NEEDS: dict[Carry, Need] = {
+    "gradient": Need("can be differentiated", lambda channel: _carries(channel) and not channel.reads_distribution),
+    "state": Need("carries a state", _carries),
+    "prediction": Need("reads predictions", lambda channel: channel.reads_distribution),
+    "nothing": Need("may be any", lambda channel: True),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that is to be known about an objective.
+
+    Args:
+        sentence: how a card describes it, without a full stop.
+        advances: of the training arguments, the model's configuration and whether random numbers may be drawn (they are
+            not in evaluation): K changes of the rows, one after each of the K steps.
+        carry: what goes from one step to the next, see `Rollout`. It decides what the objective needs of a channel.
+        start: masks fresh rows before the first step; None = rows start with everything masked and live on in the
+            rollout buffer until all of it is revealed.
+        counted: (B, L) bool, the positions that a step's sum of losses is divided by.
+        citation: BibTeX of its source, for cards.
+    """
+
+    sentence: str
+    advances: Callable[["RelayTrainerConfig", RelayConfig, bool], list[Advance]]
+    carry: Carry = "nothing"
+    start: Start | None = None
+    counted: Callable[[RolloutRows], Tensor] = MASKED
+    citation: str = ""
+
+    @property
+    def uses_buffer(self) -> bool:
+        """Whether rows live on in the rollout buffer."""
+        return self.start is None
+
+    @property
+    def uses_channel(self) -> bool:
+        """Whether the relay channel is trained."""
+        return self.carry != "nothing"
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether rows keep the state that a step has left."""
+        return self.carry in ("gradient", "state")
+
+    def check_channel(self, name: str, channel: str) -> None:
+        """Raise if a model's channel cannot serve the objective.
+
+        Args:
+            name: the objective's.
+            channel: the `relay_channel` of the model.
+
+        Raises:
+            ValueError: the channel lacks what the objective needs.
+        """
+        need = NEEDS[self.carry]
+        if not need.is_met(CHANNELS[channel]):
+            channels = sorted(other for other, kind in CHANNELS.items() if need.is_met(kind))
+            objectives = [other for other, recipe in RECIPES.items() if NEEDS[recipe.carry].is_met(CHANNELS[channel])]
+            raise ValueError(
+                f"`objective={name!r}` needs a channel that {need.phrase}, but the model has `relay_channel="
+                f"{channel!r}`: load it with one of the channels {channels}, or choose one of the objectives "
+                f"{objectives}."
+            )
+
+
+def reveals(args: "RelayTrainerConfig", config: RelayConfig, is_random: bool) -> list[Advance]:
+    """`args.rollout_steps` reveals by the unmasking policy; with jitter, each has its own valid threshold."""
     name, threshold = args.unmasking_policy, args.unmasking_threshold
     noise = torch.zeros(args.rollout_steps)
-    if jitter and args.threshold_jitter:
+    if is_random and args.threshold_jitter:
         noise = torch.randn(args.rollout_steps) * args.threshold_jitter
     highest = 1.0 if name == "confidence_threshold" else float("inf")
     policies = [make_policy(name, min(max(threshold + float(n), 0.0), highest)) for n in noise]
     return [Reveal(policy, config.block_size, args.sub_block_size) for policy in policies]
 
 
-def random_masks(
-    args: RelayTrainerConfig, config: RelayConfig, rows: RolloutRows, seeded: bool
-) -> tuple[RolloutRows, list[Advance]]:
-    """Fresh rows with random masks, and what follows them.
+def one_step(args: "RelayTrainerConfig", config: RelayConfig, is_random: bool) -> list[Advance]:
+    """A single step, after which nothing changes."""
+    return [stay]
+
+
+def mask_and_complement(args: "RelayTrainerConfig", config: RelayConfig, is_random: bool) -> list[Advance]:
+    """Two steps, of which the second masks what the first one shows."""
+    return [complement, stay]
+
+
+RECIPES: dict[str, Recipe] = {
+    "relay": Recipe(
+        "the state is carried between denoising steps, with back-propagation through them", reveals, carry="gradient"
+    ),
+    "relay_sg": Recipe(
+        "the state is carried between denoising steps, without gradients between them", reveals, carry="state"
+    ),
+    "rollout": Recipe("several denoising steps, nothing carried between them but the tokens", reveals),
+    "masked": Recipe(
+        "plain masked diffusion from a uniformly drawn fraction of masks", one_step, start=mask_uniformly
+    ),
+    "residual_context": Recipe(
+        "masked diffusion in which each mask carries what a first pass over the same text predicts there",
+        one_step, carry="prediction", start=mask_uniformly,
+    ),
+    "complementary": Recipe(
+        "plain masked diffusion from a uniformly drawn fraction of masks and from its complement",
+        # A mask and its complement are two halves of one mean.
+        mask_and_complement, start=mask_uniformly, counted=LEARNED, citation=FAST_DLLM_V2_CITATION,
+    ),
+}  # fmt: skip
+
+
+def register_objective(name: str, recipe: Recipe) -> None:
+    """Makes an objective known, so that `RelayTrainerConfig(objective=name)` means it.
+
+    An objective that is registered again with the same sentence, as in a notebook's cell that runs twice, replaces the
+    former.
 
     Args:
-        args: names the objective.
-        config: of the model.
-        rows: fresh ones.
-        seeded: the same masks for a row each time, wherever it stands.
+        name: as `objective` is to have it.
+        recipe: all about the objective.
+
+    Raises:
+        ValueError: `name` is no text, or taken by another objective; or `recipe` is no `Recipe`.
+    """
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"`register_objective` was given the name {name!r}: give a text, the `objective` to be.")
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"`register_objective({name!r}, ...)` was given {recipe!r}: give a `Recipe`.")
+    if name in RECIPES and RECIPES[name].sentence != recipe.sentence:
+        raise ValueError(f"`objective={name!r}` is taken ({RECIPES[name].sentence}): choose another name.")
+    RECIPES[name] = recipe
+
+
+def draw_masks(args: "RelayTrainerConfig", config: RelayConfig, rows: RolloutRows, is_random: bool) -> RolloutRows:
+    """Fresh rows with the masks that their objective starts from.
+
+    Args:
+        args: the training arguments; `args.recipe.start` draws.
+        config: the model's configuration.
+        rows: fresh rows.
+        is_random: draw from torch's global source; False = the same masks for a row each time, whatever its place.
     """
     generators = None
-    if seeded:
+    if not is_random:
         seeds = (args.seed + (rows.clean_ids * rows.attention_mask).sum(-1)).tolist()
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    advances: list[Advance] = [complement, stay] if args.objective == "complementary" else [stay]
-    return mask_uniformly(rows, config, generators, args.process_index, args.world_size), advances
+    return args.recipe.start(rows, config, generators, args.process_index, args.world_size)
 
 
 def mean_of_positions(recipe: Recipe, share: Callable[[Tensor], Tensor]) -> Callable[[Tensor, RolloutRows], Tensor]:
     """The mean of training: a step's losses over the positions counted in the whole micro-batch.
 
     Args:
-        recipe: of the objective.
-        share: makes of this process's count the mean of all processes', whose mean loss is then that of all rows.
+        recipe: the objective's.
+        share: turns this process's count into the mean over processes, so that the mean of their losses is that of all
+            rows.
     """
 
     def reduce_loss(token_losses: Tensor, rows: RolloutRows) -> Tensor:

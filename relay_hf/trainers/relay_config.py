@@ -1,14 +1,12 @@
 """RelayTrainerConfig: the training arguments of a relay model."""
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
 
 import torch
 from trl import SFTConfig
 
 from ..modeling import make_policy
-
-Objective = Literal["relay", "relay_sg", "rollout", "residual_context", "masked", "complementary"]
+from .objectives import RECIPES, Recipe
 
 # TRL's name of an option -> that of transformers since 5.24.
 CHECKPOINTING = {
@@ -22,7 +20,8 @@ class RelayTrainerConfig(SFTConfig):
     r"""Arguments of `RelayTrainer`, beside all those of TRL's `SFTConfig` and transformers' `TrainingArguments`.
 
     Args:
-        objective: what is learned (arXiv 2605.22967, Algorithm 1 and its ablations).
+        objective: what is learned (arXiv 2605.22967, Algorithm 1 and its ablations), or the name of an objective that
+            `relay_hf.register_objective` has added.
             `"relay"`: K denoising steps, the state is carried and gradients flow through it.
             `"relay_sg"`: the state is carried, gradients stop between steps.
             `"rollout"`: K denoising steps without a state.
@@ -33,8 +32,8 @@ class RelayTrainerConfig(SFTConfig):
             `"masked"`: plain masked diffusion, one step from a uniformly drawn fraction of masks.
             `"complementary"`: the plain fine-tuning of Fast-dLLM v2 (arXiv 2509.26328): such a mask and its complement,
             so that every position is learned once.
-        rollout_steps: K, denoising steps per micro-batch; their losses are summed. The last two objectives have one
-            and two steps, whatever is set here.
+        rollout_steps: K, denoising steps per micro-batch; their losses are summed. The last three objectives have one,
+            one and two steps, whatever is set here.
         gradient_window: number of steps that are differentiated together; None = all. Gradients do not cross the
             border of a window, and no more than one window of activations is in memory. Where no gradient flows
             between steps (every objective but `"relay"`), 1 saves memory and changes nothing else.
@@ -71,7 +70,7 @@ class RelayTrainerConfig(SFTConfig):
         ValueError: a value that cannot be trained with.
     """
 
-    objective: Objective = field(default="relay", metadata={"help": f"One of {', '.join(get_args(Objective))}."})
+    objective: str = field(default="relay", metadata={"help": f"One of {', '.join(RECIPES)}."})
     rollout_steps: int = field(default=2, metadata={"help": "K, denoising steps per rollout."})
     gradient_window: int | None = field(default=None, metadata={"help": "Steps differentiated together; all."})
     unmasking_policy: str = field(default="confidence_threshold", metadata={"help": "Reveal rule of the rollout."})
@@ -96,8 +95,11 @@ class RelayTrainerConfig(SFTConfig):
             if getattr(self, new, ...) is None:
                 setattr(self, new, getattr(self, old))
         super().__post_init__()
-        if self.objective not in get_args(Objective):
-            raise ValueError(f"`objective={self.objective!r}` is unknown: choose one of {list(get_args(Objective))}.")
+        if self.objective not in RECIPES:
+            raise ValueError(
+                f"`objective={self.objective!r}` is unknown: choose one of {list(RECIPES)}, or first import the module "
+                "that registers it with `relay_hf.register_objective`."
+            )
         if not isinstance(self.rollout_steps, int) or self.rollout_steps < 1:
             raise ValueError(
                 f"`rollout_steps={self.rollout_steps}` must be at least 1, and whole: a rollout has K >= 1 steps."
@@ -163,9 +165,9 @@ class RelayTrainerConfig(SFTConfig):
             )
 
     @property
-    def carries_state(self) -> bool:
-        """Whether the objective uses the relay channel."""
-        return self.objective in ("relay", "relay_sg", "residual_context")
+    def recipe(self) -> Recipe:
+        """What `objective` means."""
+        return RECIPES[self.objective]
 
     @property
     def has_channel_groups(self) -> bool:

@@ -42,7 +42,7 @@ from .model_checks import (
 )
 from .model_preparation import keep_caches_under_checkpointing
 from .non_finite import StopOnNonFiniteGradient, check_loss
-from .objectives import RECIPES, mean_of_positions, mean_of_rows, random_masks, rollout_advances
+from .objectives import draw_masks, mean_of_positions, mean_of_rows
 from .processes import check_deepspeed, mean_over_processes, return_full_precision, without_exchange
 from .reference import Reference
 from .relay_config import RelayTrainerConfig
@@ -120,7 +120,7 @@ class RelayTrainer(ResumableTrainer):
         base = relay_model(model, args)
         config = base.config
         reference = load_reference(reference_model, args, base)
-        if not args.carries_state and config.relay_channel != "none" and args.ddp_find_unused_parameters is None:
+        if not args.recipe.uses_channel and config.relay_channel != "none" and args.ddp_find_unused_parameters is None:
             # The channel gets no gradient then, which DDP has to be told.
             args.ddp_find_unused_parameters = True
         check_targets(peft_config, base)
@@ -142,7 +142,7 @@ class RelayTrainer(ResumableTrainer):
         check_learning(self.model, args)
         if self.is_deepspeed_enabled:
             stage = self.accelerator.state.deepspeed_plugin.zero_stage
-            check_deepspeed(args, args.carries_state and base.relay.reads_distribution, stage)
+            check_deepspeed(args, args.recipe.uses_channel and base.relay.reads_distribution, stage)
         if args.sample_rows and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise ValueError("`sample_rows` needs whole weights to write with, but they are sharded: set it to 0.")
         return_full_precision(self.accelerator)
@@ -153,8 +153,8 @@ class RelayTrainer(ResumableTrainer):
         self.rows_given = len(train_set) if hasattr(train_set, "__len__") else None  # before any was left out
         self.means, self.eval_means = RunningMeans(), RunningMeans()
         self._eval_prefix: str | None = None  # of an evaluation's metrics, while it runs
-        self.recipe = RECIPES[args.objective]
-        self.buffer = RolloutBuffer(config, args.carries_state, args.buffer_queue_size, args.staggered_start)
+        self.recipe = args.recipe
+        self.buffer = RolloutBuffer(config, self.recipe.keeps_state, args.buffer_queue_size, args.staggered_start)
         self.reference = None
         if reference is not None:
             self.reference = Reference(self.accelerator.prepare_model(reference, evaluation_mode=True), base)
@@ -211,18 +211,15 @@ class RelayTrainer(ResumableTrainer):
 
     def _begin_rollout(self, model: Any, inputs: dict[str, Tensor], is_training: bool) -> Rollout:
         args, config, recipe = self.args, self.relay_config, self.recipe
-        if recipe.uses_buffer:
-            if is_training:
-                # The public `args.train_batch_size` is not the one that `auto_find_batch_size` found.
-                refilled = self.buffer.refill(inputs, slots=self._train_batch_size)
-                self.means.add({"buffer_refills": float(refilled), "buffer_queue": float(len(self.buffer.queue))})
-                rows = self.buffer.rows
-            else:
-                rows = fresh_rows(config, inputs, args.carries_state)
-            advances = rollout_advances(args, config, jitter=is_training)
+        if recipe.uses_buffer and is_training:
+            # The public `args.train_batch_size` is not the one that `auto_find_batch_size` found.
+            refilled = self.buffer.refill(inputs, slots=self._train_batch_size)
+            self.means.add({"buffer_refills": float(refilled), "buffer_queue": float(len(self.buffer.queue))})
+            rows = self.buffer.rows
         else:
-            rows = fresh_rows(config, inputs, carries_state=False)
-            rows, advances = random_masks(args, config, rows, seeded=not is_training)
+            rows = fresh_rows(config, inputs, recipe.keeps_state)
+            rows = rows if recipe.uses_buffer else draw_masks(args, config, rows, is_random=is_training)
+        advances = recipe.advances(args, config, is_training)
         reduce_loss = mean_of_positions(recipe, self._share) if is_training else mean_of_rows(recipe)
         window = args.gradient_window if is_training else None
         make = partial(make_denoiser, rows=rows, clean_block_starts=args.clean_block_starts)
@@ -253,7 +250,7 @@ class RelayTrainer(ResumableTrainer):
         """
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        if is_new and (self.args.has_channel_groups or not self.args.carries_state):
+        if is_new and (self.args.has_channel_groups or not self.recipe.uses_channel):
             own = {"lr": self.args.relay_learning_rate, "weight_decay": self.args.relay_weight_decay}
             own = {name: value for name, value in own.items() if value is not None}
             named = (self.model if model is None else model).named_parameters()
@@ -261,7 +258,7 @@ class RelayTrainer(ResumableTrainer):
             for group in list(optimizer.param_groups):
                 moved = [p for p in group["params"] if id(p) in channel]
                 group["params"] = [p for p in group["params"] if id(p) not in channel]
-                if moved and self.args.carries_state:
+                if moved and self.recipe.uses_channel:
                     optimizer.add_param_group({**group, "params": moved, **own})
         return optimizer
 

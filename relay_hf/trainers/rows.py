@@ -68,12 +68,12 @@ class RolloutRows:
 FIELDS = tuple(field.name for field in fields(RolloutRows))
 
 
-def fresh_rows(config: RelayConfig, batch: dict[str, Tensor], carries_state: bool) -> RolloutRows:
+def fresh_rows(config: RelayConfig, batch: dict[str, Tensor], keeps_state: bool) -> RolloutRows:
     """The rows of a batch, all masked; arguments and errors are those of `read_batch` and `all_masked`."""
-    return all_masked(config, read_batch(batch, config), carries_state)
+    return all_masked(config, read_batch(batch, config), keeps_state)
 
 
-def all_masked(config: RelayConfig, text: TextBatch, carries_state: bool) -> RolloutRows:
+def all_masked(config: RelayConfig, text: TextBatch, keeps_state: bool) -> RolloutRows:
     """Rows in which everything to be learned is masked.
 
     The last block of a row is filled up with [MASK]s that are seen but not learned: decoding has them there too, and
@@ -82,7 +82,7 @@ def all_masked(config: RelayConfig, text: TextBatch, carries_state: bool) -> Rol
     Args:
         config: the model's configuration.
         text: the rows.
-        carries_state: whether the objective uses the relay channel.
+        keeps_state: whether the rows keep the state that a step leaves.
     """
     clean_ids, learned, attention_mask = text
     if config.block_size is not None:
@@ -96,7 +96,7 @@ def all_masked(config: RelayConfig, text: TextBatch, carries_state: bool) -> Rol
         attention_mask = torch.arange(length, device=blocks.device) < filled[:, None]
     rows, length = clean_ids.shape
     state = None
-    if carries_state:
+    if keeps_state:
         # Zeros also mean "no state yet": `has_state` distinguishes the two.
         state = torch.zeros(rows, length, config.relay_state_width, device=clean_ids.device)
     return RolloutRows(

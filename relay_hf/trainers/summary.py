@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 
 from ..modeling import RelayConfig
 from .metrics import is_channel_parameter
-from .objectives import RECIPES
 from .relay_config import RelayTrainerConfig
 
 SHOWN_TEXT, SHOWN_PARTS = 160, 6  # characters of a part of the shown row, and parts of it
@@ -59,10 +58,11 @@ def _describe_rows(dataset: Any, given: int | None, max_length: int | None) -> l
 
 
 def _describe_objective(args: RelayTrainerConfig, config: RelayConfig) -> str:
-    recipe = RECIPES[args.objective]
-    steps = f"; {args.rollout_steps} denoising steps per rollout" if recipe.uses_buffer else ""
+    recipe = args.recipe
+    count = len(recipe.advances(args, config, False))
+    steps = f"; {count} denoising steps per rollout" if recipe.uses_buffer else ""
     block = f"blocks of {config.block_size}" if config.block_size is not None else "the whole row as one block"
-    return f"{args.objective} ({recipe.description}{steps}), {block}, channel {config.relay_channel}"
+    return f"{args.objective} ({recipe.sentence}{steps}), {block}, channel {config.relay_channel}"
 
 
 def _describe_steps(trainer: Any) -> str:
@@ -77,7 +77,7 @@ def _describe_steps(trainer: Any) -> str:
     ]
     epochs = f", {steps / per_epoch:.3g} epochs" if isinstance(trainer.train_dataset, Dataset) else ""
     text = f"{steps:,} of {total_batch:,} rows ({', '.join(parts)}){epochs}"
-    if epochs and trainer.recipe.uses_buffer:
+    if epochs and args.recipe.uses_buffer:
         text += "; a row stays in the rollout buffer for several steps, so fewer rows are trained than drawn"
     return text
 

@@ -14,12 +14,13 @@ from relay_hf.modeling.reveal_relay import UnmaskingPolicy
 from relay_hf.trainers import RelayTrainer, RelayTrainerConfig
 from relay_hf.trainers.denoiser import Denoiser, make_denoiser
 from relay_hf.trainers.objectives import RECIPES, mean_of_positions
-from relay_hf.trainers.rollout import Reveal, Rollout, complement, stay
+from relay_hf.trainers.rollout import Reveal, Rollout
 from relay_hf.trainers.rows import RolloutRows
 
 from ..conftest import make_byte_tokenizer, text_config
 
 VOCAB_SIZE, MASK = 40, 39
+OBJECTIVES = ("relay", "relay_sg", "rollout", "residual_context", "masked", "complementary")
 
 
 def build_model(seed: int = 0, channel_scale: float = 0.3, **overrides: Any) -> RelayForMaskedDiffusion:
@@ -63,7 +64,7 @@ def begin_rollout(
     recipe = RECIPES[objective]
     advances = [Reveal(policy, model.config.block_size) for policy in policies]
     if not recipe.uses_buffer:
-        advances = [complement, stay] if objective == "complementary" else [stay]
+        advances = recipe.advances(None, model.config, False)
     reduce_loss = mean_of_positions(recipe, share=lambda count: count)
     denoiser = make(model, model.config, rows, clean_block_starts)
     return Rollout(denoiser, rows, advances, recipe.carry, reduce_loss, window)

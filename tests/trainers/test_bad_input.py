@@ -91,7 +91,10 @@ def test_argument_out_of_range_raises(build: Callable[..., RelayTrainer], option
 
 
 def test_model_without_channel_raises(build: Callable[..., RelayTrainer]) -> None:
-    with pytest.raises(ValueError, match="trains a relay channel, but the model has `relay_channel='none'`: load it"):
+    with pytest.raises(
+        ValueError,
+        match=r"needs a channel that can be .*, but the model has `relay_channel='none'`: load it",
+    ):
         build(model=build_text_model(relay_channel="none"))
 
 

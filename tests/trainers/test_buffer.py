@@ -40,7 +40,7 @@ def finish(buffer: RolloutBuffer, rows: list[int]) -> None:
 def test_refill_any_shapes_replaces_finished_rows_in_order(
     slots: int, finished: set[int], incoming: int, lengths: tuple[int, int]
 ) -> None:
-    buffer = RolloutBuffer(CONFIG, carries_state=True)
+    buffer = RolloutBuffer(CONFIG, keeps_state=True)
     old, new = build_rows(slots, lengths[0], seed=1), build_rows(incoming, lengths[1], seed=2)
     buffer.refill(old)
     done = sorted(row for row in finished if row < slots)
@@ -57,14 +57,14 @@ def test_refill_any_shapes_replaces_finished_rows_in_order(
 
 
 def test_refill_first_batch_masks_everything_to_be_learned() -> None:
-    buffer, batch = RolloutBuffer(CONFIG, carries_state=True), build_rows(3)
+    buffer, batch = RolloutBuffer(CONFIG, keeps_state=True), build_rows(3)
     assert buffer.refill(batch) == 3
     assert torch.equal(buffer.rows.noisy_ids(MASK) == MASK, batch["labels"] != -100)
     assert buffer.rows.relay_state.dtype == torch.float32
 
 
 def test_refill_nothing_finished_keeps_every_row() -> None:
-    buffer = RolloutBuffer(CONFIG, carries_state=False)
+    buffer = RolloutBuffer(CONFIG, keeps_state=False)
     buffer.refill(build_rows(2, seed=1))
     before = buffer.rows.clean_ids.clone()
     assert buffer.refill(build_rows(2, seed=2)) == 0
@@ -87,11 +87,11 @@ def test_state_dict_before_first_batch_is_empty() -> None:
 
 
 def test_fresh_rows_without_state_allocates_none() -> None:
-    assert fresh_rows(CONFIG, build_rows(2), carries_state=False).relay_state is None
+    assert fresh_rows(CONFIG, build_rows(2), keeps_state=False).relay_state is None
 
 
 def test_refill_longest_row_gone_narrows_the_buffer() -> None:
-    buffer = RolloutBuffer(CONFIG, carries_state=True)
+    buffer = RolloutBuffer(CONFIG, keeps_state=True)
     buffer.refill(build_rows(2, length=14))
     finish(buffer, [0, 1])
     buffer.refill(build_rows(2, length=6))
@@ -99,12 +99,12 @@ def test_refill_longest_row_gone_narrows_the_buffer() -> None:
     assert buffer.rows.relay_state.shape == (2, 8, 16)
 
 
-@pytest.mark.parametrize("carries_state", [True, False])
-def test_load_state_dict_of_another_objective_raises(carries_state: bool) -> None:
-    saved = RolloutBuffer(CONFIG, carries_state)
+@pytest.mark.parametrize("keeps_state", [True, False])
+def test_load_state_dict_of_another_objective_raises(keeps_state: bool) -> None:
+    saved = RolloutBuffer(CONFIG, keeps_state)
     saved.refill(build_rows(2))
     with pytest.raises(ValueError, match="of another objective"):
-        RolloutBuffer(CONFIG, not carries_state).load_state_dict(saved.state_dict())
+        RolloutBuffer(CONFIG, not keeps_state).load_state_dict(saved.state_dict())
 
 
 @settings(max_examples=50, deadline=None)
@@ -118,7 +118,7 @@ def test_queue_rows_come_in_the_order_of_the_data(
     slots: int, batches: list[tuple[int, int]], queue_size: int, seed: int
 ) -> None:
     """A model of the queue in plain Python: first come, first served; what comes when it is full is dropped."""
-    buffer = RolloutBuffer(CONFIG, carries_state=True, queue_size=queue_size)
+    buffer = RolloutBuffer(CONFIG, keeps_state=True, queue_size=queue_size)
     generator = torch.Generator().manual_seed(seed)
     waiting: list[list[int]] = []
     held: list[list[int] | None] = [None] * slots
@@ -177,7 +177,7 @@ def test_rows_are_read_and_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("read_batch", "all_masked"):
         function = getattr(buffer_module, name)
         monkeypatch.setattr(buffer_module, name, lambda *a, n=name, f=function: calls.append(n) or f(*a))
-    buffer = RolloutBuffer(CONFIG, carries_state=True, queue_size=9)
+    buffer = RolloutBuffer(CONFIG, keeps_state=True, queue_size=9)
     buffer.refill(build_rows(3), slots=2)
     assert calls == ["read_batch", "all_masked"]
     buffer.refill(build_rows(3, seed=1))
@@ -185,7 +185,7 @@ def test_rows_are_read_and_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_refill_fewer_slots_lets_unfinished_rows_begin_again() -> None:
-    buffer = RolloutBuffer(CONFIG, carries_state=True, queue_size=9)
+    buffer = RolloutBuffer(CONFIG, keeps_state=True, queue_size=9)
     batch = build_rows(4)
     buffer.refill(batch)
     finish(buffer, [2])
@@ -196,7 +196,7 @@ def test_refill_fewer_slots_lets_unfinished_rows_begin_again() -> None:
 
 
 def test_refill_more_slots_takes_rows_from_the_queue() -> None:
-    buffer = RolloutBuffer(CONFIG, carries_state=True, queue_size=9)
+    buffer = RolloutBuffer(CONFIG, keeps_state=True, queue_size=9)
     buffer.refill(build_rows(2))
     incoming = build_rows(3, length=14, seed=1)
     assert buffer.refill(incoming, slots=4) == 2
@@ -205,7 +205,7 @@ def test_refill_more_slots_takes_rows_from_the_queue() -> None:
 
 
 def test_refill_row_without_labels_is_passed_over() -> None:
-    buffer, batch = RolloutBuffer(CONFIG, carries_state=True, queue_size=9), build_rows(3)
+    buffer, batch = RolloutBuffer(CONFIG, keeps_state=True, queue_size=9), build_rows(3)
     batch["labels"][1] = -100
     assert buffer.refill(batch) == 2
     assert torch.equal(buffer.rows.clean_ids[:2], batch["input_ids"][[0, 2]])
@@ -213,7 +213,7 @@ def test_refill_row_without_labels_is_passed_over() -> None:
 
 
 def test_staggered_buffer_starts_out_of_phase_only_once() -> None:
-    buffer = RolloutBuffer(CONFIG, carries_state=True, queue_size=9, staggered=True)
+    buffer = RolloutBuffer(CONFIG, keeps_state=True, queue_size=9, staggered=True)
     buffer.refill(build_rows(4))
     masked = buffer.rows.masked.sum(-1)
     assert masked[0] == 9
@@ -236,9 +236,9 @@ def test_staggered_buffer_starts_out_of_phase_only_once() -> None:
 )
 def test_load_state_dict_of_another_model_raises(change: Callable) -> None:
     config = build_model().config
-    buffer = RolloutBuffer(config, carries_state=True)
+    buffer = RolloutBuffer(config, keeps_state=True)
     buffer.refill(build_rows(2))
     state = {name: tensor.clone() for name, tensor in buffer.state_dict().items()}
     change(state)
     with pytest.raises(ValueError, match="rollout buffer is damaged, or of another model or tokenizer"):
-        RolloutBuffer(config, carries_state=True).load_state_dict(state)
+        RolloutBuffer(config, keeps_state=True).load_state_dict(state)

@@ -95,8 +95,8 @@ BATCHES = {
 @pytest.mark.parametrize("kind", BATCHES)
 def test_fresh_rows_bad_batch_raises(kind: str) -> None:
     with pytest.raises(ValueError, match=BATCHES[kind]):
-        fresh_rows(build_model().config, spoiled_batch(kind), carries_state=True)
+        fresh_rows(build_model().config, spoiled_batch(kind), keeps_state=True)
 
 
 def test_fresh_rows_batch_with_padding_on_the_right_is_taken() -> None:
-    assert len(fresh_rows(build_model().config, spoiled_batch("none"), carries_state=True)) == 8
+    assert len(fresh_rows(build_model().config, spoiled_batch("none"), keeps_state=True)) == 8

@@ -1,7 +1,7 @@
 """The block denoiser gives what the doubled sequence gives: losses, gradients, reveals and states."""
 
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from relay_hf.modeling import make_policy
 from relay_hf.modeling.channel_relay import CHANNELS, LayerNormChannel, Readings
-from relay_hf.trainers import Objective
 from relay_hf.trainers.denoiser import BlockDenoiser
 from relay_hf.trainers.model_preparation import keep_caches_under_checkpointing
 from relay_hf.trainers.noise import mask_uniformly
@@ -19,7 +18,7 @@ from relay_hf.trainers.objectives import RECIPES
 from relay_hf.trainers.rollout import Rollout
 from relay_hf.trainers.rows import fresh_rows
 
-from .conftest import begin_rollout, build_model, build_rows, run_rollout
+from .conftest import OBJECTIVES, begin_rollout, build_model, build_rows, run_rollout
 from .doubled import DoubledDenoiser
 
 
@@ -56,7 +55,7 @@ def partly_denoised(model: Any, lengths: list[int], prompt: int, seed: int, fres
     for row, length in enumerate(lengths):
         for name, filler in (("input_ids", 0), ("labels", -100), ("attention_mask", 0)):
             batch[name][row, length:] = filler
-    rows = fresh_rows(model.config, batch, carries_state=True)
+    rows = fresh_rows(model.config, batch, keeps_state=True)
     if fresh:
         return rows
     generator = torch.Generator().manual_seed(seed)
@@ -74,7 +73,7 @@ def partly_denoised(model: Any, lengths: list[int], prompt: int, seed: int, fres
     steps=st.integers(1, 4),
     window=st.integers(1, 4),
     # `test_reference.py` has the one that supplies the state.
-    objective=st.sampled_from(sorted({*get_args(Objective)} - {"residual_context"})),
+    objective=st.sampled_from(sorted({*OBJECTIVES} - {"residual_context"})),
     threshold=st.sampled_from([0.0, 0.1, 0.3, 1.0]),
     seed=st.integers(0, 1000),
     fresh=st.booleans(),
@@ -105,7 +104,7 @@ def test_block_denoiser_any_rollout_equals_the_doubled_sequence(
 def test_block_denoiser_attention_and_checkpointing_give_the_same(implementation: str, checkpointing: bool) -> None:
     model = build_model().train()
     model.set_attn_implementation(implementation)
-    rows = fresh_rows(model.config, build_rows(3), carries_state=True)
+    rows = fresh_rows(model.config, build_rows(3), keeps_state=True)
     plain, plain_gradients = run(model, rows, BlockDenoiser, "relay", 3, 0.3)
     if checkpointing:
         model.gradient_checkpointing_enable()
@@ -118,7 +117,7 @@ def test_block_denoiser_attention_and_checkpointing_give_the_same(implementation
 
 def test_block_denoiser_runs_only_active_blocks() -> None:
     model = build_model()
-    rows = fresh_rows(model.config, build_rows(2, length=16, prompt=9), carries_state=False)
+    rows = fresh_rows(model.config, build_rows(2, length=16, prompt=9), keeps_state=False)
     seen: list[Tensor] = []
     model.model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
@@ -129,7 +128,7 @@ def test_block_denoiser_runs_only_active_blocks() -> None:
 
 def test_denoiser_construction_runs_no_model() -> None:
     model = build_model()
-    rows = fresh_rows(model.config, build_rows(2), carries_state=True)
+    rows = fresh_rows(model.config, build_rows(2), keeps_state=True)
     passes: list[None] = []
     model.register_forward_hook(lambda *_: passes.append(None))
     rollout = begin_rollout(model, rows, [make_policy("confidence_threshold", 0.5)], "relay")
@@ -140,7 +139,7 @@ def test_denoiser_construction_runs_no_model() -> None:
 
 def test_block_denoiser_nothing_masked_has_zero_loss_and_gradient() -> None:
     model = build_model()
-    rows = fresh_rows(model.config, build_rows(2), carries_state=True)
+    rows = fresh_rows(model.config, build_rows(2), keeps_state=True)
     done = replace(rows, masked=torch.zeros_like(rows.masked))
     result, gradients = run(model, done, BlockDenoiser, "relay", 2, 0.5)
     assert [float(loss) for loss in result.step_losses] == [0.0, 0.0]
@@ -162,7 +161,7 @@ def test_channel_decides_what_training_carries(
     for channel in (LayerNormChannel, Doubling):
         monkeypatch.setitem(CHANNELS, "layer_norm", channel)
         model = build_model(block_size=block_size, token_shift=shift)
-        rows = fresh_rows(model.config, build_rows(2), carries_state=True)
+        rows = fresh_rows(model.config, build_rows(2), keeps_state=True)
         policies = [make_policy("confidence_threshold", 0.3)]
         rollout = begin_rollout(model, rows, policies, "relay", clean_block_starts=clean_block_starts)
         rollout.run_window()

@@ -58,14 +58,14 @@ def test_mask_uniformly_block_model_draws_per_block() -> None:
 
 def test_mask_uniformly_longer_padding_leaves_the_masks_alone() -> None:
     for config in (BLOCKS, WHOLE):
-        rows = fresh_rows(config, build_rows(3, length=10), carries_state=False)
+        rows = fresh_rows(config, build_rows(3, length=10), keeps_state=False)
         short, long = (mask_uniformly(each, config, seeded(1, 3)) for each in (rows, rows.fit(15)))
         assert torch.equal(short.masked, long.masked[:, : short.masked.shape[1]])
 
 
 def test_stagger_masks_ever_fewer_positions() -> None:
     torch.manual_seed(0)
-    rows = stagger(fresh_rows(WHOLE, build_rows(5, length=203), carries_state=False))
+    rows = stagger(fresh_rows(WHOLE, build_rows(5, length=203), keeps_state=False))
     assert rows.masked[0].sum() == 200
     for row, fraction in enumerate(rows.masked.sum(-1) / 200):
         assert float(fraction) == pytest.approx(1 - row / 5, abs=0.1)

@@ -19,7 +19,7 @@ from .conftest import begin_rollout, build_model, build_rows
 
 
 def random_rows(model: Any, count: int = 4, seed: int = 0, **options: Any) -> RolloutRows:
-    rows = fresh_rows(model.config, build_rows(count, seed=seed, **options), carries_state=True)
+    rows = fresh_rows(model.config, build_rows(count, seed=seed, **options), keeps_state=True)
     return mask_uniformly(rows, model.config, [torch.Generator().manual_seed(seed + row) for row in range(count)])
 
 

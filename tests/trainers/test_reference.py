@@ -42,7 +42,7 @@ def reference_of(**overrides: Any) -> RelayForMaskedDiffusion:
 
 
 def noisy_rows(model: Any, seed: int = 0, length: int = 14) -> RolloutRows:
-    rows = fresh_rows(model.config, build_rows(3, length=length, seed=seed), carries_state=False)
+    rows = fresh_rows(model.config, build_rows(3, length=length, seed=seed), keeps_state=False)
     return mask_uniformly(rows, model.config, [torch.Generator().manual_seed(seed + row) for row in range(3)])
 
 
@@ -207,5 +207,5 @@ def test_reference_that_is_no_relay_model_raises(make_trainer: Callable[..., Rel
 
 
 def test_objective_with_a_channel_that_reads_hidden_states_raises(make_trainer: Callable[..., RelayTrainer]) -> None:
-    with pytest.raises(ValueError, match="which `relay_channel='layer_norm'` does not read"):
+    with pytest.raises(ValueError, match=r"needs a channel that reads predictions, .* `relay_channel='layer_norm'`"):
         make_trainer(build_model(), objective="residual_context")

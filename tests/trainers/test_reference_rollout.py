@@ -39,7 +39,7 @@ def test_rollout_of_the_reference_equal_in_every_call(mode: str, vectors: dict[s
     # The reference trains from a zero state, whatever it decodes from.
     model = RelayForMaskedDiffusion.from_pretrained(REFERENCE / "checkpoint", relay_initial_state="zeros").train()
     mask = model.config.mask_token_id
-    buffer = RolloutBuffer(model.config, carries_state=mode != "rollout")
+    buffer = RolloutBuffer(model.config, keeps_state=mode != "rollout")
     for case in (case for case in CASES if case["mode"] == mode):
         given = {
             name.removeprefix(f"{case['key']}."): t for name, t in vectors.items() if name.startswith(f"{case['key']}.")

@@ -52,14 +52,14 @@ def test_config_value_that_cannot_train_raises(options: dict, message: str, tmp_
 def test_config_default_runs_without_accelerator(tmp_path: object) -> None:
     config = RelayTrainerConfig(str(tmp_path))
     assert config.objective == "relay"
-    assert config.carries_state
+    assert config.recipe.keeps_state
 
 
 def test_config_wide_budget_is_accepted(tmp_path: object) -> None:
     config = RelayTrainerConfig(
         str(tmp_path), use_cpu=True, unmasking_policy="confidence_budget", unmasking_threshold=3.0, objective="rollout"
     )
-    assert not config.carries_state
+    assert not config.recipe.uses_channel
 
 
 @pytest.mark.parametrize("enabled", [True, False])

@@ -18,7 +18,7 @@ WHOLE_SEQUENCE = {"block_size": None, "token_shift": False, "relay_scope": "all"
 def rollout(
     model: Any, carry: str = "relay", steps: int = 2, threshold: float = 0.2, **rows_options: Any
 ) -> tuple[torch.Tensor, Rollout]:
-    rows = fresh_rows(model.config, build_rows(3, **rows_options), carries_state=carry != "rollout")
+    rows = fresh_rows(model.config, build_rows(3, **rows_options), keeps_state=carry != "rollout")
     policy = make_policy("confidence_threshold", threshold)
     return run_rollout(model, rows, [policy] * steps, carry)
 
@@ -79,7 +79,7 @@ def test_rollout_any_number_of_steps_sums_their_losses(steps: int) -> None:
 def test_rollout_two_windows_equal_one_long_one_without_gradient() -> None:
     model = build_model().eval()
     policy = make_policy("confidence_threshold", 0.2)
-    rows = fresh_rows(model.config, build_rows(3), carries_state=True)
+    rows = fresh_rows(model.config, build_rows(3), keeps_state=True)
     _, once = run_rollout(model, rows, [policy] * 4, "relay_sg")
     _, first = run_rollout(model, rows, [policy] * 2, "relay_sg")
     _, second = run_rollout(model, first.rows, [policy] * 2, "relay_sg")
@@ -110,7 +110,7 @@ def test_rollout_equals_decoding_the_block_behind_its_clean_prefix(clean_block_s
     """Training all blocks at once is only a shortcut: each sees what it sees in decoding."""
     model = build_model(**read_out).eval()
     batch = build_rows(1)
-    rows = fresh_rows(model.config, batch, carries_state=True)
+    rows = fresh_rows(model.config, batch, keeps_state=True)
     result = begin_rollout(
         model, rows, [make_policy("confidence_threshold", 1.0)], "relay_sg", clean_block_starts=clean_block_starts
     )
@@ -139,7 +139,7 @@ def test_rollout_of_distribution_channel_equals_decoding_the_block(channel: str,
     if channel == "soft_mask":
         with torch.no_grad():  # a random model is too unsure for the published ones
             model.relay.weight.copy_(torch.tensor([0.9, 1.0, -3.0]))
-    rows = fresh_rows(model.config, batch, carries_state=True)
+    rows = fresh_rows(model.config, batch, keeps_state=True)
     policies = [make_policy("confidence_threshold", 1.0)] * 2
     result = begin_rollout(model, rows, policies, "relay_sg", clean_block_starts=True)
     losses: list[torch.Tensor] = []
@@ -191,7 +191,7 @@ def test_rollout_eager_and_sdpa_attention_agree() -> None:
 def test_rollout_under_autocast_agrees_in_every_step_that_hides_the_same_positions(carry: str) -> None:
     """Losses of later steps differ more in training, but only because rounding reveals other positions."""
     model = build_model()
-    rows = fresh_rows(model.config, build_rows(8), carries_state=carry == "relay")
+    rows = fresh_rows(model.config, build_rows(8), keeps_state=carry == "relay")
     policy = make_policy("confidence_threshold", 0.9)
     precise = run_rollout(model, rows, [policy] * 3, carry)[1]
     hidden = iter([*precise.step_masked[1:], precise.rows.masked])
@@ -230,11 +230,11 @@ def test_fresh_rows_fill_the_last_block_with_visible_masks_that_nobody_learns() 
     """As in decoding, where the number of [MASK]s in a block says nothing of the length of the text."""
     batch = build_rows(2, length=10)
     batch["attention_mask"][1, 7:], batch["labels"][1, 7:] = 0, -100
-    rows = fresh_rows(build_model().config, batch, carries_state=False)
+    rows = fresh_rows(build_model().config, batch, keeps_state=False)
     assert rows.attention_mask.sum(-1).tolist() == [12, 8]
     assert rows.clean_ids[0, 10:].tolist() == [MASK] * 2
     assert rows.clean_ids[1, 7].item() == MASK
     assert not rows.learned[0, 10:].any()
     assert not rows.learned[1, 7:].any()
-    whole = fresh_rows(build_model(block_size=None).config, batch, carries_state=False)
+    whole = fresh_rows(build_model(block_size=None).config, batch, keeps_state=False)
     assert torch.equal(whole.clean_ids, batch["input_ids"])
