@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from trl import TrlParser
@@ -13,19 +13,32 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig
 
 
+# Fields that are no options of `generate`.
+NOT_OF_GENERATE = ("seed", "device", "dtype", "revision")
+
+
 def _option(purpose: str, metavar: str, default: Any = None) -> Any:
     return field(default=default, metadata={"help": purpose, "metavar": metavar})
 
 
 @dataclass
 class DecodingArguments:
-    """Options of `generate`; what is not given is as the model's `generation_config.json` has it."""
+    """Options of `generate`, by default those of the model's `generation_config.json`.
+
+    All options of `DecodingOptions` about unmasking are here, under the same names: that class would import torch.
+    """
 
     max_new_tokens: int = _option("tokens to write at most", "N", 256)
     unmasking_policy: str | None = _option("which positions a step reveals, e.g. confidence_threshold", "NAME")
-    unmasking_threshold: float | None = _option("what the policy compares with", "X")
+    unmasking_threshold: float | None = _option("the number that the policy compares with", "X")
+    denoising_steps: int | None = _option("steps that a block, or a sub-block, takes", "N")
+    unmasking_order: str | None = _option("the order of fixed_count and time_schedule, e.g. margin", "NAME")
+    confidence_top_k: int | None = _option("count only so many tokens of each distribution", "K")
     sub_block_size: int | None = _option("positions of a block that are revealed first", "N")
+    use_sub_block_cache: bool | None = _option("true: keep the keys and values outside the sub-block", "BOOL")
+    fuse_commits: bool | None = _option("true: commit a block in the first forward of the next one", "BOOL")
     use_relay: bool | None = _option("false: do not carry the relay state from step to step", "BOOL")
+    relay_start: str | None = _option("self: start each block from a pass of the model itself", "NAME")
     # The parser adds it itself: it would let the prompt be the value of a switch before it.
     do_sample: bool | None = field(default=None, init=False)
     temperature: float | None = _option("temperature of the distribution that tokens are drawn from", "X")
@@ -42,17 +55,16 @@ class DecodingArguments:
             raise ValueError(f"`--max_new_tokens={self.max_new_tokens}` must be at least 1.")
 
     def options(self, defaults: "GenerationConfig") -> dict[str, Any]:
-        """The keyword arguments of `generate` that were given.
+        """The given options as keyword arguments of `generate`.
 
         Args:
-            defaults: the model's.
+            defaults: the model's generation config.
 
         Raises:
             ValueError: an option about drawing tokens was given, but decoding is greedy.
         """
-        names = ("unmasking_policy", "unmasking_threshold", "sub_block_size", "use_relay", "do_sample", "temperature")
-        given: dict[str, Any] = {"max_new_tokens": self.max_new_tokens}
-        given |= {name: value for name in (*names, "top_p") if (value := getattr(self, name)) is not None}
+        names = [option.name for option in fields(DecodingArguments) if option.name not in NOT_OF_GENERATE]
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
         draws = defaults.do_sample if self.do_sample is None else self.do_sample
         for name in ("temperature", "top_p", "seed"):
             if getattr(self, name) is not None and not draws:

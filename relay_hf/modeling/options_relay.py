@@ -237,7 +237,11 @@ class DecodingOptions:
 
 
 def option_names(*subjects: Subject) -> tuple[str, ...]:
-    """The options about unmasking (which positions a step reveals, at which cost), drawing tokens, or the result."""
+    """Names of the options that are about one of the subjects.
+
+    `"unmasking"`: which positions a step reveals, and what it passes through the network; `"drawing"`: how tokens are
+    drawn, which a task decides; `"result"`: what `generate` returns, beside the text.
+    """
     return tuple(
         option.name for option in fields(DecodingOptions) if option.metadata.get("about", "unmasking") in subjects
     )

@@ -8,10 +8,12 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from ..modeling.options_relay import option_names
+
 # What transformers' serving allows a request that does not say how long its reply may be.
 DEFAULT_NEW_TOKENS = 1024
 # Options of `generate` about the form of its result, which is a reply here.
-RESULT_OPTIONS = {"num_return_sequences", "output_history", "return_dict_in_generate"}
+RESULT_OPTIONS = {"num_return_sequences", "return_dict_in_generate", *option_names("result")}
 LENGTH_FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 # Fields that we cannot honour, with the values that ask for nothing; beside them, `null` never does.
 NEUTRAL: dict[str, tuple[Any, ...]] = {

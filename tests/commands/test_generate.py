@@ -69,6 +69,12 @@ def test_json_is_one_line_of_text_and_forwards(checkpoint: Path, capsys: pytest.
          {"unmasking_policy": "fixed_count", "unmasking_threshold": 2.0}),
         (["--sub_block_size", "1"], {"sub_block_size": 1}),
         (["--use_relay", "false"], {"use_relay": False}),
+        (["--denoising_steps", "2"], {"denoising_steps": 2}),
+        (["--unmasking_policy", "time_schedule", "--denoising_steps", "3", "--unmasking_order", "margin"],
+         {"unmasking_policy": "time_schedule", "denoising_steps": 3, "unmasking_order": "margin"}),
+        (["--confidence_top_k", "2"], {"confidence_top_k": 2}),
+        (["--fuse_commits", "true"], {"fuse_commits": True}),
+        (["--relay_start", "self"], {"relay_start": "self"}),
         (["--do_sample", "--seed", "5"], {"do_sample": True, "sampling_seeds": [5]}),
         (["--do_sample", "--seed", "5", "--temperature", "3"],
          {"do_sample": True, "sampling_seeds": [5], "temperature": 3.0}),
@@ -78,11 +84,13 @@ def test_json_is_one_line_of_text_and_forwards(checkpoint: Path, capsys: pytest.
 def test_option_reaches_generate(
     argv: list[str], options: dict[str, Any], checkpoint: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    output, text = generate(checkpoint, PROMPT, **options)
+    def result(**options: Any) -> tuple[str, int, int]:
+        output, text = generate(checkpoint, PROMPT, **options)
+        return text, int(output.denoise_forwards), int(output.commit_forwards)
+
     told = json.loads(run(capsys, checkpoint, PROMPT, "--json", *argv)[0])
-    assert (told["text"], told["denoise_forwards"]) == (text, int(output.denoise_forwards))
-    plain, plain_text = generate(checkpoint, PROMPT)
-    assert (text, int(output.denoise_forwards)) != (plain_text, int(plain.denoise_forwards))
+    assert (told["text"], told["denoise_forwards"], told["commit_forwards"]) == result(**options)
+    assert result(**options) != result()
 
 
 def test_raw_prompt_gets_no_chat_template(checkpoint: Path, capsys: pytest.CaptureFixture) -> None:
@@ -129,6 +137,8 @@ def test_dtype_is_that_of_the_weights(checkpoint: Path, monkeypatch: pytest.Monk
         (["{model}", "--prompt_file", "{latin}"], "not text in UTF-8"),
         (["{model}", "hi", "--do_sample", "--top_p", "1.5"], "`top_p=1.5` is not a probability"),
         (["{model}", " "], "The prompt is empty"),
+        (["{model}", "hi", "--relay_start", "reference"], "carries hidden states: choose 'self'"),
+        (["{model}", "hi", "--denoising_steps", "0"], "`denoising_steps=0` is not a whole number >= 1"),
         (["{model}", "hi", "--magic"], "`--magic` is not an option of `relay-hf generate`"),
         (["{model}", "hi", "--unmasking-treshold", "0.5"], "did you mean `unmasking_threshold`?"),
         (["{model}", "hi", "there"], "`there` is not an option"),

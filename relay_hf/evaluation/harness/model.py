@@ -26,25 +26,14 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, StoppingCriteriaList
 
 from ...modeling import RelayConfig, RelayForMaskedDiffusion
-from ...modeling.options_relay import GREEDY
+from ...modeling.options_relay import GREEDY, option_names
 from ..forwards import count_costs
 from ..likelihood import LikelihoodBound, Request
 from ..stop_texts import StopTexts
 from ..weights import hash_weights
 
-# What our models add to `generation_config`, without what concerns drawn tokens (the task's business) or the result.
-GENERATION_OPTIONS = (
-    "unmasking_policy",
-    "unmasking_threshold",
-    "unmasking_order",
-    "denoising_steps",
-    "confidence_top_k",
-    "sub_block_size",
-    "use_sub_block_cache",
-    "fuse_commits",
-    "use_relay",
-    "relay_start",
-)
+# Whether and how tokens are drawn is set by tasks.
+GENERATION_OPTIONS = option_names("unmasking")
 
 
 @dataclass(frozen=True)
@@ -88,9 +77,7 @@ class RelayLM(HFLM):
     ) -> None:
         self.generation_options = {name: kwargs.pop(name) for name in GENERATION_OPTIONS if name in kwargs}
         super().__init__(pretrained, backend="causal", **kwargs)
-        # A checkpoint of another library gets our fields when it first generates, with the relay on.
-        use_relay = getattr(self.model.generation_config, "use_relay", True)
-        use_relay = self.generation_options.get("use_relay", use_relay)
+        use_relay = self.generation_options.get("use_relay", self.model.generation_config.use_relay)
         self.likelihood = LikelihoodBound(self.model, mc_samples, mc_seed, use_relay)
         self.generation_forwards: list[GenerationForwards] = []
         # Contexts of the batch at hand, and what every decoded row cost, by its context.
@@ -116,7 +103,7 @@ class RelayLM(HFLM):
             **super().get_model_info(),
             "weights": hash_weights(model),
             "generation_options": {
-                name: self.generation_options.get(name, getattr(model.generation_config, name, None))
+                name: self.generation_options.get(name, getattr(model.generation_config, name))
                 for name in GENERATION_OPTIONS
             },
             "mc_samples": self.likelihood.samples,
