@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         RelayGenerateOutput,
         RelayOutput,
         register_channel,
+        register_policy,
     )
     from .pictures.denoising import plot_denoising
     from .pictures.timeline import show_denoising
@@ -41,6 +42,7 @@ __all__ = [
     "push",
     "register_channel",
     "register_objective",
+    "register_policy",
     "show_denoising",
 ]
 
@@ -62,6 +64,7 @@ __getattr__ = lazy_names(
         "push": "hub",
         "register_channel": "modeling",
         "register_objective": "trainers",
+        "register_policy": "modeling",
         "show_denoising": "pictures.timeline",
     },
 )

@@ -11,9 +11,10 @@ from .configuration_relay import RelayConfig
 from .modeling_relay import RelayForMaskedDiffusion
 from .options_relay import DecodingOptions
 from .outputs_relay import RelayGenerateHistory, RelayGenerateOutput, RelayOutput
-from .reveal_relay import ConfidenceBudget, ConfidenceThreshold, make_policy
+from .reveal_relay import Bounds, ConfidenceBudget, ConfidenceThreshold, UnmaskingPolicy, make_policy, register_policy
 
 __all__ = [
+    "Bounds",
     "Channel",
     "ConfidenceBudget",
     "ConfidenceThreshold",
@@ -26,8 +27,10 @@ __all__ = [
     "RelayGenerateHistory",
     "RelayGenerateOutput",
     "RelayOutput",
+    "UnmaskingPolicy",
     "make_policy",
     "register_channel",
+    "register_policy",
 ]
 
 AutoConfig.register(RelayConfig.model_type, RelayConfig, exist_ok=True)

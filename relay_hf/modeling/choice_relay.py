@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from .reveal_relay import best_token, margins
+from .head_relay import best_token
 
 # The finaliser of SplitMix64 (Steele, Lea and Flood 2014), as signed numbers.
 _MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
@@ -79,6 +79,23 @@ class TokenChooser:
         if self.measures == "entropy":
             return torch.special.entr(scores.float().softmax(-1)).sum(-1)
         return margins(scores, self.mask_token_id) if self.measures == "margin" else None
+
+
+def margins(scores: Tensor, mask_token_id: int) -> Tensor:
+    """How much more probable the best token that is not [MASK] is than any other.
+
+    Args:
+        scores: (N, V) logits.
+        mask_token_id: not the best one, but perhaps the other one.
+
+    Returns:
+        (N,) fp32.
+    """
+    probabilities = scores.float().softmax(-1)
+    mask = probabilities[:, mask_token_id].clone()
+    probabilities[:, mask_token_id] = -1.0
+    best, second = probabilities.topk(2, dim=-1).values.unbind(-1)
+    return best - torch.maximum(second, mask)
 
 
 def uniform_numbers(*keys: Any) -> Tensor:

@@ -16,8 +16,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .reveal_relay import best_token
-
 # Logits of one tile: on a CPU they should stay in its cache (measured: 2**19 to 2**22 equal, half as fast beyond);
 # an accelerator wants few, large matrix products.
 TILE_NUMBERS = {"cpu": 2**20}
@@ -98,6 +96,22 @@ def score_positions(hidden: Tensor, weight: Tensor, targets: Tensor, mask_token_
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     with torch.autocast(device, enabled=False):
         return _Scores.apply(hidden, weight, targets, mask_token_id)
+
+
+def best_token(scores: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
+    """The most probable token that is not [MASK], and how probable it is among all tokens.
+
+    Args:
+        scores: (N, V) logits; the column of [MASK] is overwritten.
+        mask_token_id: never chosen, but counted in the normalisation.
+
+    Returns:
+        (N,) fp32 probability and (N,) token id.
+    """
+    total = scores.float().logsumexp(-1)
+    scores[:, mask_token_id] = -torch.inf
+    best, token = scores.max(-1)
+    return (best.float() - total).exp(), token
 
 
 @torch.no_grad()

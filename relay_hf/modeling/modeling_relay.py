@@ -21,7 +21,7 @@ from .configuration_relay import RelayConfig
 from .conversion_relay import FOREIGN_PARAMETER_NAMES, check_whole
 from .files_relay import check_json_files, explained
 from .generation_relay import RelayGenerationMixin
-from .head_relay import RelayHead, is_plain, score
+from .head_relay import RelayHead, best_token, is_plain, score
 from .masks_relay import (
     align_to_positions,
     attend_without_causality,
@@ -30,7 +30,6 @@ from .masks_relay import (
     new_positions,
 )
 from .outputs_relay import RelayOutput
-from .reveal_relay import best_token
 from .versions_relay import (
     as_cache_argument,
     checkpointing_drops_caches,

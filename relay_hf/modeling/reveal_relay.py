@@ -1,14 +1,20 @@
 """Unmasking policies: which masked positions to reveal, given how sure the model is. Shared by decoding and training.
 
+A policy describes itself; `register_policy` adds one from any package.
+
 Legend: G groups (a row, a block or a sub-block, whatever is denoised as a unit), L positions of a group.
 """
 
+import inspect
+import math
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .registry_relay import Registry
 
 # What `unmasking_order` may say. The last one reads nothing.
 ORDERS = ("confidence", "entropy", "margin", "left_to_right")
@@ -28,29 +34,80 @@ class Progress(NamedTuple):
     positions: Tensor
 
 
-class UnmaskingPolicy(Protocol):
+class Bounds(NamedTuple):
+    """What `unmasking_threshold` may be.
+
+    Args:
+        least, most: the ends of the range, which belong to it.
+        shown: the end of a slider, where `most` is infinite or far away.
+        is_whole: only whole numbers.
+        outside: what an error says of a number that is not in the range; the number itself comes before it.
+    """
+
+    least: float = 0.0
+    most: float = 1.0
+    shown: float = 1.0
+    is_whole: bool = False
+    outside: str = "is out of the range of the policy: choose another number"
+
+    def check(self, threshold: float) -> None:
+        """Raise a ValueError if the threshold is not in the range."""
+        if not self.least <= threshold <= self.most or (self.is_whole and not float(threshold).is_integer()):
+            raise ValueError(f"`unmasking_threshold={threshold}` {self.outside}.")
+
+    def clamp(self, threshold: float) -> float:
+        """The nearest number of the range."""
+        return min(max(threshold, self.least), self.most)
+
+
+@dataclass(frozen=True)
+class UnmaskingPolicy:
     """Chooses positions to reveal; each group with a masked position gets at least one (only `TimeSchedule` may leave
     out steps, and comes to an end all the same). A higher threshold is either never slower or never faster.
 
-    `reads` names what is looked at: `"confidence"`, the probability of each position's token; `"entropy"` of each
-    position's distribution, in nats; `"margin"`, how much more probable the best token is than any other.
+    A subclass is a frozen dataclass whose fields are the options that it takes, of `threshold`, `denoising_steps` and
+    `unmasking_order`. The first lines of its docstring say what it does.
 
-    The fields of a policy are the options that it takes.
+    Attributes:
+        bounds: what its `threshold` may be; None = it has none.
+        needs_steps: it cannot do without `denoising_steps`.
+        citation: BibTeX of its source, for cards.
     """
 
+    bounds: ClassVar[Bounds | None] = None
+    needs_steps: ClassVar[bool] = False
+    citation: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        if self.bounds is not None:
+            self.bounds.check(self.threshold)  # type: ignore[attr-defined]  # a field of those that have bounds
+
     @property
-    def reads(self) -> str: ...
+    def reads(self) -> str:
+        """What is looked at: `"confidence"`, the probability of each position's token; `"entropy"` of each position's
+        distribution, in nats; `"margin"`, how much more probable the best token is than any other."""
+        return "confidence"
+
+    @classmethod
+    def options(cls) -> set[str]:
+        """Names of the options that it takes."""
+        return {field.name for field in fields(cls)}
+
+    @classmethod
+    def sentence(cls) -> str:
+        """What it does."""
+        return " ".join((inspect.getdoc(cls) or "").split("\n\n")[0].split())
 
     def __call__(self, measure: Tensor, masked: Tensor, progress: Progress | None = None) -> Tensor:
         """(G, L) of what it reads, (G, L) bool -> (G, L) bool, a subset of `masked`.
 
         `progress` is needed with `denoising_steps`.
         """
-        ...
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class ConfidenceThreshold:
+class ConfidenceThreshold(UnmaskingPolicy):
     """Reveals every position whose probability is above the threshold, and the most probable one in any case.
 
     Source: Fast-dLLM v2 (arXiv 2509.26328), the rule of the published language-model relay. With `denoising_steps`:
@@ -63,13 +120,7 @@ class ConfidenceThreshold:
 
     threshold: float = 0.85
     denoising_steps: int | None = None
-    reads: ClassVar[str] = "confidence"
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.threshold <= 1.0:
-            raise ValueError(
-                f"`unmasking_threshold={self.threshold}` is not a probability: `confidence_threshold` needs [0, 1]."
-            )
+    bounds: ClassVar[Bounds] = Bounds(outside="is not a probability: `confidence_threshold` needs [0, 1]")
 
     def __call__(self, measure: Tensor, masked: Tensor, progress: Progress | None = None) -> Tensor:
         sure = masked & (measure > self.threshold)
@@ -79,7 +130,7 @@ class ConfidenceThreshold:
 
 
 @dataclass(frozen=True)
-class ConfidenceBudget:
+class ConfidenceBudget(UnmaskingPolicy):
     """Reveals the surest positions as long as their uncertainties 1 - p sum to less than the threshold; at least one.
 
     Source: the published Sudoku relay (arXiv 2605.22967).
@@ -89,13 +140,9 @@ class ConfidenceBudget:
     """
 
     threshold: float = 0.15
-    reads: ClassVar[str] = "confidence"
-
-    def __post_init__(self) -> None:
-        if not self.threshold >= 0.0:
-            raise ValueError(
-                f"`unmasking_threshold={self.threshold}` is negative: `confidence_budget` needs an uncertainty >= 0."
-            )
+    bounds: ClassVar[Bounds] = Bounds(
+        most=math.inf, outside="is negative: `confidence_budget` needs an uncertainty >= 0"
+    )
 
     def __call__(self, measure: Tensor, masked: Tensor, progress: Progress | None = None) -> Tensor:
         # Known positions sort last and cost infinitely much.
@@ -106,7 +153,7 @@ class ConfidenceBudget:
 
 
 @dataclass(frozen=True)
-class FixedCount:
+class FixedCount(UnmaskingPolicy):
     """Reveals a number of positions that is known beforehand, the first of an order.
 
     Source: LLaDA's low-confidence remasking (arXiv 2502.09992); SDAR's static and sequential strategies.
@@ -121,12 +168,17 @@ class FixedCount:
     denoising_steps: int | None = None
     unmasking_order: str = "confidence"
 
+    bounds: ClassVar[Bounds] = Bounds(
+        1,
+        math.inf,
+        shown=32,
+        is_whole=True,
+        outside="is not a number of positions: `fixed_count` needs a whole number >= 1, or `denoising_steps`",
+    )
+
     def __post_init__(self) -> None:
-        if self.denoising_steps is None and not (self.threshold >= 1 and float(self.threshold).is_integer()):
-            raise ValueError(
-                f"`unmasking_threshold={self.threshold}` is not a number of positions: `fixed_count` needs a whole "
-                "number >= 1, or `denoising_steps`."
-            )
+        if self.denoising_steps is None:
+            super().__post_init__()
 
     @property
     def reads(self) -> str:
@@ -139,7 +191,7 @@ class FixedCount:
 
 
 @dataclass(frozen=True)
-class TimeSchedule:
+class TimeSchedule(UnmaskingPolicy):
     """Reveals the share of the masked positions that the step takes of the time left, the first of an order.
 
     Time falls linearly from 1 to nearly 0: of m masked positions, a step from t to s reveals int(m (1 - s / t)), which
@@ -152,22 +204,16 @@ class TimeSchedule:
         unmasking_order: which positions are first.
     """
 
-    denoising_steps: int | None = None
+    denoising_steps: int = 1
     unmasking_order: str = "confidence"
-
-    def __post_init__(self) -> None:
-        if self.denoising_steps is None:
-            raise ValueError(
-                "`unmasking_policy='time_schedule'` spreads the positions over a number of steps: also set "
-                "`denoising_steps`."
-            )
+    needs_steps: ClassVar[bool] = True
 
     @property
     def reads(self) -> str:
         return _read_for(self.unmasking_order)
 
     def __call__(self, measure: Tensor, masked: Tensor, progress: Progress | None = None) -> Tensor:
-        steps, left = int(self.denoising_steps or 1), masked.sum(-1)
+        steps, left = self.denoising_steps, masked.sum(-1)
         time = torch.linspace(1.0, END_OF_TIME, steps + 1, dtype=torch.float32, device=masked.device)
         share = 1.0 - time[1:] / time[:-1]  # (steps,)
         step = _needed(progress).step
@@ -176,7 +222,7 @@ class TimeSchedule:
 
 
 @dataclass(frozen=True)
-class EntropyBound:
+class EntropyBound(UnmaskingPolicy):
     """Reveals the surest positions as long as the entropies of those before them sum to at most the threshold.
 
     The sum bounds what the revealed tokens can tell about each other, so that they may be chosen at once.
@@ -188,11 +234,11 @@ class EntropyBound:
     """
 
     threshold: float = 0.1
-    reads: ClassVar[str] = "entropy"
+    bounds: ClassVar[Bounds] = Bounds(most=math.inf, shown=3.0, outside="is negative: `entropy_bound` needs nats, >= 0")
 
-    def __post_init__(self) -> None:
-        if not self.threshold >= 0.0:
-            raise ValueError(f"`unmasking_threshold={self.threshold}` is negative: `entropy_bound` needs nats, >= 0.")
+    @property
+    def reads(self) -> str:
+        return "entropy"
 
     def __call__(self, measure: Tensor, masked: Tensor, progress: Progress | None = None) -> Tensor:
         # Known positions sort last; those whose entropy is no number just before them, so that they end as well.
@@ -202,13 +248,32 @@ class EntropyBound:
         return torch.zeros_like(masked).scatter(-1, order, before <= self.threshold) & masked
 
 
-POLICIES: dict[str, Any] = {
-    "confidence_threshold": ConfidenceThreshold,
-    "confidence_budget": ConfidenceBudget,
-    "fixed_count": FixedCount,
-    "time_schedule": TimeSchedule,
-    "entropy_bound": EntropyBound,
-}
+POLICIES: Registry[UnmaskingPolicy] = Registry("unmasking_policy", UnmaskingPolicy, "relay_hf.register_policy")
+
+
+def register_policy(name: str, cls: type[UnmaskingPolicy]) -> None:
+    """Makes a policy known, so that `unmasking_policy=name` means it, in decoding and in training.
+
+    Args:
+        name: as `unmasking_policy` is to have it.
+        cls: subclass of `UnmaskingPolicy`.
+
+    Raises:
+        ValueError: the name is taken, `cls` is no policy, or it has bounds and no field `threshold`.
+    """
+    if getattr(cls, "bounds", None) is not None and "threshold" not in getattr(cls, "__dataclass_fields__", {}):
+        raise ValueError(
+            f"`register_policy({name!r}, ...)` was given {cls!r}, which has bounds but no field `threshold`: add one, "
+            "and decorate the class with `@dataclass(frozen=True)`."
+        )
+    POLICIES.add(name, cls)
+
+
+register_policy("confidence_threshold", ConfidenceThreshold)
+register_policy("confidence_budget", ConfidenceBudget)
+register_policy("fixed_count", FixedCount)
+register_policy("time_schedule", TimeSchedule)
+register_policy("entropy_bound", EntropyBound)
 
 
 def make_policy(
@@ -217,7 +282,7 @@ def make_policy(
     """Builds the policy called `name`.
 
     Args:
-        name: one of `POLICIES`.
+        name: one that is registered.
         threshold: what it compares with; a policy without one does not read it.
         denoising_steps: how many steps a group takes, for policies that spread them; None = as many as it needs.
         unmasking_order: which positions are revealed first, for policies that reveal a number of them.
@@ -227,22 +292,25 @@ def make_policy(
     """
     if not isinstance(threshold, int | float) or isinstance(threshold, bool):
         raise ValueError(f"`unmasking_threshold={threshold!r}` is not a number: give one in the range of the policy.")
-    if not isinstance(name, str) or name not in POLICIES:
-        raise ValueError(f"`unmasking_policy={name!r}` is unknown: choose one of {sorted(POLICIES)}.")
+    policy = POLICIES.find(name)
     if not isinstance(unmasking_order, str) or unmasking_order not in ORDERS:
         raise ValueError(f"`unmasking_order={unmasking_order!r}` is unknown: choose one of {sorted(ORDERS)}.")
     if denoising_steps is not None and not (type(denoising_steps) is int and denoising_steps >= 1):
         raise ValueError(f"`denoising_steps={denoising_steps!r}` is not a whole number >= 1: give one, or `None`.")
-    given = {"denoising_steps": denoising_steps, "unmasking_order": unmasking_order}
-    taken = {field.name for field in fields(POLICIES[name])}
+    given: dict[str, Any] = {"denoising_steps": denoising_steps, "unmasking_order": unmasking_order}
     for option, default in (("denoising_steps", None), ("unmasking_order", "confidence")):
-        if given[option] != default and option not in taken:
-            others = sorted(other for other in POLICIES if option in {field.name for field in fields(POLICIES[other])})
+        if given[option] != default and option not in policy.options():
+            others = sorted(other for other, cls in POLICIES.items() if option in cls.options())
             raise ValueError(
                 f"`{option}={given[option]!r}` has no effect with `unmasking_policy={name!r}`: leave it out, or choose "
                 f"one of {others}."
             )
-    return POLICIES[name](**{n: v for n, v in {"threshold": threshold, **given}.items() if n in taken})
+    if policy.needs_steps and denoising_steps is None:
+        raise ValueError(
+            f"`unmasking_policy={name!r}` spreads the positions over a number of steps: also set `denoising_steps`."
+        )
+    given["threshold"] = threshold
+    return policy(**{option: value for option, value in given.items() if option in policy.options()})
 
 
 def sub_blocks_of(count: int, size: int, anchor: Tensor) -> Tensor:
@@ -265,39 +333,6 @@ def in_earliest_sub_block(masked: Tensor, sub_blocks: Tensor) -> Tensor:
         sub_blocks: (G, L), as `sub_blocks_of` says.
     """
     return sub_blocks == sub_blocks.gather(1, masked.long().argmax(-1, keepdim=True))
-
-
-def best_token(scores: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
-    """The most probable token that is not [MASK], and how probable it is among all tokens.
-
-    Args:
-        scores: (N, V) logits; the column of [MASK] is overwritten.
-        mask_token_id: never chosen, but counted in the normalisation.
-
-    Returns:
-        (N,) fp32 probability and (N,) token id.
-    """
-    total = scores.float().logsumexp(-1)
-    scores[:, mask_token_id] = -torch.inf
-    best, token = scores.max(-1)
-    return (best.float() - total).exp(), token
-
-
-def margins(scores: Tensor, mask_token_id: int) -> Tensor:
-    """How much more probable the best token that is not [MASK] is than any other.
-
-    Args:
-        scores: (N, V) logits.
-        mask_token_id: not the best one, but perhaps the other one.
-
-    Returns:
-        (N,) fp32.
-    """
-    probabilities = scores.float().softmax(-1)
-    mask = probabilities[:, mask_token_id].clone()
-    probabilities[:, mask_token_id] = -1.0
-    best, second = probabilities.topk(2, dim=-1).values.unbind(-1)
-    return best - torch.maximum(second, mask)
 
 
 def _read_for(order: str) -> str:

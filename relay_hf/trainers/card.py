@@ -25,6 +25,7 @@ from ..hub_cards import (
     versions,
 )
 from ..modeling import RelayConfig
+from ..modeling.reveal_relay import POLICIES
 from .reference import Reference
 from .relay_config import RelayTrainerConfig
 
@@ -210,8 +211,9 @@ def _thin(losses: Mapping[int, Mapping[str, float]]) -> dict[int, Mapping[str, f
 
 
 def _citations(args: RelayTrainerConfig, config: RelayConfig) -> list[str]:
-    """The model's, and that of the objective."""
-    citations = [*cite_model(config), args.recipe.citation]
+    """The model's, and those of the objective and of the policy of its rollouts."""
+    of_policy = POLICIES.find(args.unmasking_policy).citation if args.recipe.uses_buffer else ""
+    citations = [*cite_model(config), args.recipe.citation, of_policy]
     return [citation for citation in dict.fromkeys(citations) if citation]
 
 

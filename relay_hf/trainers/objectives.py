@@ -16,6 +16,7 @@ from torch import Tensor
 from ..hub_cards import FAST_DLLM_V2_CITATION
 from ..modeling import RelayConfig, make_policy
 from ..modeling.channel_relay import CHANNELS, Channel, NoChannel
+from ..modeling.reveal_relay import POLICIES
 from .noise import mask_uniformly
 from .rollout import Advance, Carry, Reveal, complement, stay
 from .rows import RolloutRows
@@ -126,12 +127,12 @@ class Recipe:
 
 def reveals(args: "RelayTrainerConfig", config: RelayConfig, is_random: bool) -> list[Advance]:
     """`args.rollout_steps` reveals by the unmasking policy; with jitter, each has its own valid threshold."""
-    name, threshold = args.unmasking_policy, args.unmasking_threshold
-    noise = torch.zeros(args.rollout_steps)
-    if is_random and args.threshold_jitter:
+    thresholds = [args.unmasking_threshold] * args.rollout_steps
+    bounds = POLICIES.find(args.unmasking_policy).bounds
+    if is_random and args.threshold_jitter and bounds is not None:
         noise = torch.randn(args.rollout_steps) * args.threshold_jitter
-    highest = 1.0 if name == "confidence_threshold" else float("inf")
-    policies = [make_policy(name, min(max(threshold + float(n), 0.0), highest)) for n in noise]
+        thresholds = [bounds.clamp(args.unmasking_threshold + float(n)) for n in noise]
+    policies = [make_policy(args.unmasking_policy, threshold) for threshold in thresholds]
     return [Reveal(policy, config.block_size, args.sub_block_size) for policy in policies]
 
 

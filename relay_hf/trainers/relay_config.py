@@ -6,6 +6,7 @@ import torch
 from trl import SFTConfig
 
 from ..modeling import make_policy
+from ..modeling.reveal_relay import POLICIES
 from .objectives import RECIPES, Recipe
 
 # TRL's name of an option -> that of transformers since 5.24.
@@ -120,23 +121,24 @@ class RelayTrainerConfig(SFTConfig):
         if self.max_length is not None and self.max_length < 1:
             # TRL would take a negative one for a number of tokens to cut off at the end.
             raise ValueError(f"`max_length={self.max_length}` must be at least 1; `None` keeps texts whole.")
-        if self.unmasking_policy == "time_schedule":
+        rule = POLICIES.find(self.unmasking_policy)
+        if rule.needs_steps:
             raise ValueError(
-                "`unmasking_policy='time_schedule'` spreads positions over the steps of a whole text, of which "
-                "training takes a few: keep it for decoding, and choose another."
+                f"`unmasking_policy={self.unmasking_policy!r}` spreads positions over the steps of a whole text, of "
+                "which training takes a few: keep it for decoding, and choose another."
             )
         policy = make_policy(self.unmasking_policy, self.unmasking_threshold)
-        if policy.reads == "entropy":
+        if policy.reads != "confidence":
             raise ValueError(
-                f"`unmasking_policy={self.unmasking_policy!r}` reads entropies, which training does not compute: keep "
-                "it for decoding, and choose one that reads probabilities."
+                f"`unmasking_policy={self.unmasking_policy!r}` reads the {policy.reads} of distributions, which "
+                "training does not compute: keep it for decoding, and choose one that reads probabilities."
             )
         if not self.threshold_jitter >= 0:
             raise ValueError(f"`threshold_jitter={self.threshold_jitter}` is a standard deviation: it must be >= 0.")
-        if self.threshold_jitter and self.unmasking_policy == "fixed_count":
+        if self.threshold_jitter and (rule.bounds is None or rule.bounds.is_whole):
             raise ValueError(
-                f"`threshold_jitter={self.threshold_jitter}` would make a fraction of `fixed_count`'s whole number: "
-                "set it to 0."
+                f"`threshold_jitter={self.threshold_jitter}` would make a fraction of the threshold, but that of "
+                f"`unmasking_policy={self.unmasking_policy!r}` is a whole number, or none: set it to 0."
             )
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"`ema_decay={self.ema_decay}` must lie strictly between 0 and 1; `None` switches it off.")

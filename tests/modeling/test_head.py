@@ -5,8 +5,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from relay_hf.modeling import head_relay
-from relay_hf.modeling.head_relay import best_tokens, score_positions
-from relay_hf.modeling.reveal_relay import best_token
+from relay_hf.modeling.head_relay import best_token, best_tokens, score_positions
 
 
 def plain(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, mask: int) -> tuple:

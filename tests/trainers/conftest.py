@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from relay_hf import RelayConfig, RelayForMaskedDiffusion
-from relay_hf.modeling.reveal_relay import UnmaskingPolicy
+from relay_hf.modeling import UnmaskingPolicy
 from relay_hf.trainers import RelayTrainer, RelayTrainerConfig
 from relay_hf.trainers.denoiser import Denoiser, make_denoiser
 from relay_hf.trainers.objectives import RECIPES, mean_of_positions

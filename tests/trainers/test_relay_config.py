@@ -14,7 +14,7 @@ from .conftest import build_trainer
     [
         ({"objective": "relays"}, "`objective='relays'` is unknown"),
         ({"rollout_steps": 0}, "`rollout_steps=0` must be at least 1"),
-        ({"unmasking_policy": "entropy_bound"}, "reads entropies, which training does not compute"),
+        ({"unmasking_policy": "entropy_bound"}, "reads the entropy of distributions, which training does not compute"),
         ({"unmasking_policy": "time_schedule"}, "spreads positions over the steps of a whole text"),
         (
             {"unmasking_policy": "fixed_count", "unmasking_threshold": 2, "threshold_jitter": 0.1},

@@ -6,6 +6,8 @@ from typing import Any
 
 import gradio as gr
 
+from ...modeling import Bounds
+from ...modeling.reveal_relay import POLICIES
 from ...pictures.timeline import Timeline
 from ...tasks.sudoku import generate_puzzles
 from ..arguments import DemoArguments
@@ -17,13 +19,6 @@ PUZZLES = 12
 PUZZLE_SEED = 1
 # Seconds: a step is shown as long as the first, unless all of them would take longer than the second.
 PAUSE, REPLAY = 0.7, 12.0
-# Policy -> least and largest threshold of the slider, and its step.
-THRESHOLDS = {
-    "confidence_threshold": (0.0, 1.0, 0.01),
-    "confidence_budget": (0.0, 1.0, 0.01),
-    "fixed_count": (1, 32, 1),
-    "entropy_bound": (0.0, 3.0, 0.01),
-}
 # Of a kind of page: the inputs, what computes the runs, what draws both sides after a step, the states of the legend.
 Parts = tuple[list[Any], Callable[..., Runs], Callable[[Runs, int], list[str]], tuple[str, ...]]
 ON, OFF = "Relay on", "Relay off"
@@ -173,12 +168,20 @@ def _add_text_inputs(runner: Runner) -> Parts:
 
 
 def _add_threshold(runner: Runner) -> gr.Slider:
-    """A slider in the range of the model's unmasking policy, at the model's own threshold."""
+    """A slider in the range of the model's unmasking policy, at the model's own threshold; fixed if it has none."""
     options = runner.model.generation_config
-    least, largest, step = THRESHOLDS[options.unmasking_policy]
-    value = options.unmasking_threshold
-    label = f"threshold of {options.unmasking_policy}"
-    return gr.Slider(least, max(largest, value), value=value, step=step, label=label, elem_id="threshold")
+    policy, value = POLICIES.find(options.unmasking_policy), options.unmasking_threshold
+    bounds = policy.bounds or Bounds()
+    return gr.Slider(
+        bounds.least,
+        max(bounds.shown, value),
+        value=value,
+        step=1 if bounds.is_whole else 0.01,
+        label=f"threshold of {options.unmasking_policy}",
+        info=policy.sentence(),
+        interactive=policy.bounds is not None,
+        elem_id="threshold",
+    )
 
 
 def _drawer(draw_run: Callable[[Run, int, str], str]) -> Callable[[Runs, int], list[str]]:

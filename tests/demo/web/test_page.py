@@ -15,6 +15,7 @@ from relay_hf.cli import main
 from relay_hf.demo.web.page import NO_CHANNEL, build_page, launch_page
 from relay_hf.demo.web.runs import Runner
 
+from ...extensions.policy import LeadingRun  # noqa: F401  (registers "leading_run")
 from .conftest import QUESTION, free_port, make_model
 
 
@@ -77,7 +78,10 @@ def test_model_without_channel_is_explained(board_tokenizer: PreTrainedTokenizer
     assert "<td" in last[3]
 
 
-@pytest.mark.parametrize("policy", ["confidence_threshold", "confidence_budget", "fixed_count", "entropy_bound"])
+@pytest.mark.parametrize(
+    "policy",
+    ["confidence_threshold", "confidence_budget", "fixed_count", "entropy_bound", "time_schedule", "leading_run"],
+)
 def test_threshold_slider_starts_at_the_models_own(
     text_model: RelayForMaskedDiffusion,
     text_tokenizer: PreTrainedTokenizerFast,
@@ -90,6 +94,8 @@ def test_threshold_slider_starts_at_the_models_own(
     (slider,) = [block for block in page.blocks.values() if block.elem_id == "threshold"]
     assert slider.minimum <= slider.value == 1 <= slider.maximum
     assert slider.label == f"threshold of {policy}"
+    assert slider.info.startswith("Reveals ")
+    assert slider.interactive is (policy != "time_schedule")  # which has none
 
 
 def test_served_page_names_no_other_host_to_load_from(pages: dict[str, str]) -> None:
