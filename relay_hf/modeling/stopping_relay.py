@@ -34,13 +34,7 @@ class Stopping:
 
 
 def padding_token(pad_token_id: Tensor | None, stop_token_ids: Tensor | None, mask_token_id: int) -> int:
-    """The padding token, or without one that is not [MASK], a stop token or 0.
-
-    Args:
-        pad_token_id: scalar, or None.
-        stop_token_ids: (n,), or None.
-        mask_token_id: which is never written.
-    """
+    """The padding token, or without one that is not [MASK], a stop token or 0; a scalar, (n,) ids, and a number."""
     if pad_token_id is not None and int(pad_token_id) != mask_token_id:
         return int(pad_token_id)
     if stop_token_ids is not None and len(stop_token_ids):

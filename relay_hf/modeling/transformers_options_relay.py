@@ -2,44 +2,22 @@
 
 from typing import Any
 
-from transformers import GenerationConfig, LogitsProcessorList
-from transformers.generation import (
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    InfNanRemoveLogitsProcessor,
-    LogitNormalization,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    SequenceBiasLogitsProcessor,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopHLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
+from transformers import GenerationConfig, LogitsProcessorList, generation
+from transformers.generation import RepetitionPenaltyLogitsProcessor, SequenceBiasLogitsProcessor
 
 from .configuration_relay import RelayConfig
 
 # Those that follow the temperature in transformers' own order.
 AFTER_TEMPERATURE = (
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    LogitNormalization,
-    MinPLogitsWarper,
-    TopHLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
+    generation.EpsilonLogitsWarper, generation.EtaLogitsWarper, generation.LogitNormalization,
+    generation.MinPLogitsWarper, generation.TopHLogitsWarper, generation.TopKLogitsWarper, generation.TopPLogitsWarper,
+    generation.TypicalLogitsWarper,
+)  # fmt: skip
 # The only ones whose effect does not depend on the order in which tokens appear.
 ORDER_FREE_PROCESSORS = (
-    *AFTER_TEMPERATURE,
-    InfNanRemoveLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-)
+    *AFTER_TEMPERATURE, generation.InfNanRemoveLogitsProcessor, RepetitionPenaltyLogitsProcessor,
+    generation.SuppressTokensLogitsProcessor, generation.TemperatureLogitsWarper,
+)  # fmt: skip
 # Options that would change nothing, and why.
 WITHOUT_EFFECT = {
     "output_scores": "every position is scored many times",
@@ -50,14 +28,8 @@ WITHOUT_EFFECT = {
     "prefill_chunk_size": "the prompt is prefilled at once",
 }
 # Options that transformers refuses, or fails with, when they are empty.
-MAY_BE_EMPTY = (
-    "bad_words_ids",
-    "begin_suppress_tokens",
-    "eos_token_id",
-    "sequence_bias",
-    "stop_strings",
-    "suppress_tokens",
-)
+MAY_BE_EMPTY = ("bad_words_ids", "begin_suppress_tokens", "eos_token_id", "sequence_bias", "stop_strings",
+                "suppress_tokens")  # fmt: skip
 
 
 def drop_empty(generation_config: GenerationConfig) -> None:
