@@ -9,15 +9,12 @@ runs the block, chooses the best tokens of one sub-block and makes the next stat
 import argparse
 import json
 import platform
-import sys
 import time
-from pathlib import Path
 from statistics import median
 
 import torch
 from transformers import Qwen2Config
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from relay_hf import RelayCache, RelayConfig, RelayForMaskedDiffusion
 from relay_hf.modeling.channel_relay import CHANNELS
 

@@ -5,27 +5,24 @@
 
 Held-out prompts are continued greedily: exactly, with the sub-block cache, with fused commits, and with both. For each
 way: forwards per text, the share of tokens that equal the exact ones, how many tokens come before the first that does
-not, and the model's own bound of the continuation's log-likelihood (relay_hf/evaluation/likelihood.py), which tells
+not, and the model's own bound of the continuation's log-likelihood (relay_hf/evaluation/likelihood.py), which says
 whether a different text is a worse one. The last line is one JSON object.
 """
 
 import argparse
 import json
 import platform
-import sys
 import tempfile
-from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2Config
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from relay_hf import RelayConfig, RelayForMaskedDiffusion, RelayTrainer, RelayTrainerConfig
 from relay_hf.evaluation import LikelihoodBound
+from relay_hf.testing import byte_tokenizer
 
 PROMPT, NEW, ROW = 96, 96, 256
 WAYS = {
@@ -44,14 +41,6 @@ def rows_of_text() -> tuple[list[str], list[str]]:
         rows = [text[begin : begin + ROW] for begin in range(0, len(text) - ROW + 1, ROW)]
         (held_out if number % 10 == 0 else training).extend(rows)
     return training, held_out
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = {"pad_token": "[PAD]", "eos_token": "[EOS]", "mask_token": "[MASK]"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def train(rows: list[str], tokenizer: PreTrainedTokenizerFast, steps: int) -> RelayForMaskedDiffusion:

@@ -12,7 +12,6 @@ the output folder holds already is not trained again.
 import argparse
 import json
 import os
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
@@ -20,7 +19,6 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,7 +28,7 @@ from transformers.utils import logging
 from relay_hf import RelayForMaskedDiffusion
 from relay_hf.demo.arguments import DemoArguments
 from relay_hf.demo.study import THRESHOLDS, load_puzzles, new_model, train_model
-from relay_hf.pictures.accuracy import CurvePoint, plot_accuracy_against_forwards
+from relay_hf.pictures import CurvePoint, plot_accuracy_against_forwards
 from relay_hf.tasks.sudoku import evaluate_sudoku, make_sudoku_tokenizer
 
 COUNTED_STEPS = 8

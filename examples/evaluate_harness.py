@@ -12,15 +12,12 @@ import logging
 import tempfile
 from pathlib import Path
 
-import torch
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config
 
-from relay_hf import RelayConfig, RelayForMaskedDiffusion
 from relay_hf.evaluation.harness import RelayLM
+from relay_hf.testing import byte_tokenizer, tiny_model
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", help="checkpoint to load, with its tokenizer")
@@ -54,35 +51,15 @@ def write_tasks(folder: Path) -> None:
         (folder / f"{name}.yaml").write_text(json.dumps({"task": name, **common, **task}))
 
 
-def tiny_model() -> tuple[RelayForMaskedDiffusion, PreTrainedTokenizerFast]:
-    """A random model of bytes."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="[PAD]", eos_token="[EOS]", mask_token="[MASK]"
-    )
-    torch.manual_seed(0)
-    backbone = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, pad_token_id=tokenizer.pad_token_id, initializer_range=0.2,
-    )  # fmt: skip
-    config = RelayConfig(
-        text_config=backbone, block_size=16, mask_token_id=tokenizer.mask_token_id, token_shift=True, relay_init="ones"
-    )
-    model = RelayForMaskedDiffusion(config).eval()
-    model.generation_config.unmasking_threshold = 0.1  # a random model is never sure
-    return model, tokenizer
-
-
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 with tempfile.TemporaryDirectory() as name:
     write_tasks(Path(name))
     if arguments.model:
         harness_model = RelayLM(arguments.model, batch_size=8)
     else:
-        model, tokenizer = tiny_model()
+        tokenizer = byte_tokenizer()
+        model = tiny_model(tokenizer, block_size=16, token_shift=True, relay_init="ones")
+        model.generation_config.unmasking_threshold = 0.1  # a random model is never sure
         harness_model = RelayLM(model, tokenizer=tokenizer, batch_size=8)
     # Only with tasks of the harness is it worth reading its 15 000 files.
     own = {"capital", "spell"}

@@ -7,9 +7,6 @@ python examples/fill_sudoku.py --steps 300   # mostly right
 import argparse
 import tempfile
 
-from transformers import Qwen2Config
-
-from relay_hf import RelayConfig, RelayForMaskedDiffusion
 from relay_hf.tasks.sudoku import (
     augment_puzzles,
     evaluate_sudoku,
@@ -18,6 +15,7 @@ from relay_hf.tasks.sudoku import (
     split_puzzles,
     to_features,
 )
+from relay_hf.testing import tiny_model
 from relay_hf.trainers import RelayTrainer, RelayTrainerConfig
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -26,12 +24,8 @@ arguments = parser.parse_args()
 
 tokenizer = make_sudoku_tokenizer(4)
 puzzles = split_puzzles(generate_puzzles(200, size=4, progress=False), test_count=40)
-backbone = Qwen2Config(
-    vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=2,
-    num_key_value_heads=2, pad_token_id=tokenizer.pad_token_id,
-)  # fmt: skip
-config = RelayConfig(text_config=backbone, block_size=None, mask_token_id=tokenizer.mask_token_id)
-model = RelayForMaskedDiffusion(config)
+sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3, "initializer_range": 0.02}
+model = tiny_model(tokenizer, text=sizes, block_size=None)
 
 with tempfile.TemporaryDirectory() as scratch:
     RelayTrainer(

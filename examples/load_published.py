@@ -10,9 +10,10 @@ import tempfile
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, Qwen2Config
+from transformers import AutoModel
 
-from relay_hf import RelayConfig, RelayForMaskedDiffusion
+from relay_hf import RelayForMaskedDiffusion
+from relay_hf.testing import tiny_model
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", help="checkpoint to load")
@@ -21,16 +22,13 @@ arguments = parser.parse_args()
 
 def write_in_published_layout(folder: Path) -> str:
     """A tiny random checkpoint with the names of the research fork."""
-    backbone = Qwen2Config(
-        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2,
-    )  # fmt: skip
-    RelayForMaskedDiffusion(RelayConfig.fast_dllm_v2(backbone, mask_token_id=127)).save_pretrained(folder)
+    ours = tiny_model()
+    ours.save_pretrained(folder)
     weights = load_file(folder / "model.safetensors")
     renamed = {name.replace("relay.norm.", "model.relay_layer_norm."): tensor for name, tensor in weights.items()}
     save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
-    published = {"model_type": "Fast_dLLM_Qwen", "use_relay": True, "bd_size": 32, "mask_token_id": 127}
-    (folder / "config.json").write_text(json.dumps({**backbone.to_dict(), **published}))
+    published = {"model_type": "Fast_dLLM_Qwen", "use_relay": True, "bd_size": 8, "mask_token_id": 63}
+    (folder / "config.json").write_text(json.dumps({**ours.config.text_config.to_dict(), **published}))
     return str(folder)
 
 

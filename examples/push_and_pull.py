@@ -29,26 +29,10 @@ owner = arguments.owner or "me"
 
 import torch  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
-from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config  # noqa: E402
+from transformers import AutoModel, AutoTokenizer  # noqa: E402
 
-from relay_hf import PushError, RelayConfig, RelayForMaskedDiffusion, push  # noqa: E402
-
-
-def tiny_model() -> tuple[RelayForMaskedDiffusion, PreTrainedTokenizerFast]:
-    """A random model of two layers, and a tokenizer with one token a byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = {"pad_token": "[PAD]", "eos_token": "[EOS]", "mask_token": "[MASK]"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
-    backbone = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, pad_token_id=tokenizer.pad_token_id, initializer_range=0.2,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    config = RelayConfig(text_config=backbone, block_size=8, mask_token_id=tokenizer.mask_token_id, relay_init="ones")
-    return RelayForMaskedDiffusion(config).eval(), tokenizer
+from relay_hf import PushError, RelayForMaskedDiffusion, push  # noqa: E402
+from relay_hf.testing import byte_tokenizer, tiny_model  # noqa: E402
 
 
 def written(model: torch.nn.Module) -> list[int]:
@@ -56,7 +40,8 @@ def written(model: torch.nn.Module) -> list[int]:
 
 
 try:
-    model, tokenizer = tiny_model()
+    tokenizer = byte_tokenizer()
+    model = tiny_model(tokenizer, relay_init="ones")
     whole, adapter = f"{owner}/tiny-relay", f"{owner}/tiny-relay-lora"
     commit = push(model, whole, tokenizer=tokenizer, private=True)
     print("pushed", commit.commit_url)

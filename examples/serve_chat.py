@@ -14,39 +14,21 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
 from openai import OpenAI
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config
 
-from relay_hf import RelayConfig, RelayForMaskedDiffusion
+from relay_hf.testing import CHAT_TEMPLATE, all_tokens_but, byte_tokenizer, tiny_model
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", help="folder or Hub id of a relay model with a chat template")
 parser.add_argument("--max-tokens", type=int, default=40)
 arguments = parser.parse_args()
 
-CHAT_TEMPLATE = """
-{%- for message in messages %}{{ message.role + ": " + message.content + "\n" }}{% endfor %}
-{%- if add_generation_prompt %}{{ "assistant: " }}{% endif %}"""
-
 
 def save_tiny_model(folder: Path) -> None:
-    """A random model of two layers that says letters and spaces, and a tokenizer with one token a byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = {"pad_token": "[PAD]", "eos_token": "[EOS]", "mask_token": "[MASK]"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=CHAT_TEMPLATE, **special)
-    backbone = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, pad_token_id=tokenizer.pad_token_id, initializer_range=0.2,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    config = RelayConfig(text_config=backbone, block_size=8, mask_token_id=tokenizer.mask_token_id, token_shift=True)
-    model = RelayForMaskedDiffusion(config)
-    letters = set(tokenizer("abcdefghijklmnopqrstuvwxyz ")["input_ids"])
-    model.generation_config.suppress_tokens = [token for token in range(len(tokenizer)) if token not in letters]
+    """A random model that says letters and spaces, and its tokenizer."""
+    tokenizer = byte_tokenizer(chat_template=CHAT_TEMPLATE)
+    model = tiny_model(tokenizer, token_shift=True)
+    model.generation_config.suppress_tokens = all_tokens_but(tokenizer, "abcdefghijklmnopqrstuvwxyz ")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from relay_hf import RelayForMaskedDiffusion
+from relay_hf.testing import byte_tokenizer, tiny_decoder
 from relay_hf.trainers import RelayTrainer, RelayTrainerConfig
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -26,7 +26,7 @@ parser.add_argument("--lora", action="store_true", help="train adapters; the cha
 parser.add_argument("--output", default=None, help="folder for the model")
 arguments = parser.parse_args()
 
-# What stands between `generation` and `endgeneration` is learned: the words of the assistant, and the token that ends
+# The text between `generation` and `endgeneration` is learned: the words of the assistant, and the token that ends
 # its turn. Templates of well-known models have these marks, or TRL knows a version that does.
 CHAT_TEMPLATE = """
 {%- for message in messages %}
@@ -43,19 +43,11 @@ ANSWERS = {
 }  # fmt: skip
 
 
-def tiny_base(folder: Path) -> tuple[str, PreTrainedTokenizerFast]:
+def tiny_base(folder: Path) -> tuple[str, PreTrainedTokenizerBase]:
     """A random Qwen2 of two layers and a tokenizer with one token a byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = {"pad_token": "[PAD]", "eos_token": "[EOS]", "mask_token": "[MASK]"}
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE, **special)
-    config = Qwen2Config(
-        vocab_size=len(fast), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.1, pad_token_id=fast.pad_token_id, eos_token_id=fast.eos_token_id,
-    )  # fmt: skip
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    return str(folder), fast
+    tokenizer = byte_tokenizer(chat_template=CHAT_TEMPLATE)
+    tiny_decoder(tokenizer, hidden_size=64, intermediate_size=128, initializer_range=0.1).save_pretrained(folder)
+    return str(folder), tokenizer
 
 
 with tempfile.TemporaryDirectory() as scratch:

@@ -10,11 +10,9 @@ import argparse
 import tempfile
 from typing import Any
 
-import torch
-from transformers import Qwen2Config
-
-from relay_hf import RelayConfig, RelayForMaskedDiffusion
+from relay_hf import RelayForMaskedDiffusion
 from relay_hf.tasks.sudoku import evaluate_sudoku, generate_puzzles, make_sudoku_tokenizer, split_puzzles, to_features
+from relay_hf.testing import tiny_model
 from relay_hf.trainers import RelayTrainer, RelayTrainerConfig
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -26,13 +24,8 @@ puzzles = split_puzzles(generate_puzzles(120, size=4, seed=0), test_count=20)
 
 
 def new_model(hidden_size: int, layers: int, **channel: Any) -> RelayForMaskedDiffusion:
-    torch.manual_seed(0)
-    backbone = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=4 * hidden_size, num_hidden_layers=layers,
-        num_attention_heads=2, num_key_value_heads=2, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    config = RelayConfig(text_config=backbone, block_size=None, mask_token_id=tokenizer.mask_token_id, **channel)
-    return RelayForMaskedDiffusion(config)
+    sizes = {"hidden_size": hidden_size, "intermediate_size": 4 * hidden_size, "num_hidden_layers": layers}
+    return tiny_model(tokenizer, text={**sizes, "initializer_range": 0.02}, block_size=None, **channel)
 
 
 def train(model: RelayForMaskedDiffusion, objective: Any, folder: str, reference: Any = None) -> None:

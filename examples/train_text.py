@@ -11,10 +11,10 @@ from pathlib import Path
 
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from relay_hf import RelayForMaskedDiffusion
+from relay_hf.testing import byte_tokenizer, tiny_decoder
 from relay_hf.trainers import RelayTrainer, RelayTrainerConfig
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -27,19 +27,11 @@ parser.add_argument("--output", default=None, help="folder for checkpoints and t
 arguments = parser.parse_args()
 
 
-def tiny_base(folder: Path) -> tuple[str, PreTrainedTokenizerFast]:
+def tiny_base(folder: Path) -> tuple[str, PreTrainedTokenizerBase]:
     """A random Qwen2 of two layers and a tokenizer with one token a byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = {"pad_token": "[PAD]", "eos_token": "[EOS]", "mask_token": "[MASK]"}
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-    config = Qwen2Config(
-        vocab_size=len(fast), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, pad_token_id=fast.pad_token_id, eos_token_id=fast.eos_token_id,
-    )  # fmt: skip
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    return str(folder), fast
+    tokenizer = byte_tokenizer()
+    tiny_decoder(tokenizer).save_pretrained(folder)
+    return str(folder), tokenizer
 
 
 with tempfile.TemporaryDirectory() as scratch:

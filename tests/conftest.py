@@ -16,11 +16,12 @@ import pytest
 import torch
 from hypothesis import settings
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2Config
 
-from relay_hf import RelayConfig, RelayForMaskedDiffusion
+from relay_hf import RelayForMaskedDiffusion
+from relay_hf.testing import byte_tokenizer, tiny_model
+from relay_hf.testing import tiny_text_config as text_config
 
 # Tiny tensors: a second thread gains nothing, and on a busy machine waiting for it costs a hundredfold.
 torch.set_num_threads(1)
@@ -31,71 +32,23 @@ settings.load_profile("repeatable")
 
 REFERENCE = Path(os.environ.get("RELAY_HF_REFERENCE", Path(__file__).parent / "reference"))
 VOCAB_SIZE, MASK = 64, 63
-CHAT_TEMPLATE = """
-{%- for message in messages %}{{ message.role + ": " + message.content + "\n" }}{% endfor %}
-{%- if add_generation_prompt %}{{ "assistant: " }}{% endif %}"""
 
 
-def text_config(**overrides: Any) -> Qwen2Config:
-    """A Qwen2 of two layers of width 16, wide enough initialised that its predictions differ."""
-    fields = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "initializer_range": 0.5,
-        "pad_token_id": 0,
-    }
-    return Qwen2Config(**{**fields, **overrides})
-
-
-@pytest.fixture
-def tiny_text_config() -> Qwen2Config:
+@pytest.fixture(name="tiny_text_config")
+def fixture_of_text_config() -> Qwen2Config:
     return text_config()
 
 
 @pytest.fixture
 def make_model() -> Callable[..., RelayForMaskedDiffusion]:
-    """Builds seeded models in eval mode; other arguments are those of `RelayConfig`.
-
-    `open_channel` gives the channel random weights and biases; `text` overrides fields of the backbone.
-    """
-
-    def make(
-        *, seed: int = 0, open_channel: bool = False, text: dict[str, Any] | None = None, **relay: Any
-    ) -> RelayForMaskedDiffusion:
-        torch.manual_seed(seed)
-        fields = {"block_size": 8, "mask_token_id": MASK, **relay}
-        model = RelayForMaskedDiffusion(RelayConfig(text_config=text_config(**text or {}), **fields)).eval()
-        if open_channel:
-            torch.nn.init.normal_(model.relay.norm.weight, std=0.7)
-            torch.nn.init.normal_(model.relay.norm.bias, std=0.7)
-        return model
-
-    return make
-
-
-def make_byte_tokenizer(**special_tokens: str) -> PreTrainedTokenizerFast:
-    """One token a byte; special tokens that are not among those get ids behind them."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **special_tokens)
-
-
-def all_tokens_but(tokenizer: PreTrainedTokenizerFast, letters: str) -> list[int]:
-    """For `suppress_tokens`: a model then writes nothing but the letters."""
-    return sorted(set(range(len(tokenizer))) - set(tokenizer(letters)["input_ids"]))
+    """Builds seeded models in eval mode: `relay_hf.testing.tiny_model`."""
+    return tiny_model
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, then [PAD], [EOS] and [MASK]: 259 tokens."""
-    return make_byte_tokenizer(pad_token="[PAD]", eos_token="[EOS]", mask_token="[MASK]")
+    """One token a byte, then [EOS], [PAD] and [MASK]: 259 tokens."""
+    return byte_tokenizer()
 
 
 @pytest.fixture(scope="session")

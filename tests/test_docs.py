@@ -27,9 +27,10 @@ import relay_hf
 from relay_hf import RelayConfig, RelayForMaskedDiffusion, RelayTrainerConfig
 from relay_hf.cli import COMMANDS, main
 from relay_hf.serving.server import RelayHandler, build_app
+from relay_hf.testing import CHAT_TEMPLATE, all_tokens_but, byte_tokenizer
 
 from . import pages
-from .conftest import CHAT_TEMPLATE, REFERENCE, all_tokens_but, make_byte_tokenizer
+from .conftest import REFERENCE
 from .pages import NOT_RUN, PAGES, README, ROOT
 
 WITH_PYTHON = [page for page in PAGES if pages.python_snippets(page)]
@@ -41,8 +42,7 @@ ROWS = [{"prompt": "1 + 1 = ", "completion": "2"}, {"prompt": "two and two are "
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what pages name: a causal decoder, a relay model and a checkpoint in the published layout."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    tokenizer = make_byte_tokenizer(pad_token="[PAD]", eos_token="[EOS]", mask_token="[MASK]")
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer = byte_tokenizer(chat_template=CHAT_TEMPLATE)
     backbone = Qwen2Config(
         vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
@@ -67,8 +67,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _save_plain_decoder(folder: Path) -> None:
     """As transformers writes it: no [MASK], and no row of the embeddings without a token."""
-    tokenizer = make_byte_tokenizer(pad_token="[PAD]", eos_token="[EOS]")
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer = byte_tokenizer(chat_template=CHAT_TEMPLATE, mask_token=None)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,

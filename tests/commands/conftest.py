@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from relay_hf.cli import main
+from relay_hf.testing import all_tokens_but
 
-from ..conftest import all_tokens_but
 from ..trainers.text import build_text_model, build_tokenizer
 
 

@@ -20,7 +20,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from ..conftest import CHAT_TEMPLATE, make_byte_tokenizer
+from relay_hf.testing import CHAT_TEMPLATE, byte_tokenizer
 
 # The byte tokenizer has 256 bytes, [EOS] and [PAD]: ids from 258 on are unused.
 VOCAB_SIZE, UNUSED = 264, 258
@@ -167,7 +167,7 @@ LLADA_CONFIG: dict[str, Any] = {
 
 def make_tokenizer(diffuses: bool = False) -> PreTrainedTokenizerFast:
     """Of diffusion families id 260 is a token, as with them not called the mask token."""
-    tokenizer = make_byte_tokenizer(pad_token="[PAD]", eos_token="[EOS]")
+    tokenizer = byte_tokenizer(mask_token=None)
     if diffuses:
         tokenizer.add_tokens(["<|a|>", "<|b|>", "<|mdm_mask|>"], special_tokens=True)
     tokenizer.chat_template = CHAT_TEMPLATE

@@ -29,8 +29,8 @@ from transformers import (
 
 from relay_hf import RelayForMaskedDiffusion, convert
 from relay_hf.cli import main
+from relay_hf.testing import CHAT_TEMPLATE, byte_tokenizer
 
-from ..conftest import CHAT_TEMPLATE, make_byte_tokenizer
 from .conftest import UNUSED, VOCAB_SIZE
 
 EMBEDDINGS = "model.embed_tokens.weight"
@@ -39,7 +39,7 @@ EMBEDDINGS = "model.embed_tokens.weight"
 
 
 def test_mask_token_of_tokenizer_is_taken(write_source: Callable, tmp_path: Path) -> None:
-    tokenizer = make_byte_tokenizer(pad_token="[PAD]", eos_token="[EOS]", mask_token="[MASK]")
+    tokenizer = byte_tokenizer()
     source, _ = write_source("qwen2", tokenizer=tokenizer)
     report = convert(source, tmp_path / "out")
     assert (report.mask_token_id, report.mask_token) == (258, "`[MASK]` of the tokenizer")
@@ -61,7 +61,7 @@ def test_mask_token_takes_unused_row_and_leaves_weights_alone(write_source: Call
 def test_mask_token_without_room_adds_mean_row(
     write_source: Callable, tmp_path: Path, ties: bool, dtype: torch.dtype
 ) -> None:
-    tokenizer = make_byte_tokenizer(pad_token="[PAD]", eos_token="[EOS]")
+    tokenizer = byte_tokenizer(mask_token=None)
     tokenizer.add_tokens([f"<{i}>" for i in range(VOCAB_SIZE - len(tokenizer))])
     source, family = write_source("qwen2", ties=ties, dtype=dtype, tokenizer=tokenizer)
     report = convert(source, tmp_path / "out")
@@ -79,7 +79,7 @@ def test_mask_token_without_room_adds_mean_row(
 
 def test_mask_token_of_tokenizer_beyond_embeddings_adds_row(write_source: Callable, tmp_path: Path) -> None:
     """As of a tokenizer that got its mask token before the model did."""
-    tokenizer = make_byte_tokenizer(pad_token="[PAD]", eos_token="[EOS]")
+    tokenizer = byte_tokenizer(mask_token=None)
     tokenizer.add_tokens([f"<{i}>" for i in range(VOCAB_SIZE - len(tokenizer) + 1)])
     tokenizer.add_special_tokens({"mask_token": "[MASK]"})
     source, _ = write_source("qwen2", tokenizer=tokenizer)

@@ -23,8 +23,7 @@ from transformers import (
 
 from relay_hf import convert
 from relay_hf.cli import main
-
-from ..conftest import CHAT_TEMPLATE
+from relay_hf.testing import CHAT_TEMPLATE
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 TOKENS = [*BYTES, "ab", "<|endoftext|>", "<|pad|>"]

@@ -10,8 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from relay_hf import RelayForMaskedDiffusion
-
-from ..conftest import CHAT_TEMPLATE, all_tokens_but
+from relay_hf.testing import CHAT_TEMPLATE, all_tokens_but
 
 NAMES = ["add", "sub", "mul", "neg", "inc"]
 POSITIONS = 640

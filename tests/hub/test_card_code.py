@@ -13,8 +13,8 @@ from peft import LoraConfig
 from transformers import PreTrainedTokenizerFast
 
 from relay_hf import RelayForMaskedDiffusion, push
+from relay_hf.testing import CHAT_TEMPLATE
 
-from ..conftest import CHAT_TEMPLATE
 from ..trainers.conftest import build_trainer
 from .conftest import MASK
 from .hub_server import HubServer

@@ -14,8 +14,8 @@ from relay_hf import RelayConfig, RelayForMaskedDiffusion, push
 from relay_hf.cli import main
 from relay_hf.hub.contents import AUTO_MAP, CODE
 from relay_hf.hub_cards import RelayCardData
+from relay_hf.testing import byte_tokenizer
 
-from ..conftest import make_byte_tokenizer
 from .hub_server import HubServer
 
 MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors"}
@@ -127,7 +127,7 @@ def spoil_weights(folder: Path) -> None:
         (lambda folder: rewrite_json(folder / "config.json", relay_scope="some"), "relay_scope"),
         (lambda folder: rewrite_json(folder / "config.json", mask_token_id=3), r"\[MASK\] is 258, the model's 3"),
         (lambda folder: (folder / "README.md").write_text("---\ntags: [a\n---\n"), "metadata of `README.md`"),
-        (lambda folder: make_byte_tokenizer(**LONG).save_pretrained(folder), "has 260 tokens, the model 259"),
+        (lambda folder: byte_tokenizer(**LONG).save_pretrained(folder), "has 260 tokens, the model 259"),
     ],
 )
 def test_push_useless_folder_is_refused_before_anything_is_sent(
@@ -156,6 +156,6 @@ def test_push_of_something_else_is_refused(hub: HubServer, folder: Path) -> None
 
 
 def test_push_tokenizer_without_mask_token_is_taken(hub: HubServer, model: RelayForMaskedDiffusion) -> None:
-    push(model, "me/relay", tokenizer=make_byte_tokenizer(pad_token="[PAD]"))
+    push(model, "me/relay", tokenizer=byte_tokenizer(eos_token=None, mask_token=None))
     assert "tokenizer.json" in hub.repositories["me/relay"].files
     assert RelayConfig.from_pretrained("me/relay").mask_token_id == 258

@@ -38,8 +38,9 @@ from transformers import (
 )
 
 from relay_hf import RelayConfig, RelayForMaskedDiffusion, RelayTrainer, RelayTrainerConfig
+from relay_hf.testing import byte_tokenizer
 
-from ..conftest import MASK, VOCAB_SIZE, make_byte_tokenizer
+from ..conftest import MASK, VOCAB_SIZE
 from .decoding import PAD, decode_alone, new_tokens_of, padded, prompts_of, run
 
 SIZES: dict[str, Any] = {
@@ -182,7 +183,7 @@ def test_training_step_moves_backbone_and_channel(backbone: PreTrainedConfig, tm
         model,
         RelayTrainerConfig(str(tmp_path), **options, **quiet),
         train_dataset=Dataset.from_dict({"input_ids": rows, "labels": rows}),
-        processing_class=make_byte_tokenizer(pad_token="!", eos_token='"'),
+        processing_class=byte_tokenizer(pad_token="!", eos_token='"', mask_token=None),
     )
     trainer.train()
     assert torch.tensor(trainer.state.log_history[0]["loss"]).isfinite()

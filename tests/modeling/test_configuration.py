@@ -132,7 +132,7 @@ def test_backbone_with_sliding_window_switched_off_accepted() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"block_size": 10**9}, "`block_size=1000000000` exceeds the 128 positions of the backbone"),
+        ({"block_size": 10**9}, "`block_size=1000000000` exceeds the 512 positions of the backbone"),
         ({"block_size": -8}, "`block_size=-8` must be at least 1"),
         ({"relay_norm_eps": float("nan")}, "`relay_norm_eps=nan` is not a finite number"),
         ({"relay_norm_eps": 0.0}, "`relay_norm_eps=0.0` must lie between 0 and 1"),

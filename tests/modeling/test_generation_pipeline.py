@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, Pipeline, PreTrainedTokenizerFast, TextIteratorStreamer, pipeline
 
-from ..conftest import CHAT_TEMPLATE, all_tokens_but
+from relay_hf.testing import CHAT_TEMPLATE, all_tokens_but
 
 CHAT = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "abc"}, {"role": "user", "content": "So?"}]
 PROMPTS = ["Once", "A longer prompt", "Once upon a time there"]

@@ -12,8 +12,9 @@ from transformers import GPT2Config, OPTConfig, PreTrainedConfig
 
 from relay_hf import RelayConfig, RelayForMaskedDiffusion, RelayTrainer, RelayTrainerConfig
 from relay_hf.evaluation.likelihood import LikelihoodBound
+from relay_hf.testing import byte_tokenizer
 
-from ..conftest import MASK, VOCAB_SIZE, make_byte_tokenizer
+from ..conftest import MASK, VOCAB_SIZE
 from .decoding import PAD, decode_alone, new_tokens_of, padded, prompt_of, prompts_of, run
 
 SIZES: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -83,7 +84,7 @@ def test_training_and_likelihood_take_rows_as_long_as_the_table(
             disable_tqdm=True, logging_steps=1,
         ),
         train_dataset=Dataset.from_dict({"input_ids": rows, "labels": rows}),
-        processing_class=make_byte_tokenizer(pad_token="!", eos_token='"'),
+        processing_class=byte_tokenizer(pad_token="!", eos_token='"', mask_token=None),
     )  # fmt: skip
     trainer.train()
     assert torch.tensor(trainer.state.log_history[0]["loss"]).isfinite()

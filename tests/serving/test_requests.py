@@ -15,8 +15,9 @@ from starlette.testclient import TestClient
 from relay_hf import RelayConfig, RelayForMaskedDiffusion
 from relay_hf.serving import access
 from relay_hf.serving.server import build_app
+from relay_hf.testing import CHAT_TEMPLATE, all_tokens_but, byte_tokenizer
 
-from ..conftest import CHAT_TEMPLATE, all_tokens_but, make_byte_tokenizer, text_config
+from ..conftest import text_config
 
 TURNS = [{"role": "user", "content": "Who are you?"}]
 POSITIONS = 128
@@ -27,8 +28,7 @@ JSON = {"content-type": "application/json"}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of 128 positions that writes halves of an umlaut, among letters."""
     path = tmp_path_factory.mktemp("requests") / "model"
-    tokenizer = make_byte_tokenizer(pad_token="[PAD]", eos_token="[EOS]", mask_token="[MASK]")
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer = byte_tokenizer(chat_template=CHAT_TEMPLATE)
     text = text_config(
         vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, max_position_embeddings=POSITIONS
     )
@@ -263,7 +263,7 @@ def test_models_lists_the_model_alone(client: TestClient, folder: Path) -> None:
 
 def test_unfinished_character_comes_out_of_a_stream(client: TestClient) -> None:
     """A reply that ends between the two bytes of an umlaut, of which the first is the only token that is possible."""
-    tokenizer = make_byte_tokenizer(pad_token="[PAD]", eos_token="[EOS]", mask_token="[MASK]")
+    tokenizer = byte_tokenizer()
     (first, _) = tokenizer("ä").input_ids
     options = {"suppress_tokens": sorted(set(range(len(tokenizer))) - {first})}
     for count in (1, 3):

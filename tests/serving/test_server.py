@@ -23,8 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from relay_hf import RelayConfig, RelayForMaskedDiffusion
 from relay_hf.cli import main
 from relay_hf.serving.server import RelayCompletionHandler, RelayGenerationState
+from relay_hf.testing import CHAT_TEMPLATE, all_tokens_but, byte_tokenizer
 
-from ..conftest import CHAT_TEMPLATE, all_tokens_but, make_byte_tokenizer, text_config
+from ..conftest import text_config
 
 TURNS = [
     {"role": "system", "content": "Be brief."},
@@ -40,8 +41,7 @@ START, ANSWER, STOP = 120, 60, 30
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model that says letters and spaces, with keys and values large enough to show in a process's memory."""
     path = tmp_path_factory.mktemp("serving") / "model"
-    tokenizer = make_byte_tokenizer(pad_token="[PAD]", eos_token="[EOS]", mask_token="[MASK]")
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer = byte_tokenizer(chat_template=CHAT_TEMPLATE)
     text = text_config(
         vocab_size=len(tokenizer), hidden_size=64, num_key_value_heads=4, pad_token_id=tokenizer.pad_token_id,
         initializer_range=0.2, max_position_embeddings=2048,

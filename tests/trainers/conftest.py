@@ -11,13 +11,14 @@ from transformers import PreTrainedTokenizerFast
 
 from relay_hf import RelayConfig, RelayForMaskedDiffusion
 from relay_hf.modeling import UnmaskingPolicy
+from relay_hf.testing import byte_tokenizer
 from relay_hf.trainers import RelayTrainer, RelayTrainerConfig
 from relay_hf.trainers.denoiser import Denoiser, make_denoiser
 from relay_hf.trainers.objectives import RECIPES, mean_of_positions
 from relay_hf.trainers.rollout import Reveal, Rollout
 from relay_hf.trainers.rows import RolloutRows
 
-from ..conftest import make_byte_tokenizer, text_config
+from ..conftest import text_config
 
 VOCAB_SIZE, MASK = 40, 39
 OBJECTIVES = ("relay", "relay_sg", "rollout", "residual_context", "masked", "complementary")
@@ -84,7 +85,7 @@ def build_dataset() -> Dataset:
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Its special ids are inside the tiny vocabulary; only there because SFTTrainer insists on a tokenizer."""
-    return make_byte_tokenizer(pad_token="!", eos_token='"')
+    return byte_tokenizer(pad_token="!", eos_token='"', mask_token=None)
 
 
 def build_trainer(
@@ -111,8 +112,8 @@ def build_trainer(
     )
 
 
-@pytest.fixture(scope="session")
-def byte_tokenizer() -> PreTrainedTokenizerFast:
+@pytest.fixture(scope="session", name="byte_tokenizer")
+def fixture_of_tokenizer() -> PreTrainedTokenizerFast:
     return build_tokenizer()
 
 

@@ -6,8 +6,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from relay_hf import RelayConfig, RelayForMaskedDiffusion
+from relay_hf.testing import byte_tokenizer
 
-from ..conftest import make_byte_tokenizer, text_config
+from ..conftest import text_config
 
 # The assistant's words and the token that ends its turn stand between the two marks that `assistant_only_loss` needs.
 CHAT_TEMPLATE = (
@@ -20,10 +21,7 @@ CHAT_TEMPLATE = (
 
 def build_tokenizer(**changes: str | None) -> PreTrainedTokenizerFast:
     """256 bytes, [EOS] = 256, [PAD] = 257, [MASK] = 258; `None` leaves one of them out."""
-    special = {"eos_token": "[EOS]", "pad_token": "[PAD]", "mask_token": "[MASK]", **changes}
-    tokenizer = make_byte_tokenizer(**{name: token for name, token in special.items() if token is not None})
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
+    return byte_tokenizer(chat_template=CHAT_TEMPLATE, **changes)
 
 
 def build_text_model(text: dict[str, Any] | None = None, **overrides: Any) -> RelayForMaskedDiffusion:

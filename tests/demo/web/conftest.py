@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerFast
 
 from relay_hf import RelayConfig, RelayForMaskedDiffusion
 from relay_hf.tasks.sudoku import make_sudoku_tokenizer
+from relay_hf.testing import CHAT_TEMPLATE, all_tokens_but, byte_tokenizer
 
-from ...conftest import CHAT_TEMPLATE, all_tokens_but, make_byte_tokenizer, text_config
+from ...conftest import text_config
 
 QUESTION = "1.3..4..2..4.12."
 # A model may write any of these, and a page must show them as they are.
@@ -21,7 +22,8 @@ MARKUP = "<b>&{x}$'\"\n"
 def make_model(tokenizer: PreTrainedTokenizerFast, **relay: Any) -> RelayForMaskedDiffusion:
     """Random weights, the channel's included."""
     torch.manual_seed(0)
-    text = text_config(vocab_size=len(tokenizer), initializer_range=0.3, pad_token_id=tokenizer.pad_token_id)
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 128}
+    text = text_config(**sizes, initializer_range=0.3, pad_token_id=tokenizer.pad_token_id)
     config = RelayConfig(text_config=text, mask_token_id=tokenizer.mask_token_id, **relay)
     model = RelayForMaskedDiffusion(config).eval()
     if model.config.relay_channel != "none":
@@ -41,8 +43,7 @@ def board_model(board_tokenizer: PreTrainedTokenizerFast) -> RelayForMaskedDiffu
 
 @pytest.fixture(scope="session")
 def text_tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = make_byte_tokenizer(pad_token="[PAD]", eos_token="[EOS]", mask_token="[MASK]")
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer = byte_tokenizer(chat_template=CHAT_TEMPLATE)
     return tokenizer
 
 

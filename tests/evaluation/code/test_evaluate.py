@@ -16,8 +16,8 @@ from relay_hf.evaluation.code.evaluate import evaluate_code
 from relay_hf.evaluation.code.problems import load_problems
 from relay_hf.evaluation.forwards import FORWARDS
 from relay_hf.modeling import RelayGenerateOutput
+from relay_hf.testing import all_tokens_but
 
-from ...conftest import all_tokens_but
 from ..conftest import NAMES
 
 

@@ -26,9 +26,9 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from relay_hf.testing import byte_tokenizer
 from relay_hf.trainers import RelayTrainer, RelayTrainerConfig
 
-from ...conftest import make_byte_tokenizer
 from ..conftest import build_model, build_rows
 
 DEFAULTS = {
@@ -100,7 +100,7 @@ def run(name: str, folder: Path, options: dict[str, Any]) -> None:
         RelayTrainerConfig(**{**DEFAULTS, "output_dir": str(folder / name), **options}),
         train_dataset=dataset(32),
         eval_dataset=dataset(evaluate, seed=1) if evaluate else None,
-        processing_class=make_byte_tokenizer(pad_token="!", eos_token='"'),
+        processing_class=byte_tokenizer(pad_token="!", eos_token='"', mask_token=None),
         callbacks=[recorder],
         reference_model=reference,
     )
