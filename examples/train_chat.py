@@ -46,7 +46,7 @@ ANSWERS = {
 def tiny_base(folder: Path) -> tuple[str, PreTrainedTokenizerBase]:
     """A random Qwen2 of two layers and a tokenizer with one token a byte."""
     tokenizer = byte_tokenizer(chat_template=CHAT_TEMPLATE)
-    tiny_decoder(tokenizer, hidden_size=64, intermediate_size=128, initializer_range=0.1).save_pretrained(folder)
+    tiny_decoder(tokenizer, hidden_size=64, intermediate_size=128).save_pretrained(folder)
     return str(folder), tokenizer
 
 

@@ -87,12 +87,13 @@ def tiny_model(
 
 
 def tiny_decoder(tokenizer: PreTrainedTokenizerBase, **text: Any) -> Qwen2ForCausalLM:
-    """A random causal decoder for the tokenizer, which `convert` or a training makes a relay model of.
+    """A random causal decoder, initialised so that it can be trained: `convert` makes a relay model of it.
 
     Args:
         tokenizer: decides vocabulary, [PAD] and the stop token.
         text: fields that differ from those of `tiny_text_config`.
     """
     special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    fields = {"vocab_size": len(tokenizer), "initializer_range": 0.1, **special, **text}
     torch.manual_seed(0)
-    return Qwen2ForCausalLM(tiny_text_config(**{"vocab_size": len(tokenizer), **special, **text}))
+    return Qwen2ForCausalLM(tiny_text_config(**fields))
