@@ -13,9 +13,10 @@ from relay_hf import RelayConfig, RelayForMaskedDiffusion, register_policy
 from relay_hf.cli import main
 from relay_hf.modeling import Bounds, UnmaskingPolicy, make_policy
 from relay_hf.modeling.reveal_relay import POLICIES
+from relay_hf.testing import byte_tokenizer
 from relay_hf.trainers import RelayTrainerConfig
 
-from ..conftest import MASK, make_byte_tokenizer, text_config
+from ..conftest import MASK, text_config
 from ..modeling.decoding import decode_alone
 from ..trainers.conftest import build_model, build_trainer
 from .policy import LeadingRun
@@ -79,7 +80,7 @@ def test_policy_trains_and_a_card_cites_it(tmp_path: Path, block_size: int | Non
 
 
 def test_command_line_of_a_program_that_imports_the_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tokenizer = make_byte_tokenizer(pad_token="[PAD]", eos_token="[EOS]", mask_token="[MASK]")
+    tokenizer = byte_tokenizer()
     config = RelayConfig(text_config=text_config(vocab_size=len(tokenizer)), mask_token_id=tokenizer.mask_token_id)
     RelayForMaskedDiffusion(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
