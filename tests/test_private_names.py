@@ -132,8 +132,6 @@ OVERRIDDEN = {
         "_load_best_model",
         "_load_from_checkpoint",
         "_load_optimizer_and_scheduler",
-        "_save_optimizer_and_scheduler",
-        "_save_rng_state",
     },
     "trl.trainer.base_trainer._BaseTrainer": {"_paper"},
     "trl.trainer.sft_trainer.SFTTrainer": {"_name", "_prepare_dataset", "_save_checkpoint", "_tag_names"},

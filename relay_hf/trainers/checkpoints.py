@@ -5,10 +5,12 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 from transformers.utils import CONFIG_NAME, logging
 
 from ..modeling import RelayConfig
@@ -16,7 +18,7 @@ from ..modeling.adapter_relay import complete_adapter
 from .buffer import RolloutBuffer
 from .data_preparation import DataCheckingTrainer
 from .ema import WeightAverage
-from .whole_checkpoints import LIST_FILE, TRAINER_STATE_FILE, find_problem, list_files
+from .whole_checkpoints import begin_checkpoint, find_problem, finish_checkpoint
 
 WEIGHT_AVERAGE_FILE = "weight_average.safetensors"
 # What a rollout buffer depends on: of the backbone, and of the relay model.
@@ -31,7 +33,8 @@ class ResumableTrainer(DataCheckingTrainer):
 
     The model in a checkpoint is what is evaluated: the average, if there is one. The weights that training goes on from
     are in a file beside it. The Trainer has no public hook for state that belongs to a checkpoint;
-    `tests/trainers/test_resume.py` fails if the methods with an underscore move.
+    `tests/trainers/test_resume.py` fails if the methods with an underscore move. What the Trainer does inside them, and
+    in which order, does not matter: a checkpoint counts as unfinished until all of it, and all processes, are through.
     """
 
     buffer: RolloutBuffer
@@ -50,14 +53,11 @@ class ResumableTrainer(DataCheckingTrainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in the Trainer; saves the averaged weights, if there are any."""
+        """As in the Trainer, but saves the averaged weights, if there are any, and pushes nothing."""
         with nullcontext() if self.weight_average is None else self.weight_average.applied():
             super().save_model(output_dir, _internal_call=True)
         if self.args.should_save and isinstance(self.model, PeftModel):
             complete_adapter(self.model.get_base_model(), output_dir or self.args.output_dir)
-        if self.args.push_to_hub and not _internal_call:
-            # Left to the Trainer, this would come before the adapter is complete.
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _whole_checkpoint(self, asked: str | bool) -> str:
         if isinstance(asked, str):
@@ -78,31 +78,32 @@ class ResumableTrainer(DataCheckingTrainer):
         raise ValueError(f"{folder} has no checkpoint that is whole: leave out `resume_from_checkpoint`.")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.is_world_process_zero():
-            # If the folder is written a second time, it is not whole meanwhile.
-            for file in (LIST_FILE, TRAINER_STATE_FILE):
-                (Path(self._get_output_dir(trial=trial)) / name / file).unlink(missing_ok=True)
+            begin_checkpoint(folder)
         self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
-        folder = Path(self._get_output_dir(trial=trial)) / name
-        if self.is_world_process_zero() and folder.is_dir():
-            list_files(folder)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # Next, the first process writes the file that makes the checkpoint whole, and may delete older ones.
+        if not self.args.save_only_model:
+            self._save_own_state(folder)
+        # Older checkpoints are deleted only when all processes have written this one.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            if limit is not None:
+                torch.save(self.args, folder / TRAINING_ARGS_NAME)  # the Trainer's lacks the limit
+            finish_checkpoint(folder)
+            rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        Path(output_dir).mkdir(parents=True, exist_ok=True)  # this process may be here before the first one
+    def _save_own_state(self, folder: Path) -> None:
         if tensors := self.buffer.state_dict():
-            save_file(tensors, self._buffer_file(output_dir))
+            save_file(tensors, self._buffer_file(folder))
         if self.weight_average is not None:
             state = self.weight_average.state_dict()  # by all processes together
             if self.is_world_process_zero():
-                save_file(state, Path(output_dir) / WEIGHT_AVERAGE_FILE)
+                save_file(state, folder / WEIGHT_AVERAGE_FILE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -131,7 +132,7 @@ class ResumableTrainer(DataCheckingTrainer):
             path = Path(self.state.best_model_checkpoint) / WEIGHT_AVERAGE_FILE
             self.weight_average.load_state_dict(load_file(path))
 
-    def _buffer_file(self, folder: str) -> Path:
+    def _buffer_file(self, folder: str | Path) -> Path:
         """Each process has rows of its own."""
         return Path(folder) / f"rollout_buffer_{self.args.process_index}.safetensors"
 
@@ -147,7 +148,7 @@ def keeps_dtypes(model: nn.Module) -> Iterator[None]:
 
 
 def check_same_model(checkpoint: Path, config: RelayConfig) -> None:
-    """Refuses a checkpoint of another model, whose rollout buffer would be of other tokens.
+    """Raise if the checkpoint is of another model, whose rollout buffer would hold other tokens.
 
     Raises:
         ValueError: vocabulary, [MASK], blocks or shape differ.

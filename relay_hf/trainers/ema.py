@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 # Names in the state dictionary.
 AVERAGE, OWN, UPDATES = "average.", "own.", "updates"
@@ -91,6 +93,27 @@ class WeightAverage:
     def _write(self, weights: dict[str, Tensor]) -> None:
         for name, parameter in self.parameters().items():
             _local(parameter).copy_(weights[name])
+
+
+class FollowWeights(TrainerCallback):
+    """Updates the average after each optimizer step and leaves it in the model when training ends."""
+
+    def __init__(self, average: WeightAverage) -> None:
+        self.average = average
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.average.updates == 0:
+            self.average.restart()  # the model may be sharded by now
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.average.update()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.average.copy_to_model()
 
 
 def _local(parameter: Tensor) -> Tensor:

@@ -9,14 +9,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .channel_parameters import is_channel_parameter
 from .rollout import Rollout
 
 Number = float | Tensor  # a tensor has no axes
-
-
-def is_channel_parameter(name: str) -> bool:
-    """Whether a parameter name belongs to the relay channel, also inside a PEFT wrapper."""
-    return "relay" in name.split(".")
 
 
 class RunningMeans:

@@ -11,17 +11,23 @@ from torch.nn.parallel import DistributedDataParallel
 from .relay_config import RelayTrainerConfig
 
 
-def check_deepspeed(args: RelayTrainerConfig, reads_distribution: bool, zero_stage: int) -> None:
-    """Called when DeepSpeed is used.
+def check_sharding(trainer: Any, reads_distribution: bool) -> None:
+    """Raise if an argument cannot be combined with DeepSpeed or FSDP, where one of them is used.
 
     Args:
-        args: the training arguments.
-        reads_distribution: whether the objective uses a channel that does.
-        zero_stage: how much DeepSpeed divides.
+        trainer: a `Trainer` with our arguments.
+        reads_distribution: whether the objective uses a channel that reads distributions.
 
     Raises:
-        ValueError: an argument cannot be combined with it.
+        ValueError: an argument needs what the processes divide.
     """
+    if trainer.is_deepspeed_enabled:
+        _check_deepspeed(trainer.args, reads_distribution, trainer.accelerator.state.deepspeed_plugin.zero_stage)
+    if trainer.args.sample_rows and (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
+        raise ValueError("`sample_rows` needs whole weights to write with, but they are sharded: set it to 0.")
+
+
+def _check_deepspeed(args: RelayTrainerConfig, reads_distribution: bool, zero_stage: int) -> None:
     if reads_distribution and zero_stage == 3:
         raise ValueError(
             "The relay channel reads the embeddings in one piece, which ZeRO stage 3 divides: use stage 2, or train "
@@ -46,8 +52,7 @@ def return_full_precision(accelerator: Accelerator) -> None:
 
 
 def without_exchange(accelerator: Accelerator, model: Any) -> AbstractContextManager[None]:
-    """Processes exchange no gradients inside."""
-    # That of accelerate does nothing around a single process, where DDP minds several backward passes, too.
+    """Context without gradient synchronisation; DDP needs it on one process, too, where accelerate's does nothing."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) else accelerator.no_sync(model)
 
 

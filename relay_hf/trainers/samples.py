@@ -1,10 +1,12 @@
 """Texts that the model writes at each evaluation, and the forwards they take."""
 
+import sys
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
+from tqdm.auto import tqdm
 
 from .relay_config import RelayTrainerConfig
 
@@ -65,3 +67,26 @@ def describe_sample(sample: Sample, tokenizer: Any) -> str:
     prompt, text = (tokenizer.decode(tokens) for tokens in (sample.prompt, sample.tokens))
     counts = ", ".join(f"{count} {kind}" for kind, count in sample.forwards.items())
     return f"  sample {prompt[-60:]!r} -> {text!r}\n         {counts} forwards for {len(sample.tokens)} tokens"
+
+
+def show_samples(trainer: Any, dataset: Any, prefix: str) -> None:
+    """Prints what the model writes, and notes it in the trainer's log and evaluation metrics.
+
+    Args:
+        trainer: a `RelayTrainer`.
+        dataset: one evaluation set or its name; of several, each comes here by itself.
+        prefix: of the evaluation's metrics.
+    """
+    if isinstance(dataset, str):
+        dataset = trainer.eval_dataset[dataset]
+    is_prepared = {"input_ids", "labels"} <= set(getattr(dataset, "column_names", None) or ())
+    if not trainer.args.sample_rows or not is_prepared or not trainer.is_world_process_zero():
+        return
+    with trainer.accelerator.autocast():
+        samples = list(write_samples(trainer.accelerator.unwrap_model(trainer.model), dataset, trainer.args))
+    tokenizer: Any = trainer.processing_class
+    note: dict[str, Any] = {f"{prefix}_samples": [tokenizer.decode(sample.tokens) for sample in samples]}
+    trainer.state.log_history.append({**note, "step": trainer.state.global_step})
+    for sample in samples:
+        trainer.eval_means.add({f"sample_{kind}_forwards": count for kind, count in sample.forwards.items()})
+        tqdm.write(describe_sample(sample, tokenizer), file=sys.stdout)

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..modeling import RelayConfig
-from .metrics import is_channel_parameter
+from .channel_parameters import is_channel_parameter
 from .relay_config import RelayTrainerConfig
 
 SHOWN_TEXT, SHOWN_PARTS = 160, 6  # characters of a part of the shown row, and parts of it

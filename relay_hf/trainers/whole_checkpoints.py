@@ -7,7 +7,6 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_callback import TrainerState
 
-# The Trainer writes this file last; then we list what there is.
 TRAINER_STATE_FILE = "trainer_state.json"
 LIST_FILE = "checkpoint_files.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "pytorch_model_fsdp_0")
@@ -15,14 +14,27 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.s
 FREE = (".md", ".png")
 
 
-def list_files(checkpoint: Path) -> None:
-    """Writes the names and lengths of all files of a finished checkpoint into it."""
+def unfinished_mark(checkpoint: Path) -> Path:
+    """The file beside a checkpoint that exists while it is written; inside, it would be uploaded with it."""
+    return checkpoint.with_name(f"{checkpoint.name}.unfinished")
+
+
+def begin_checkpoint(checkpoint: Path) -> None:
+    """Makes the folder and marks it as unfinished, also if it exists and is written again."""
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    unfinished_mark(checkpoint).touch()
+    (checkpoint / LIST_FILE).unlink(missing_ok=True)
+
+
+def finish_checkpoint(checkpoint: Path) -> None:
+    """Writes the names and lengths of all files into a checkpoint, and takes the mark away."""
     files = {
         path.relative_to(checkpoint).as_posix(): path.stat().st_size
         for path in sorted(checkpoint.rglob("*"))
         if path.is_file() and path.name != LIST_FILE and path.suffix not in FREE
     }
     (checkpoint / LIST_FILE).write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
+    unfinished_mark(checkpoint).unlink(missing_ok=True)
 
 
 def find_problem(checkpoint: Path) -> str | None:
@@ -32,6 +44,8 @@ def find_problem(checkpoint: Path) -> str | None:
         checkpoint: a folder that the Trainer wrote. Without a list of files, it must have those that every checkpoint
             has.
     """
+    if unfinished_mark(checkpoint).exists():
+        return f"`{unfinished_mark(checkpoint).name}` is beside it, so it was not written to its end"
     if not (checkpoint / TRAINER_STATE_FILE).is_file():
         return f"`{TRAINER_STATE_FILE}` is missing, so it was not written to its end"
     try:

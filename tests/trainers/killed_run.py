@@ -1,4 +1,4 @@
-"""A training run that is killed: `python -m tests.trainers.killed_run FOLDER MOMENT`, MOMENT "step" or "save"."""
+"""A training run that is killed: `python -m tests.trainers.killed_run FOLDER step|save|end`, the moment."""
 
 import os
 import signal
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
+
+from relay_hf.trainers import checkpoints
 
 from .conftest import build_trainer
 
@@ -42,12 +44,14 @@ if __name__ == "__main__":
     if moment == "step":
         trainer.add_callback(KillAfterStep())
     else:
-        save = trainer.buffer.state_dict
+        # The second checkpoint has either nothing yet, or every file, but is not known to.
+        place, name = {"save": (trainer.buffer, "state_dict"), "end": (checkpoints, "finish_checkpoint")}[moment]
+        function = getattr(place, name)
 
-        def die_while_saving() -> dict[str, torch.Tensor]:
-            if trainer.state.global_step == 4:  # model and optimizer of the second checkpoint are on disk
+        def die_while_saving(*args: Any) -> Any:
+            if trainer.state.global_step == 4:
                 kill()
-            return save()
+            return function(*args)
 
-        trainer.buffer.state_dict = die_while_saving
+        setattr(place, name, die_while_saving)
     trainer.train()

@@ -14,7 +14,8 @@ from peft import LoraConfig, PeftModel
 from transformers import TrainerCallback
 
 from relay_hf import RelayForMaskedDiffusion
-from relay_hf.trainers import RelayTrainer
+from relay_hf.trainers import RelayTrainer, checkpoints
+from relay_hf.trainers.whole_checkpoints import finish_checkpoint
 
 from .conftest import build_model, build_trainer
 from .killed_run import SETTINGS
@@ -98,14 +99,14 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> RelayTrainer:
     return trainer
 
 
-@pytest.mark.parametrize(("moment", "last_whole"), [("step", 4), ("save", 2)])
+@pytest.mark.parametrize(("moment", "last_whole"), [("step", 4), ("save", 2), ("end", 2)])
 def test_resume_after_sigkill_equals_the_uninterrupted_run(
     uninterrupted: RelayTrainer, tmp_path: Path, moment: str, last_whole: int
 ) -> None:
     command = [sys.executable, "-m", "tests.trainers.killed_run", str(tmp_path), moment]
     killed = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert (tmp_path / "checkpoint-4" / "model.safetensors").exists(), "in one case this folder is not whole"
+    assert (tmp_path / "checkpoint-4" / "trainer_state.json").exists() == (moment != "save")
 
     resumed = build_trainer(tmp_path, build_model(seed=7), **SETTINGS)
     began: list[int] = []
@@ -115,6 +116,31 @@ def test_resume_after_sigkill_equals_the_uninterrupted_run(
     assert losses(resumed) == losses(uninterrupted)
     for mine, theirs in zip(resumed.model.parameters(), uninterrupted.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_save_older_checkpoints_are_deleted_when_the_new_one_is_whole(
+    make_trainer: Callable[..., RelayTrainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever order the Trainer writes and deletes in."""
+    seen: list[list[str]] = []
+
+    def finish(checkpoint: Path) -> None:
+        seen.append(sorted(path.name for path in checkpoint.parent.glob("checkpoint-*")))
+        assert {"model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"} <= set(
+            path.name for path in checkpoint.iterdir()
+        )
+        finish_checkpoint(checkpoint)
+
+    monkeypatch.setattr(checkpoints, "finish_checkpoint", finish)
+    trainer = make_trainer(max_steps=6, save_strategy="steps", save_steps=2, save_total_limit=1)
+    trainer.train()
+    assert seen[1:] == [
+        ["checkpoint-2", "checkpoint-4", "checkpoint-4.unfinished"],
+        ["checkpoint-4", "checkpoint-6", "checkpoint-6.unfinished"],
+    ]
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-6"]
+    saved = torch.load(tmp_path / "run" / "checkpoint-6" / "training_args.bin", weights_only=False)
+    assert saved.save_total_limit == trainer.args.save_total_limit == 1
 
 
 class RecordBegin(TrainerCallback):
