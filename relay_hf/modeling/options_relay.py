@@ -40,8 +40,8 @@ class DecodingOptions:
     The defaults are those of a model with blocks; `default_options` has those of any model.
 
     Args:
-        unmasking_policy: `"confidence_threshold"`, `"confidence_budget"`, `"fixed_count"`, `"time_schedule"` or
-            `"entropy_bound"`.
+        unmasking_policy: `"confidence_threshold"`, `"confidence_budget"`, `"fixed_count"`, `"time_schedule"`,
+            `"entropy_bound"`, or the name of one that was registered.
         unmasking_threshold: the number that the policy compares with.
         denoising_steps: steps that a block, or a sub-block, takes. `fixed_count` and `time_schedule` spread its
             positions over them, `confidence_threshold` reveals at least an even share per step.
