@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..modeling import RelayCache
+from ..modeling.prefix_relay import denoise
 
 # Numbers that may be held as logits at a time: with 151 936 tokens, 1767 positions.
 LOGITS_AT_ONCE = 2**28
@@ -116,22 +117,16 @@ class LikelihoodBound:
     def _log_probabilities(self, cache: RelayCache, block: Tensor, hidden: Tensor) -> Tensor:
         """(M,) fp64 log-probability of the tokens of `block`, (S,), that are `hidden`, (M, S), summed in each row."""
         noisy = torch.where(hidden, self.mask_token_id, block)
+        row, place = hidden.nonzero().unbind(-1)  # (N,)
         state = None
-        # All of them look at the one prefix, whose keys and values each layer repeats only while it runs.
-        with cache.drafting(rows=torch.zeros(len(noisy), dtype=torch.long, device=noisy.device)):
-            if self.carries_state:
-                first = self.model(
-                    noisy,
-                    cache=cache,
-                    relay_state=self.model.initial_relay_state(*noisy.shape),
-                    logits_to_keep=noisy.new_empty(0),
-                )
-                state = first.relay_state
-            logits = self.model(noisy, cache=cache, relay_state=state, logits_to_keep=hidden).logits.float()
+        if self.carries_state:
+            initial = self.model.initial_relay_state(*noisy.shape)
+            state = denoise(self.model, noisy, cache.shared_prefix(), initial, (row[:0], place[:0])).relay_state
+        output = denoise(self.model, noisy, cache.shared_prefix(), state, (row, place), leaves_state=False)
+        logits = self.model.lm_head(output.head_inputs).float()
         logits[:, self.mask_token_id] = -torch.inf
-        row, column = hidden.nonzero().unbind(-1)  # (N,)
         # Summed on the CPU, because not every device has fp64.
-        chosen = logits.log_softmax(-1).gather(-1, block[column][:, None])[:, 0].cpu().double()
+        chosen = logits.log_softmax(-1).gather(-1, block[place][:, None])[:, 0].cpu().double()
         return chosen.new_zeros(len(hidden)).index_add(0, row.cpu(), chosen)
 
     def _commit(self, cache: RelayCache, tokens: Tensor) -> None:

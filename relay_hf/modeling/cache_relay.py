@@ -10,189 +10,270 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicLayer
+
+from .prefix_relay import OtherCache, Prefix
 
 
-class RelayCache(DynamicCache):
-    """Keys and values of committed blocks, plus what is known of the block that is being denoised.
+class RelayLayer(DynamicLayer):
+    """Keys and values of one layer, in memory with room for the block in work behind the committed ones.
 
-    Beside the keys and values lie, each with the rows as first axis:
+    Committed numbers are never written again, so that whoever holds `keys` and `values` may rely on them.
 
-    - `tokens`: (B, P), the committed tokens, so that a later turn of a chat can tell what it shares with them;
-    - `relay_state`: (B, S, D), state of the current block, or None before its first denoising step;
-    - `last_hidden`: (B, 1, D), input of the head at the last committed position;
-    - `last_read_out`: (B, 1, D), what the channel reads at the last committed position;
-    - `block_states`: per layer the keys and values of the current block, (B, heads, S, width) each, if they are kept
-      for the sub-block cache.
-
-    `last_hidden` and `last_read_out` let a token-shift model align position 0 of the next block, whose logits and state
-    are those that the position before it produced.
+    Attributes:
+        memory: keys and values, (B, heads, capacity, width) each; None before the first forward.
+        length: P.
+        wanted: capacity of the memory that is taken next, if a forward needs no more.
+        keys, values: views of the committed ones, (B, heads, P, width).
     """
 
-    # Whether gradient checkpointing may replay a forward with this cache.
-    survives_checkpointing = False
-    # (B, L) bool, new positions that are aligned with `last_hidden` although their predecessor is in the column before.
-    is_cut: Tensor | None = None
-    _ROW_TENSORS = ("tokens", "relay_state", "last_hidden", "last_read_out")
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory: tuple[Tensor, Tensor] | None = None
+        self.length = 0
+        self.wanted = 0
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.tokens: Tensor | None = None
-        self.relay_state: Tensor | None = None
-        self.last_hidden: Tensor | None = None
-        self.last_read_out: Tensor | None = None
-        self.block_states: dict[int, tuple[Tensor, Tensor]] = {}
-        self.is_drafting = False
-        # What the current forward does; set by the context managers below.
-        self._commits: int | None = None
-        self._keeps = False
-        self._rows: Tensor | None = None
-        self._columns: Tensor | None = None
-
-    @contextmanager
-    def drafting(self, keep: bool = False, rows: Tensor | None = None, columns: Tensor | None = None) -> Iterator[None]:
-        """Forwards inside see the committed prefix and their own block, and leave nothing behind but what is kept.
+    def write(
+        self, new: tuple[Tensor, Tensor], rows: Tensor | None, places: Tensor | None, width: int
+    ) -> tuple[Tensor, Tensor]:
+        """Writes keys and values behind the committed ones, without committing them.
 
         Args:
-            keep: put the keys and values of the block into `block_states`.
-            rows: (n,) indices of the rows that the forward is about; None = all.
-            columns: (n, s) positions of the block that the forward computes anew; the rest of the block is what
-                `block_states` has of it. None = the whole block.
-        """
-        self.is_drafting, self._keeps, self._rows, self._columns = True, keep, rows, columns
-        try:
-            yield
-        finally:
-            self.is_drafting, self._keeps, self._rows, self._columns = False, False, None, None
+            new: (n, heads, L, width) keys, and values.
+            rows: (n,) whose they are; None = of all rows.
+            places: (n, L) where they belong behind the committed ones; None = side by side.
+            width: positions behind the committed ones that the forward sees.
 
-    @contextmanager
-    def committing(self, count: int, keep: bool = False) -> Iterator[None]:
-        """Forwards inside commit their first `count` positions and draft those behind them, which are one block.
-
-        Args:
-            count: a whole number of blocks.
-            keep: put the keys and values of the block behind into `block_states`.
+        Returns:
+            Keys and values of those rows, committed ones and `width` more, (n, heads, P + width, width).
         """
-        self._commits, self._keeps = count, keep
-        try:
-            yield
-        finally:
-            self._commits, self._keeps = None, False
+        begin, end = self.length, self.length + width
+        memory = self._room_for(new, end)
+        for held, states in zip(memory, new, strict=True):
+            if places is not None:
+                every = torch.arange(len(states), device=states.device) if rows is None else rows
+                held[every[:, None], :, begin + places] = states.transpose(1, 2)
+            elif rows is not None:
+                held[rows, :, begin:end] = states
+            else:
+                held[:, :, begin:end] = states
+        keys, values = (held[:, :, :end] if rows is None else held[:, :, :end][rows] for held in memory)
+        return keys, values
+
+    def _room_for(self, new: tuple[Tensor, Tensor], end: int) -> tuple[Tensor, Tensor]:
+        """The memory, taken anew if it ends before `end`, or if a gradient needs what is written there now."""
+        held = self.memory
+        if held is not None and held[0].shape[2] >= end and not (torch.is_grad_enabled() and new[0].requires_grad):
+            return held
+        rows = len(new[0] if held is None else held[0])
+        capacity = self.wanted
+        if capacity < end:  # half as much again, so that many commits do not copy the text each time
+            capacity = end if held is None else end + end // 2
+        keys, values = (states.new_empty(rows, states.shape[1], capacity, states.shape[3]) for states in new)
+        if self.length:
+            keys[:, :, : self.length], values[:, :, : self.length] = self.keys, self.values
+        self._hold((keys, values), self.length)
+        return keys, values
+
+    def advance(self, count: int) -> None:
+        """Commits the first `count` positions behind the committed ones."""
+        self._hold(self.memory, self.length + count)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        seen = self.write((key_states, value_states), None, None, key_states.shape[-2])
+        self.advance(key_states.shape[-2])
+        return seen
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def reset(self) -> None:
+        super().reset()
+        self.memory, self.length = None, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove and self.memory is not None:
+            self._map(lambda held: held[:, :, :tokens_to_remove])
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._map(lambda held: held.index_select(0, beam_idx.to(held.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda held: held[indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda held: held.repeat_interleave(repeats, dim=0))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Changes the committed numbers; the next forward takes memory anew."""
+        if self.memory is not None:
+            keys, values = function(self.keys), function(self.values)
+            self._hold((keys, values), keys.shape[-2])
+
+    def _hold(self, memory: Any, length: int) -> None:
+        self.memory, self.length, self.is_initialized = memory, length, True
+        self.keys, self.values = (held[:, :, :length] for held in memory)
+
+
+class BlockPrefix(Prefix):
+    """The committed text, with the forward's own keys and values written in place behind it.
+
+    They stay there until the next forward, so that `RelayCache.commit` need only move a length, and a forward over a
+    part of the block sees the rest of it as an earlier forward left it.
+
+    Args:
+        cache: whose text it is.
+        rows: (n,) rows that the forward runs; None = all.
+        places: (n, s) positions of the block that the forward runs; None = all.
+        width: S, positions of the block, with `places`.
+        is_one_block: whether the forward is about one block only.
+    """
+
+    can_replay = False
+
+    def __init__(
+        self,
+        cache: "RelayCache",
+        rows: Tensor | None,
+        places: Tensor | None,
+        width: int | None,
+        is_one_block: bool,
+    ) -> None:
+        before, read_out_before = (
+            None if tail is None else rows_of(tail, rows) for tail in (cache.last_hidden, cache.last_read_out)
+        )
+        super().__init__(
+            cache.layers,
+            cache.get_seq_length(),
+            before=before,
+            read_out_before=read_out_before,
+            is_one_block=is_one_block,
+        )
+        self.rows = rows
+        self.places = places
+        self.width = width
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Returns keys and values of the prefix and the new positions; stores the new ones that are committed."""
-        if self.is_drafting:
-            block = self._with_kept((key_states, value_states), layer_idx)
-            if self.get_seq_length(layer_idx) == 0:
-                return block
-        else:
-            committed = (key_states[:, :, : self._commits], value_states[:, :, : self._commits])
-            stored = super().update(*committed, layer_idx, *args, **kwargs)
-            if self._commits is None:
-                return stored
-            block = (key_states[:, :, self._commits :], value_states[:, :, self._commits :])
-            block = self._with_kept(block, layer_idx)
-        layer: Any = self.layers[layer_idx]
-        return (
-            torch.cat([rows_of(layer.keys, self._rows), block[0]], dim=-2),
-            torch.cat([rows_of(layer.values, self._rows), block[1]], dim=-2),
-        )
-
-    def _with_kept(self, new: tuple[Tensor, Tensor], layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the whole block, given those that were computed anew; keeps them if asked to."""
-        if not self._keeps:
-            return new
-        old = self.block_states.get(layer_idx)
-        if self._columns is not None:
-            where = self._columns[:, None, :, None].expand_as(new[0])
-            kept = (rows_of(old[0], self._rows), rows_of(old[1], self._rows))
-            new = (kept[0].scatter(2, where, new[0]), kept[1].scatter(2, where, new[1]))
-        if self._rows is not None:
-            self.block_states[layer_idx] = (
-                old[0].index_copy(0, self._rows, new[0]),
-                old[1].index_copy(0, self._rows, new[1]),
-            )
-        else:
-            self.block_states[layer_idx] = new
-        return new
-
-    def rows_for_channel(
-        self, read_out: Tensor, head_inputs: Tensor, is_masked: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """What a channel makes a state of, given what a forward computed: the same, unless rows were cut for it.
-
-        Args:
-            read_out: (B, L, D), position-aligned like the following one.
-            head_inputs: (B, L, D).
-            is_masked: (B, L) bool.
-        """
-        return read_out, head_inputs, is_masked
+        while len(self.layers) <= layer_idx:
+            self.layers.append(RelayLayer())
+        width = key_states.shape[-2] if self.width is None else self.width
+        return self.layers[layer_idx].write((key_states, value_states), self.rows, self.places, width)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """How many keys the forward's positions see: a recomputed sub-block sees its whole block."""
-        if self._columns is not None:
-            query_length = self.block_states[0][0].shape[-2]
-        return super().get_mask_sizes(query_length, layer_idx)
+        return super().get_mask_sizes(query_length if self.width is None else self.width, layer_idx)
+
+
+class RelayCache(DynamicCache):
+    """Committed text, and the block that is being denoised.
+
+    Of the committed text it holds keys and values (`layers`) and, each with the rows as first axis:
+
+    - `tokens`: (B, P), so that a later turn of a chat finds what it shares with them;
+    - `last_hidden`: (B, 1, D), raw input of the head at the last position;
+    - `last_read_out`: (B, 1, D), what the channel reads there. A token-shift model aligns position 0 of the next block
+      with both: its logits and state are those that the position before it produced.
+
+    Of the block in work it holds `relay_state`, (B, S, D), None before the first denoise step, and, in the memory of
+    the layers behind the committed text, the keys and values of its last forward.
+
+    Args:
+        config: configuration of the backbone; None = layers come with the first forward.
+    """
+
+    _ROW_TENSORS = ("tokens", "relay_state", "last_hidden", "last_read_out")
+
+    def __init__(self, config: PreTrainedConfig | None = None) -> None:
+        super().__init__()
+        self.layer_class_to_replicate = RelayLayer
+        self.layers: list[Any] = [RelayLayer() for _ in range(config.num_hidden_layers)] if config is not None else []
+        self.tokens: Tensor | None = None
+        self.relay_state: Tensor | None = None
+        self.last_hidden: Tensor | None = None
+        self.last_read_out: Tensor | None = None
+
+    def reserve(self, positions: int) -> None:
+        """Lets the next forward take memory for so many positions, committed ones and a block, at once."""
+        for layer in self.layers:
+            layer.wanted = positions
+
+    def prefix(
+        self,
+        rows: Tensor | None = None,
+        places: Tensor | None = None,
+        width: int | None = None,
+        is_one_block: bool = True,
+    ) -> BlockPrefix:
+        """What a forward over the block behind the committed text sees; arguments of `BlockPrefix`."""
+        return BlockPrefix(self, rows, places, width, is_one_block)
+
+    def shared_prefix(self) -> Prefix:
+        """The text of the only row, for a forward over any number of rows, which leaves nothing here."""
+        return Prefix(
+            self.layers,
+            self.get_seq_length(),
+            before=self.last_hidden,
+            read_out_before=self.last_read_out,
+            is_one_block=True,
+        )
+
+    def commit(self, prefix: Prefix, input_ids: Tensor) -> None:
+        """Commits the first positions of a forward over all rows, and forgets the block in work.
+
+        Args:
+            prefix: of the forward, made by this cache.
+            input_ids: (B, L) tokens of those positions, a whole number of blocks.
+        """
+        count = input_ids.shape[1]
+        for layer in self.layers:
+            layer.advance(count)
+        self.tokens = input_ids if self.tokens is None else torch.cat([self.tokens, input_ids], dim=1)
+        last = slice(count - 1, count)
+        # Copies: views would keep the outputs of a whole prefill alive.
+        self.last_hidden, self.last_read_out = (
+            None if raw is None else raw[:, last].detach().clone() for raw in (prefix.hidden, prefix.read_out)
+        )
+        self.relay_state = None
 
     def write_relay_state(
-        self, state: Tensor | None, rows: Tensor | None = None, columns: Tensor | None = None
+        self, state: Tensor | None, rows: Tensor | None = None, places: Tensor | None = None
     ) -> None:
-        """Stores what a denoise forward says of its rows; the others keep theirs.
+        """Stores the state that a denoise forward leaves its rows; the others keep theirs.
 
         A row that merely waits for its neighbours keeps its state, so that no row depends on who shares its batch.
 
         Args:
-            state: (n, S, D), or (n, s, D) with `columns`; None without a channel.
+            state: (n, S, D), or (n, s, D) with `places`; None without a channel.
             rows: (n,) indices of those rows; None = all.
-            columns: (n, s) positions of the block that `state` speaks about; None = all.
+            places: (n, s) positions of the block; None = all.
         """
-        old = self.relay_state
-        if state is not None and columns is not None:
-            state = rows_of(old, rows).scatter(1, columns[..., None].expand_as(state), state.to(old.dtype))
-        if state is not None and rows is not None:
-            state = old.index_copy(0, rows, state.to(old.dtype))
-        self.relay_state = state
+        if rows is None and places is None:
+            self.relay_state = state
+        elif state is not None and self.relay_state is not None:
+            self.relay_state[self._where(rows, places)] = state.to(self.relay_state.dtype)
 
-    def read_relay_state(self, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor | None:
+    def read_relay_state(self, rows: Tensor | None = None, places: Tensor | None = None) -> Tensor | None:
         """The state of these rows at these positions, as `write_relay_state` takes it; None if there is none."""
-        if self.relay_state is None:
-            return None
-        state = rows_of(self.relay_state, rows)
-        return state if columns is None else state.gather(1, columns[..., None].expand(-1, -1, state.shape[-1]))
+        if self.relay_state is None or (rows is None and places is None):
+            return self.relay_state
+        return self.relay_state[self._where(rows, places)]
 
-    def outputs_before(self) -> tuple[Tensor | None, Tensor | None]:
-        """`last_hidden` and `last_read_out` of the rows that the current forward is about."""
-        if self.last_hidden is None:
-            return None, None
-        return rows_of(self.last_hidden, self._rows), rows_of(self.last_read_out, self._rows)
-
-    def record(self, input_ids: Tensor, hidden: Tensor, read_out: Tensor) -> None:
-        """Takes the tokens of a forward, (B, L), and its raw outputs, both (B, L, D): input of the head, and what the
-        channel reads.
-
-        A commit keeps its tokens and its last position, and drops what was known of the block; a draft leaves nothing.
-        """
-        if self.is_drafting:
-            return
-        ids = input_ids[:, : self._commits]
-        self.tokens = ids if self.tokens is None else torch.cat([self.tokens, ids], dim=1)
-        last = slice(ids.shape[1] - 1, ids.shape[1])
-        # Copies: views would keep the outputs of a whole prefill alive.
-        self.last_hidden, self.last_read_out = (raw[:, last].detach().clone() for raw in (hidden, read_out))
-        self.relay_state = None
-        if self._commits is None:
-            self.block_states = {}
+    def _where(self, rows: Tensor | None, places: Tensor | None) -> Any:
+        if places is None:
+            return rows
+        every = torch.arange(len(places), device=places.device) if rows is None else rows
+        return every[:, None], places
 
     @contextmanager
     def undone_by_exceptions(self) -> Iterator[None]:
         """Leaves the cache as it was if what happens inside does not come to its end, Ctrl-C included.
 
-        Nothing is copied: no method writes into tensors that the cache holds. But they are held until the end, so that
-        a conversation's prefix takes its memory twice meanwhile.
+        Nothing is copied: no method writes to committed numbers. But they are held until the end, so that a
+        conversation's prefix takes its memory twice meanwhile.
         """
-        own = {**vars(self), "layers": list(self.layers), "block_states": dict(self.block_states)}
+        own = {**vars(self), "layers": list(self.layers)}
         layers = [(layer, dict(vars(layer))) for layer in self.layers]
         try:
             yield
@@ -201,17 +282,6 @@ class RelayCache(DynamicCache):
                 vars(state).clear()
                 vars(state).update(before)
             raise
-
-    def drop_unfinished(self) -> None:
-        """Drops keys and values that a forward has left which did not come to its end, as if it had never begun."""
-        known = 0 if self.tokens is None else self.tokens.shape[1]
-        layer: Any
-        for layer in self.layers:
-            layer.crop(min(known - layer.get_seq_length(), 0))
-
-    def forget_block(self) -> None:
-        """Drops what is known of the block that was being denoised."""
-        self.relay_state, self.block_states = None, {}
 
     def reset(self) -> None:
         super().reset()
@@ -249,16 +319,21 @@ class RelayCache(DynamicCache):
         self._map_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def _forget_block_and_tail(self) -> None:
-        self.last_hidden = self.last_read_out = None
-        self.forget_block()
+        self.last_hidden = self.last_read_out = self.relay_state = None
 
     def _map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
         for name in self._ROW_TENSORS:
             if (tensor := getattr(self, name)) is not None:
                 setattr(self, name, function(tensor))
-        self.block_states = {
-            index: (function(keys), function(values)) for index, (keys, values) in self.block_states.items()
-        }
+
+
+def prefix_of(cache: Cache | None) -> Prefix:
+    """What a forward sees that was given `cache`: a prefix, a cache to commit to, one of another kind, or nothing."""
+    if isinstance(cache, Prefix):
+        return cache
+    if isinstance(cache, RelayCache):
+        return cache.prefix(is_one_block=False)
+    return Prefix([], 0) if cache is None else OtherCache(cache)
 
 
 def rows_of(tensor: Tensor, rows: Tensor | None) -> Tensor:

@@ -1,27 +1,67 @@
-"""The block decoder: prefill, then per block denoise until it is known and commit it; rows leave as they finish.
+"""The block decoder: prefill, then block by block denoise until all of it is known, and commit; rows leave when they end.
 
-Legend: B rows still being decoded, W columns of the grid, S positions of a block, s of a sub-block, N positions that a
-step scores.
+Legend: B rows still being decoded, n of them that take part in a forward, W columns of the grid, S positions of a
+block, s of a part of it, N positions that a step scores.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import MaxTimeCriteria
 
-from .cache_relay import RelayCache
+from .cache_relay import RelayCache, rows_of
 from .choice_relay import Choice, TokenChooser, uniform_numbers
 from .grid_relay import DecodingGrid
 from .history_relay import RevealRecorder
+from .masks_relay import block_attention_mask
 from .options_relay import DecodingOptions
-from .outputs_relay import RelayGenerateHistory, RelayGenerateOutput
-from .passes_relay import Draft, ForwardPasses
+from .outputs_relay import RelayGenerateOutput
+from .prefix_relay import Prefix, denoise
 from .reveal_relay import Progress, in_earliest_sub_block, sub_blocks_of
+from .shortcuts_relay import Part, SubBlockCache, state_of_part
 from .start_relay import RelayStart
 from .stopping_relay import Stopping
+
+
+@dataclass
+class Block:
+    """The block in work.
+
+    Args:
+        columns: of the grid.
+        masks_at_begin: (B,) how many of each row's positions were masked, at least 1.
+        sub_block: (B,) long, the sub-block that each row's last step was about.
+        progress: of each row in its sub-block.
+        shortcut: which part of the block a forward may leave out; None = it runs all of it.
+        is_new: no forward has run it yet.
+        attention: prepared masks by the length of the forward.
+    """
+
+    columns: slice
+    masks_at_begin: Tensor
+    sub_block: Tensor
+    progress: Progress
+    shortcut: SubBlockCache | None
+    is_new: bool = True
+    attention: dict[int, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Forward:
+    """One denoise forward, before it runs.
+
+    Args:
+        rows: (n,) that it runs; None = all.
+        part: (n, s) positions of the block that it runs; None = all.
+        where: (N,) rows and (N,) positions of the block that it scores.
+        scored: the same, counted among what it runs.
+    """
+
+    rows: Tensor | None
+    part: Tensor | None
+    where: tuple[Tensor, Tensor]
+    scored: tuple[Tensor, Tensor]
 
 
 @dataclass
@@ -29,22 +69,26 @@ class Step:
     """One denoise step of all rows: one forward, or two if some rows need their whole block and others do not.
 
     Args:
-        block: (B, S) tokens as they are before it.
-        masked: (B, S) bool, what is hidden of each row's own positions.
+        tokens: (B, S) of the block, before it.
+        masked: (B, S) bool, which of each row's own positions are.
         candidates: (B, S) bool, those of them that it scores.
         certain: (B, S) bool, those that it reveals whatever the policy says of the others.
         active: (B,) bool, rows that take part.
+        sub_block: (B,) long, which one each row's candidates are in.
+        begins: (B,) long, position of the block at which that begins; negative if the block cuts it off.
         progress: of each row in its sub-block.
-        drafts: the forwards.
+        forwards: of the step, none if the block is known.
     """
 
-    block: Tensor
+    tokens: Tensor
     masked: Tensor
     candidates: Tensor
     certain: Tensor
     active: Tensor
+    sub_block: Tensor
+    begins: Tensor
     progress: Progress
-    drafts: list[Draft]
+    forwards: list[Forward] = field(default_factory=list)
 
 
 class BlockDecoder:
@@ -53,11 +97,12 @@ class BlockDecoder:
     Args:
         model: called as `model(input_ids, ...)`, plus its head and its initial relay state.
         cache: empty, or of an earlier turn of the only row's conversation; filled while decoding.
+        grid: the rows.
         options: of one `generate`.
         chooser: which token to reveal at a position.
         seeds: (B,) long, of the random numbers that a row's tokens are drawn with.
         start: makes the state of each block's first step; None = the model's initial one.
-        stopping: what ends a row.
+        stopping: ends rows.
         streamer: gets drafts (if it can) and finished blocks of the only row.
     """
 
@@ -65,6 +110,7 @@ class BlockDecoder:
         self,
         model: Any,
         cache: RelayCache,
+        grid: DecodingGrid,
         options: DecodingOptions,
         *,
         chooser: TokenChooser,
@@ -75,6 +121,7 @@ class BlockDecoder:
     ) -> None:
         self.model = model
         self.cache = cache
+        self.grid = grid
         self.options = options
         self.chooser = chooser
         self.seeds = seeds
@@ -82,78 +129,48 @@ class BlockDecoder:
         self.stopping = stopping
         self.streamer = streamer
         self.mask_token_id: int = model.config.mask_token_id
-        self.block_size: int | None = model.config.block_size
         self.token_shift: bool = model.config.token_shift
-
-    def run(self, input_ids: Tensor, attention_mask: Tensor, new_tokens: int) -> RelayGenerateOutput:
-        """Decodes `new_tokens` tokens behind every row, or fills its masks if the whole sequence is one block.
-
-        Args:
-            input_ids: (B, P) prompts, padded on any side.
-            attention_mask: (B, P), 0 at padding.
-            new_tokens: appended to every row.
-
-        Raises:
-            ValueError: a row is empty, a prompt of a block model holds [MASK], or there is nothing to fill in.
-        """
-        is_text = attention_mask.bool()
-        self._check_prompts(input_ids, is_text, new_tokens)
-        self.grid = grid = DecodingGrid(
-            input_ids, is_text, new_tokens, self.block_size, self.mask_token_id, self.model.config.positions
-        )
-        self.appends = new_tokens > 0
+        self.is_canvas = model.config.block_size is None
+        self.recorder = RevealRecorder(grid.tokens) if options.output_history else None
+        self.uncommitted = 0  # columns before the block that the next denoise forward commits
+        # (B,) forwards of each row of the batch.
         self.denoise_forwards, self.commit_forwards, self.prefill_forwards, self.reference_forwards = torch.zeros(
-            4, len(input_ids), dtype=torch.long, device=input_ids.device
+            4, len(grid.rows), dtype=torch.long, device=grid.tokens.device
         )
-        self.recorder = RevealRecorder(grid.tokens) if self.options.output_history else None
-        self.passes = ForwardPasses(
-            self.model,
-            self.cache,
-            grid,
-            use_relay=self.options.use_relay,
-            keeps_block=bool(self.options.use_sub_block_cache),
-        )
-        # Sub-blocks of text that is appended to a canvas begin with it.
-        is_canvas = self.block_size is None and self.appends and self.options.sub_block_size is not None
-        grid.anchor = grid.prompt_end if is_canvas else torch.zeros_like(grid.prompt_end)
 
+    def run(self) -> RelayGenerateOutput:
+        """Decodes all rows to their ends."""
+        grid = self.grid
         begin, final_column = grid.prefix, grid.tokens.shape[1]
+        self.cache.reserve(final_column)
+        # 1. Prefill: whole blocks of the prompts, as far as an earlier turn has not committed them.
         if (known := self._reuse_committed()) < begin:
-            self.passes.commit(known, begin)
+            self._commit(known, begin)
             self.prefill_forwards += grid.starts > known
         if begin > 0:
             self._reveal_first(begin)
         while True:
-            stop = begin + grid.width
-            self._denoise(begin, stop)
-            self._stop_by_criteria(begin, stop)
-            self._stream(begin, stop)
-            if (alive := grid.retire(stop)) is not None and len(alive):
+            # 2. Denoise the block, step by step.
+            columns = slice(begin, begin + grid.width)
+            self._denoise(columns)
+            # 3. End rows, and let those go that have ended.
+            self.stopping.apply(grid, columns)
+            self._stream(columns)
+            if (alive := grid.retire(columns.stop)) is not None and len(alive):
                 self.cache.batch_select_indices(alive)
-            if stop == final_column or len(grid.rows) == 0:
+            if columns.stop == final_column or len(grid.rows) == 0:
                 break
+            # 4. Commit it.
             if self.options.fuse_commits:
-                self.passes.commit_later(begin, stop)
+                self.uncommitted = grid.width
             else:
-                self.passes.commit(begin, stop)
+                self._commit(begin, columns.stop)
                 self.commit_forwards[grid.rows] += 1
-                self._reveal_first(stop)
-            begin = stop
+                self._reveal_first(columns.stop)
+            begin = columns.stop
         if self.streamer is not None:
             self.streamer.end()
-        return self._collect()
-
-    def _check_prompts(self, input_ids: Tensor, is_text: Tensor, new_tokens: int) -> None:
-        if not bool(is_text.any(-1).all()):
-            raise ValueError("A prompt is empty: give every row at least one token.")
-        holds_masks = bool(((input_ids == self.mask_token_id) & is_text).any())
-        if self.block_size is not None and holds_masks:
-            raise ValueError(
-                "The prompt holds [MASK] tokens, which a block model would read as text: only models with "
-                "`block_size=None` fill in a canvas."
-            )
-        if self.block_size is None and new_tokens == 0 and not holds_masks:
-            raise ValueError("The canvas has no [MASK] to fill in: put masks into it, or set `max_new_tokens`.")
+        return self._output()
 
     # -- committed blocks -------------------------------------------------------------------------------------------
 
@@ -163,231 +180,259 @@ class BlockDecoder:
         if cached == 0:
             return 0
         width, length = self.grid.width, min(cached, self.grid.prefix)
-        is_same = self.cache.tokens[0, :length] == self.grid.tokens[0, :length]
+        is_same = self.cache.tokens[0, :length] == self.grid.tokens[0, :length]  # type: ignore[index]
         shared = int(is_same.long().cumprod(0).sum()) // width * width
         if shared < cached:
             if self.token_shift:
-                # The next block is aligned with the hidden state before it, which only a commit tells.
+                # The next block is aligned with the hidden state before it, which only a commit leaves.
                 shared = max(shared - width, 0)
             self.cache.crop(shared - cached)
         return shared
 
+    def _commit(self, begin: int, stop: int) -> None:
+        """Writes known columns to the cache, without any relay state."""
+        self.model(
+            self.grid.tokens[:, begin:stop],
+            attention_mask=self.grid.attention_mask(stop),
+            position_ids=self.grid.positions(begin, stop),
+            cache=self.cache,
+            logits_to_keep=self.grid.rows.new_empty(0),
+            output_relay_state=False,
+        )
+
     def _reveal_first(self, column: int) -> None:
         """A token-shift model has already scored the first position of a block: at the end of the block before."""
-        grid = self.grid
-        is_masked = grid.tokens[:, column] == self.mask_token_id
+        grid, first = self.grid, slice(column, column + 1)
+        is_masked = grid.tokens[:, first] == self.mask_token_id
         if not (self.token_shift and bool(is_masked.any())):
             return
-        everywhere = torch.arange(len(grid.rows), device=is_masked.device)
-        choice = self._choose(self.cache.last_hidden[:, 0], everywhere, column, torch.ones_like(grid.rows))
-        grid.tokens[:, column] = torch.where(is_masked, choice.tokens, grid.tokens[:, column])
+        rows = torch.arange(len(grid.rows), device=is_masked.device)
+        choice = self._choose(self.cache.last_hidden[:, 0], rows, column, torch.ones_like(rows))  # type: ignore[index]
+        grid.tokens[:, first] = torch.where(is_masked, choice.tokens[:, None], grid.tokens[:, first])
         if self.recorder is not None:
-            first = slice(column, column + 1)
-            self.recorder.record(grid.rows, first, is_masked[:, None], choice.confidence[:, None])
+            self.recorder.record(grid.rows, first, is_masked, choice.confidence[:, None])
 
     # -- one block --------------------------------------------------------------------------------------------------
 
-    def _denoise(self, begin: int, stop: int) -> None:
+    def _denoise(self, columns: slice) -> None:
         """Reveals the block's positions step by step; ends rows that reach a stop token.
 
         Every step reveals at least one position of every row that takes part, or brings it nearer to the end of its
         policy's schedule; and at least one row takes part.
         """
-        columns = slice(begin, stop)
-        self.passes.begin_block(columns)
-        self.masks_at_begin = self._masked(columns).sum(-1).clamp(min=1)  # (B,)
-        nowhere = torch.full_like(self.grid.rows, torch.iinfo(torch.long).min)
-        self.refreshed = nowhere  # (B,) sub-block at whose start all keys were computed
-        self.sub_block = nowhere  # (B,) the one that the steps so far were about
-        self.progress = Progress(torch.zeros_like(nowhere), torch.zeros_like(nowhere))
-        while (step := self._next_step(columns)) is not None:
-            if self.start is not None and self.passes.is_block_new:
-                self.start(self.passes, step.drafts[0], step.masked)
-                self.denoise_forwards[self.grid.rows] += step.active * self.start.denoise_forwards
-                self.reference_forwards[self.grid.rows] += step.active * self.start.reference_forwards
-            hidden = [self.passes.denoise(draft) for draft in step.drafts]
-            self._reveal(step, columns, torch.cat(hidden))
-        self.grid.end = torch.minimum(self.grid.end, self._first_stop_token(columns) + 1)
+        grid = self.grid
+        nowhere = torch.full_like(grid.rows, torch.iinfo(torch.long).min)
+        block = Block(
+            columns,
+            masks_at_begin=grid.masked(columns).sum(-1).clamp(min=1),
+            sub_block=nowhere,
+            progress=Progress(torch.zeros_like(nowhere), torch.zeros_like(nowhere)),
+            shortcut=SubBlockCache.of(self.options, self.model.config, nowhere),
+        )
+        self.cache.write_relay_state(None)
+        while (step := self._plan(block)).forwards:
+            if self.start is not None and block.is_new:
+                self.start(self, block, step)
+            head_inputs = torch.cat([self._forward(block, forward) for forward in step.forwards])
+            self._reveal(block, step, head_inputs)
+        grid.end = torch.minimum(grid.end, self.stopping.first_stop_token(grid, columns) + 1)
 
-    def _next_step(self, columns: slice) -> Step | None:
-        """Which positions to score next, or None if the block is known; the one place where a step waits for the
-        device."""
-        grid, size = self.grid, self.options.sub_block_size or self.grid.width
-        block = grid.tokens[:, columns]
-        masked = self._masked(columns)
-        column = torch.arange(columns.start, columns.stop, device=block.device)  # (S,)
+    def _plan(self, block: Block) -> Step:
+        """Which positions to score next; the one place where a step waits for the device."""
+        grid, columns = self.grid, block.columns
+        size = self.options.sub_block_size or grid.width
+        masked = grid.masked(columns)
+        column = torch.arange(columns.start, columns.stop, device=masked.device)  # (S,)
         # Masks behind the row's end or its stop token are never worth a forward.
-        needed = masked & (column < torch.minimum(grid.end, self._first_stop_token(columns))[:, None])
+        end = torch.minimum(grid.end, self.stopping.first_stop_token(grid, columns))
+        needed = masked & (column < end[:, None])
         active = needed.any(-1)
-        sub_blocks = sub_blocks_of(len(column), size, grid.anchor - columns.start)  # (B, S)
+        sub_blocks = sub_blocks_of(grid.width, size, grid.anchor - columns.start)  # (B, S)
         candidates = masked & in_earliest_sub_block(needed, sub_blocks) & active[:, None]
         sub_block = sub_blocks.gather(1, needed.long().argmax(-1, keepdim=True))[:, 0]  # (B,)
-        progress = self._advance(active, sub_block, candidates.sum(-1))
-        certain = torch.zeros_like(candidates)
-        drafts: list[tuple[Tensor, Tensor | None]] = [(active, None)]
-        if self.token_shift and self.passes.is_commit_due:
-            # The block's first token is the commit's, not the policy's.
-            certain[:, 0] = candidates[:, 0]
-        begins = grid.anchor - columns.start + sub_block * size  # (B,) of the sub-block; negative if it is cut off
-        if self.options.use_sub_block_cache:
-            # A sub-block alone cannot score its own first position if that is done at the position before.
-            is_first = torch.arange(len(column), device=block.device) == begins.clamp(min=0)[:, None]
-            is_first_masked = (candidates & is_first).any(-1) & self.token_shift
-            is_stale = active & ((self.refreshed != sub_block) | is_first_masked)
-            self.refreshed = torch.where(is_stale, sub_block, self.refreshed)
-            drafts = [(is_stale, None), (active & ~is_stale, begins)]
-            if self.block_size is None:
-                # As Fast-dLLM does with Dream: that forward reveals what the following ones cannot, and nothing else.
-                candidates = candidates & (is_first | ~is_first_masked[:, None])
-                certain = candidates & is_first_masked[:, None]
-        counts = [n for rows, _ in drafts for n in (rows.sum(), (candidates & rows[:, None]).sum())]
-        numbers = torch.stack([*counts, begins.where(active, len(column)).amin()]).tolist()
-        if not any(numbers[:-1]):
-            return None
-        length = size if self.options.use_sub_block_cache != "prefix" else len(column) - numbers[-1]
-        return Step(
-            block,
-            masked,
-            candidates,
-            certain,
-            active,
-            progress,
-            [
-                self._draft(candidates, rows, takers, count, begins, length)
-                for (rows, begins), takers, count in zip(drafts, numbers[::2], numbers[1::2], strict=False)
-                if count
-            ],
+        step = Step(
+            tokens=grid.tokens[:, columns],
+            masked=masked,
+            candidates=candidates,
+            certain=torch.zeros_like(candidates),
+            active=active,
+            sub_block=sub_block,
+            begins=grid.anchor - columns.start + sub_block * size,
+            progress=self._advance(block, active, sub_block, candidates.sum(-1)),
         )
+        if self.token_shift and self.uncommitted:
+            # The block's first token is the commit's, not the policy's.
+            step.certain[:, 0] = candidates[:, 0]
+        parts = [Part(active, None, active.sum())] if block.shortcut is None else block.shortcut.parts(step)
+        numbers = [n for p in parts for n in (p.rows.sum(), (step.candidates & p.rows[:, None]).sum(), p.length)]
+        counts = torch.stack(numbers).view(-1, 3).tolist()
+        step.forwards = [
+            self._forward_over(block, step, part, *numbers)
+            for part, numbers in zip(parts, counts, strict=True)
+            if numbers[1]
+        ]
+        return step
 
-    def _advance(self, active: Tensor, sub_block: Tensor, masks: Tensor) -> Progress:
-        """Counts each row's steps within its sub-block: (B,) bool and long, `masks` being what is hidden of that.
+    def _advance(self, block: Block, active: Tensor, sub_block: Tensor, masks: Tensor) -> Progress:
+        """Counts each row's steps within its sub-block: (B,) bool and long, `masks` being how many it has there.
 
         The steps are for all positions of a block model's sub-block, as SDAR counts them, prompt or not; on a canvas
-        for those that were hidden at its first step.
+        for those that were masked at its first step.
         """
-        is_new = active & (sub_block != self.sub_block)
-        step, positions = self.progress
-        total = (
-            masks if self.block_size is None else torch.full_like(masks, self.options.sub_block_size or self.grid.width)
-        )
+        is_new = active & (sub_block != block.sub_block)
+        step, positions = block.progress
+        size = self.options.sub_block_size or self.grid.width
+        total = masks if self.is_canvas else torch.full_like(masks, size)
         before = Progress(step.where(~is_new, 0), positions.where(~is_new, total))
-        self.sub_block = sub_block.where(active, self.sub_block)
-        self.progress = Progress(before.step + active, before.positions)
+        block.sub_block = sub_block.where(active, block.sub_block)
+        block.progress = Progress(before.step + active, before.positions)
         return before
 
-    def _draft(
-        self, candidates: Tensor, active: Tensor, takers: int, count: int, begins: Tensor | None, length: int
-    ) -> Draft:
-        """The forward about `takers` of the rows, which scores `count` positions."""
-        rows, places = torch.nonzero_static(candidates & active[:, None], size=count).unbind(-1)
-        taking_part = None if takers == len(active) else torch.nonzero_static(active, size=takers)[:, 0]
-        return Draft(active, taking_part, rows, places, begins, length)
+    def _forward_over(self, block: Block, step: Step, part: Part, takers: int, count: int, length: int) -> Forward:
+        """The forward over the part of `takers` rows, which scores `count` positions.
 
-    def _masked(self, columns: slice) -> Tensor:
-        """(B, S) bool, what is still hidden of each row's own positions."""
-        return (self.grid.tokens[:, columns] == self.mask_token_id) & self.grid.visible[:, columns]
+        The numbers are passed in so that `nonzero_static` need not wait for the device.
+        """
+        rows, places = torch.nonzero_static(step.candidates & part.rows[:, None], size=count).unbind(-1)
+        scored, scored_places, among = rows, places, None
+        # The first forward of a block runs all rows, so that memory and state are those of all.
+        if takers < len(part.rows) and not block.is_new:
+            among = torch.nonzero_static(part.rows, size=takers)[:, 0]
+            scored = (part.rows.cumsum(0) - 1)[rows]
+        if part.begins is None:
+            return Forward(among, None, (rows, places), (scored, scored_places))
+        run = rows_of(part.begins, among)[:, None] + torch.arange(length, device=rows.device)
+        # Where the block cuts the part off, its last position comes several times, each time the same.
+        run = run.clamp(min=0, max=self.grid.width - 1)
+        return Forward(among, run, (rows, places), (scored, places - part.begins[rows]))
 
-    def _first_stop_token(self, columns: slice) -> Tensor:
-        """(B,) column of the first stop token among the new tokens of the block, or one that is never reached."""
-        grid, never = self.grid, self.grid.tokens.shape[1]
-        if self.stopping.token_ids is None:
-            return torch.full_like(grid.end, never)
-        column = torch.arange(columns.start, columns.stop, device=grid.tokens.device)
-        is_stop = torch.isin(grid.tokens[:, columns], self.stopping.token_ids) & (column >= grid.prompt_end[:, None])
-        return torch.where(is_stop, column, never).amin(-1)
+    def _forward(self, block: Block, forward: Forward, injects: bool = True) -> Tensor:
+        """Runs the network, commits the block before if that is due, and keeps the state for the next step.
 
-    def _choose(self, hidden: Tensor, rows: Tensor, columns: Tensor | int, share_left: Tensor) -> Choice:
+        Args:
+            block: the block in work.
+            forward: what to run.
+            injects: let it receive the state of the forward before, or the initial one.
+
+        Returns:
+            (N, D) inputs of the head at the scored positions.
+        """
+        grid, rows, part, before = self.grid, forward.rows, forward.part, self.uncommitted
+        begin, stop = block.columns.start - before, block.columns.stop
+        ids, positions = rows_of(grid.tokens[:, begin:stop], rows), grid.positions(begin, stop)
+        positions = positions if len(positions) == 1 else rows_of(positions, rows)
+        if part is not None:
+            ids, positions = ids.gather(1, part), positions.expand(len(ids), -1).gather(1, part)
+        state, receives = self._state(rows, part, len(ids)) if injects else None, None
+        prefix = self.cache.prefix(rows, part, None if part is None else grid.width, is_one_block=before == 0)
+        if before and state is not None:
+            # The state never reaches committed keys and values.
+            state = torch.cat([torch.zeros_like(state[:, :1]).expand(-1, before, -1), state], dim=1)
+            receives = self.model.receives_state(ids)
+            receives[:, :before] = False
+        output = denoise(
+            self.model,
+            ids,
+            prefix,
+            state,
+            (forward.scored[0], forward.scored[1] + before),
+            receives=receives,
+            leaves_state=self.options.use_relay,
+            attention_mask=grid.attention_mask(stop) if before else self._attention_mask(block, prefix, ids, rows),
+            position_ids=positions,
+        )
+        if before:
+            self.cache.commit(prefix, ids[:, :before])
+        state = None if output.relay_state is None else output.relay_state[:, before:]
+        if part is not None and state is not None:
+            old = self.cache.read_relay_state(rows, part) if self.token_shift else None
+            state = state_of_part(state, part, old)
+        self.cache.write_relay_state(state, rows, part)
+        block.is_new, self.uncommitted = False, 0
+        return output.head_inputs
+
+    def look(self, block: Block, step: Step) -> None:
+        """Runs the step's forward with nothing injected and nothing scored, only for the state that it leaves."""
+        nothing = step.forwards[0].where[0][:0]
+        self._forward(block, replace(step.forwards[0], scored=(nothing, nothing)), injects=False)
+
+    def _state(self, rows: Tensor | None, part: Tensor | None, count: int) -> Tensor | None:
+        """State that goes into a forward over `count` rows."""
+        if not self.options.use_relay:
+            return None
+        if self.cache.relay_state is None:
+            return self.model.initial_relay_state(count, self.grid.width)
+        return self.cache.read_relay_state(rows, part)
+
+    def _attention_mask(self, block: Block, prefix: Prefix, ids: Tensor, rows: Tensor | None) -> Any:
+        """The attention mask of a forward, prepared once per block: to do so, transformers waits for the device."""
+        visible, length = self.grid.attention_mask(block.columns.stop), ids.shape[1]
+        if visible is None:
+            return None
+        backbone, size = self.model.model.config, self.model.config.block_size
+
+        def prepare(visible: Tensor) -> Any:
+            like = torch.empty(len(visible), length, 0, dtype=self.model.dtype, device=visible.device)
+            return block_attention_mask(backbone, like, visible, prefix, size)
+
+        if length not in block.attention:
+            block.attention[length] = prepare(visible)
+        mask = block.attention[length]
+        if mask is None or rows is None:
+            return mask
+        # Flex attention's masks are functions of a row's number, and cannot be indexed.
+        return mask[rows] if isinstance(mask, Tensor) else prepare(visible[rows])
+
+    # -- tokens -----------------------------------------------------------------------------------------------------
+
+    def _choose(self, head_inputs: Tensor, rows: Tensor, columns: Tensor | int, share_left: Tensor) -> Choice:
         """Scores N positions, and chooses their tokens.
 
         Args:
-            hidden: (N, D) inputs of the head.
+            head_inputs: (N, D).
             rows: (N,).
             columns: (N,) or one for all.
             share_left: (B,) share of each row's block that is still masked.
         """
         grid = self.grid
         if not self.chooser.needs_logits:
-            confidence, tokens = self.model.best_tokens(hidden)
+            confidence, tokens = self.model.best_tokens(head_inputs)
             return Choice(self._known(tokens), confidence, confidence)
         numbers = uniform_numbers(
             self.seeds[grid.rows[rows]], self.denoise_forwards[grid.rows[rows]], columns - grid.offset[rows]
         )
-        choice = self.chooser(self.model.lm_head(hidden), grid.tokens[rows], share_left[rows][:, None], numbers)
+        choice = self.chooser(self.model.lm_head(head_inputs), grid.tokens[rows], share_left[rows][:, None], numbers)
         return choice._replace(tokens=self._known(choice.tokens))
 
     def _known(self, tokens: Tensor) -> Tensor:
-        """Where no token is possible at all (or no score a number), [MASK] may come first: any other one ends it."""
+        """Replaces [MASK], which comes first only if all scores are -inf or NaN; else the loop would not end."""
         return tokens.where(tokens != self.mask_token_id, 1 if self.mask_token_id == 0 else 0)
 
-    def _reveal(self, step: Step, columns: slice, hidden: Tensor) -> None:
-        """Writes what the policy reveals.
-
-        Args:
-            step: what was scored.
-            columns: of the block.
-            hidden: (N, D) inputs of the head.
-        """
-        grid, block = self.grid, step.block
+    def _reveal(self, block: Block, step: Step, head_inputs: Tensor) -> None:
+        """Writes what the policy reveals, given the (N, D) inputs of the head at the scored positions."""
+        grid, columns = self.grid, block.columns
         self.denoise_forwards[grid.rows] += step.active
-        rows = torch.cat([draft.rows for draft in step.drafts])
-        places = torch.cat([draft.places for draft in step.drafts])
-        share_left = step.masked.sum(-1) / self.masks_at_begin
-        choice = self._choose(hidden, rows, columns.start + places, share_left)
-        where = (rows, places)
-        nothing = torch.zeros(block.shape, device=block.device)
-        confidence = nothing.index_put(where, choice.confidence)
-        measure = nothing.index_put(where, choice.measure)
+        rows, places = (torch.cat(each) for each in zip(*[forward.where for forward in step.forwards], strict=True))
+        share_left = step.masked.sum(-1) / block.masks_at_begin
+        choice = self._choose(head_inputs, rows, columns.start + places, share_left)
+        nothing = torch.zeros(step.tokens.shape, device=step.tokens.device)
+        confidence, measure = (nothing.index_put((rows, places), n) for n in (choice.confidence, choice.measure))
         revealed = self.options.policy(measure, step.candidates & ~step.certain, step.progress) | step.certain
-        grid.tokens[:, columns] = torch.where(revealed, block.index_put(where, choice.tokens), block)
+        tokens = step.tokens.index_put((rows, places), choice.tokens)
+        grid.tokens[:, columns] = torch.where(revealed, tokens, step.tokens)
         if self.recorder is not None:
             self.recorder.record(grid.rows, columns, revealed, confidence, self.denoise_forwards[grid.rows])
         if hasattr(self.streamer, "put_draft"):
-            self.streamer.put_draft(self._shown(columns.start, columns.stop))
+            self.streamer.put_draft(grid.shown(columns))
 
-    # -- what is seen of a row --------------------------------------------------------------------------------------
+    # -- what comes out ---------------------------------------------------------------------------------------------
 
-    def _stop_by_criteria(self, begin: int, stop: int) -> None:
-        """Ends rows by criteria: those that read text, and clocks, which leave rows what is known by then."""
-        clocks = [criterion for criterion in self.stopping.criteria if isinstance(criterion, MaxTimeCriteria)]
-        readers = [criterion for criterion in self.stopping.criteria if not isinstance(criterion, MaxTimeCriteria)]
-        if readers:
-            self._stop_by_text(begin, stop, readers)
-        if any(bool(clock(self.grid.tokens, None).any()) for clock in clocks):
-            self.grid.end = self.grid.end.clamp(max=stop)
-
-    def _stop_by_text(self, begin: int, stop: int, readers: list[Callable[..., Tensor]]) -> None:
-        """Asks about every prefix, because a block brings many tokens at once.
-
-        Criteria see what token-by-token decoding would show them: the batch as it was given, with as many new tokens
-        behind every prompt. Rows that have ended are padded; those that are not as far yet show [MASK]s, and are not
-        asked about.
-        """
-        grid = self.grid
-        first = (begin - grid.prompt_end).clamp(min=0)  # (B,) new tokens known before this block
-        known = grid.end.clamp(max=stop) - grid.prompt_end  # (B,) and with it
-        grid.file(stop)
-        behind = torch.full_like(grid.all_end, self.stopping.padding)
-        behind[grid.rows] = behind[grid.rows].where(grid.end <= stop, self.mask_token_id)
-        texts, width = grid.as_given(grid.all_tokens, grid.prompts, behind[:, None]), grid.prompts.shape[1]
-        for count in range(int(first.min()) + 1, int(known.max()) + 1):
-            verdicts = [criterion(texts[:, : width + count], None) for criterion in readers]
-            stops = torch.stack([torch.as_tensor(v, device=texts.device).expand(len(texts)) for v in verdicts]).any(0)
-            ends = (first < count) & (count <= known) & stops[grid.rows]
-            known = known.where(~ends, count)
-            grid.end = grid.end.where(~ends, grid.prompt_end + count)
-
-    def _stream(self, begin: int, stop: int) -> None:
-        if self.streamer is not None and len(shown := self._shown(begin, stop)):
+    def _stream(self, columns: slice) -> None:
+        if self.streamer is not None and len(shown := self.grid.shown(columns)):
             self.streamer.put(shown)
 
-    def _shown(self, begin: int, stop: int) -> Tensor:
-        """What a streamer gets of a block of the only row: its new tokens, or all of it if nothing is appended."""
-        first = max(begin, int(self.grid.prompt_end[0])) if self.appends else begin
-        return self.grid.tokens[0, first : min(stop, int(self.grid.end[0]))].cpu()
-
-    def _collect(self) -> RelayGenerateOutput:
+    def _output(self) -> RelayGenerateOutput:
         grid = self.grid
-        counts = grid.all_end - grid.all_prompt_end  # (B,)
         filled = ((grid.prompts == self.mask_token_id) & grid.is_text).sum(-1)
         forwards = self.denoise_forwards + self.commit_forwards + self.prefill_forwards
         return RelayGenerateOutput(
@@ -395,21 +440,8 @@ class BlockDecoder:
             denoise_forwards=self.denoise_forwards,
             commit_forwards=self.commit_forwards,
             prefill_forwards=self.prefill_forwards,
-            tokens_per_forward=(counts + filled) / forwards.clamp(min=1),
+            tokens_per_forward=(grid.all_end - grid.all_prompt_end + filled) / forwards.clamp(min=1),
             reference_forwards=self.reference_forwards if self.start and self.start.reference_forwards else None,
             cache=self.cache,
-            history=None if self.recorder is None else self._collect_history(self.recorder),
-        )
-
-    def _collect_history(self, recorder: RevealRecorder) -> RelayGenerateHistory:
-        grid, prompts = self.grid, self.grid.prompts
-        revealed_at = grid.as_given(recorder.revealed_at, torch.full_like(prompts, -1), -1)
-        no_confidence = torch.zeros_like(prompts, dtype=torch.float32)
-        given = torch.zeros_like(revealed_at, dtype=torch.bool)
-        given[:, : prompts.shape[1]] = grid.is_text & (prompts != self.mask_token_id)
-        return RelayGenerateHistory(
-            revealed_at=revealed_at,
-            confidence=grid.as_given(recorder.confidence, no_confidence, 0.0),
-            given=given,
-            denoise_forwards=self.denoise_forwards,
+            history=None if self.recorder is None else self.recorder.history(grid, self.denoise_forwards),
         )

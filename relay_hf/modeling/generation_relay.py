@@ -17,6 +17,7 @@ from .cache_relay import RelayCache
 from .choice_relay import TokenChooser
 from .configuration_relay import RelayConfig
 from .decoding_relay import BlockDecoder
+from .grid_relay import DecodingGrid
 from .options_relay import DecodingOptions, complete_generation_config
 from .outputs_relay import RelayGenerateOutput
 from .start_relay import make_start
@@ -136,8 +137,6 @@ class RelayGenerationMixin(GenerationMixin):
         if cache.get_seq_length() == 0:
             # A run that never committed a block leaves a relay state without keys and values.
             cache.reset()
-        elif cache.tokens is not None:
-            cache.drop_unfinished()
         model_kwargs[CACHE_ARGUMENT] = cache
 
     def _prepare_generated_length(
@@ -185,9 +184,17 @@ class RelayGenerationMixin(GenerationMixin):
         check_length(self.config, self.learned_positions, longest + new_tokens)
         draws, device = generation_config.do_sample, self.get_input_embeddings().weight.device
         cache: RelayCache = pop_cache(model_kwargs)
+        grid = DecodingGrid(
+            input_ids.long().to(device),
+            torch.ones_like(input_ids, device=device) if attention_mask is None else attention_mask.to(device),
+            new_tokens,
+            self.config,
+            options.sub_block_size,
+        )
         decoder = BlockDecoder(
             self,
             cache,
+            grid,
             options,
             chooser=TokenChooser(
                 options.processors(logits_processor), draws, self.config.mask_token_id, options.policy.reads
@@ -199,11 +206,7 @@ class RelayGenerationMixin(GenerationMixin):
             streamer=streamer,
         )
         with cache.undone_by_exceptions():
-            output = decoder.run(
-                input_ids.long().to(device),
-                torch.ones_like(input_ids, device=device) if attention_mask is None else attention_mask.to(device),
-                new_tokens=new_tokens,
-            )
+            output = decoder.run()
         return output if generation_config.return_dict_in_generate else output.sequences
 
 

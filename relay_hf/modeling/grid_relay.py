@@ -9,8 +9,12 @@ Legend: B rows still being decoded, P columns of the prompts as they were given,
 block.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from .configuration_relay import RelayConfig
 
 
 class DecodingGrid:
@@ -18,11 +22,13 @@ class DecodingGrid:
 
     Args:
         input_ids: (B, P) prompts, padded on any side.
-        is_text: (B, P) bool, False at padding.
-        new_tokens: appended to every row.
-        block_size: None = every row is one block.
-        mask_token_id: in every column that is not known.
-        positions: that the model has, or None for any number. What fills up the last block stops there; text does not.
+        attention_mask: (B, P), 0 at padding.
+        new_tokens: appended to every row; 0 = only masks of a canvas are filled.
+        config: configuration of the model. What fills up the last block stops at its last position; text does not.
+        sub_block_size: on a canvas that text is appended to, sub-blocks begin with that text.
+
+    Raises:
+        ValueError: a row is empty, a prompt of a block model holds [MASK], or there is nothing to fill in.
 
     Attributes:
         width: S, columns of a block.
@@ -33,20 +39,22 @@ class DecodingGrid:
         offset: (B,) column of the row's position 0.
         prompt_end: (B,) column of the first new token.
         end: (B,) column behind the last token; moves left when the row stops.
-        anchor: (B,) column from which sub-blocks are counted; set by the decoder.
+        anchor: (B,) column from which sub-blocks are counted.
+        appends: whether new tokens follow the prompts.
     """
-
-    anchor: Tensor
 
     def __init__(
         self,
         input_ids: Tensor,
-        is_text: Tensor,
+        attention_mask: Tensor,
         new_tokens: int,
-        block_size: int | None,
-        mask_token_id: int,
-        positions: int | None = None,
+        config: RelayConfig,
+        sub_block_size: int | None,
     ) -> None:
+        is_text, block_size, positions = attention_mask.bool(), config.block_size, config.positions
+        self.appends = new_tokens > 0
+        self.mask_token_id: Any = config.mask_token_id
+        check_prompts(input_ids, is_text, new_tokens, block_size, self.mask_token_id)
         lengths = is_text.sum(-1)  # (B,)
         ends = lengths + new_tokens  # (B,)
         if block_size is None:
@@ -62,13 +70,15 @@ class DecodingGrid:
         self.offset = self.prefix - self.starts
         self.prompt_end = self.offset + lengths
         self.end = self.offset + ends
+        is_canvas = block_size is None and self.appends and sub_block_size is not None
+        self.anchor = self.prompt_end if is_canvas else torch.zeros_like(self.prompt_end)
         self.visible = column >= self.offset[:, None]
         if block_size is None:
             self.visible &= column < self.end[:, None]
         elif positions is not None:
             self.visible &= column < (self.offset + ends.clamp(min=positions))[:, None]
         self.is_padded = not bool(self.visible.all())
-        self.tokens = torch.full((len(lengths), len(column)), mask_token_id, device=device)
+        self.tokens = torch.full((len(lengths), len(column)), self.mask_token_id, device=device)
         self.prompts, self.is_text = input_ids, is_text
         self.last_position = None if positions is None else max(positions, int(ends.max())) - 1
         places = is_text.long().cumsum(-1) - 1  # (B, P)
@@ -87,17 +97,26 @@ class DecodingGrid:
         column = torch.arange(begin, stop, device=self.tokens.device)[None]
         return (column - self.offset[:, None]).clamp(0, self.last_position) if self.is_padded else column
 
-    def file(self, stop: int) -> None:
-        """Notes what is known of the rows up to column `stop`, among all rows of the batch."""
+    def masked(self, columns: slice) -> Tensor:
+        """(B, S) bool, which of each row's own positions are masked in these columns."""
+        return (self.tokens[:, columns] == self.mask_token_id) & self.visible[:, columns]
+
+    def shown(self, columns: slice) -> Tensor:
+        """What a streamer gets of a block of the only row: its new tokens, or all of it if nothing is appended."""
+        first = max(columns.start, int(self.prompt_end[0])) if self.appends else columns.start
+        return self.tokens[0, first : min(columns.stop, int(self.end[0]))].cpu()
+
+    def save_active_rows(self, stop: int) -> None:
+        """Copies tokens and ends of the rows, up to column `stop`, into the arrays of the whole batch."""
         self.all_tokens[self.rows], self.all_end[self.rows] = self.tokens, self.end.clamp(max=stop)
 
     def retire(self, stop: int) -> Tensor | None:
-        """Files the rows and drops those that end before column `stop`.
+        """Saves the rows, and drops those that end before column `stop`.
 
         Returns:
             (n,) which rows stay, or None if all do.
         """
-        self.file(stop)
+        self.save_active_rows(stop)
         alive = (self.end > stop).nonzero()[:, 0]
         if len(alive) == len(self.rows):
             return None
@@ -106,12 +125,12 @@ class DecodingGrid:
         return alive
 
     def as_given(self, grid: Tensor, padding: Tensor, behind: float | Tensor) -> Tensor:
-        """Columns of all rows -> the form of the prompts, with the new tokens that are filed behind them.
+        """Undoes the alignment: values of the grid in the caller's padded layout, new tokens behind the prompts.
 
         Args:
             grid: (B, W), one value for every column.
             padding: (B, P), kept where the prompts are padded.
-            behind: written behind a row's filed tokens; one for all, or (B, 1).
+            behind: written behind a row's saved tokens; one for all, or (B, 1).
 
         Returns:
             (B, P + the most new tokens of any row).
@@ -122,3 +141,19 @@ class DecodingGrid:
         columns = (self.all_prompt_end[:, None] + step).clamp(max=grid.shape[1] - 1)
         new = grid.gather(-1, columns).where(step < counts[:, None], behind)
         return torch.cat([prompts, new], dim=-1)
+
+
+def check_prompts(
+    input_ids: Tensor, is_text: Tensor, new_tokens: int, block_size: int | None, mask_token_id: int
+) -> None:
+    """Raises a ValueError if a row cannot be decoded; arguments of `DecodingGrid`."""
+    if not bool(is_text.any(-1).all()):
+        raise ValueError("A prompt is empty: give every row at least one token.")
+    holds_masks = bool(((input_ids == mask_token_id) & is_text).any())
+    if block_size is not None and holds_masks:
+        raise ValueError(
+            "The prompt holds [MASK] tokens, which a block model would read as text: only models with "
+            "`block_size=None` fill in a canvas."
+        )
+    if block_size is None and new_tokens == 0 and not holds_masks:
+        raise ValueError("The canvas has no [MASK] to fill in: put masks into it, or set `max_new_tokens`.")

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+from .grid_relay import DecodingGrid
+from .outputs_relay import RelayGenerateHistory
+
 
 class RevealRecorder:
     """Two numbers for every column of the decoder's grid, kept for all rows whether they still decode or not.
@@ -30,3 +33,17 @@ class RevealRecorder:
         at = torch.zeros_like(rows) if forward is None else forward
         self.revealed_at[rows, columns] = torch.where(revealed, at[:, None], self.revealed_at[rows, columns])
         self.confidence[rows, columns] = torch.where(revealed, confidence, self.confidence[rows, columns])
+
+    def history(self, grid: DecodingGrid, denoise_forwards: Tensor) -> RelayGenerateHistory:
+        """What was noted, in the layout of the caller's prompts; `denoise_forwards`: (B,) of each row."""
+        prompts = grid.prompts
+        revealed_at = grid.as_given(self.revealed_at, torch.full_like(prompts, -1), -1)
+        no_confidence = torch.zeros_like(prompts, dtype=torch.float32)
+        given = torch.zeros_like(revealed_at, dtype=torch.bool)
+        given[:, : prompts.shape[1]] = grid.is_text & (prompts != grid.mask_token_id)
+        return RelayGenerateHistory(
+            revealed_at=revealed_at,
+            confidence=grid.as_given(self.confidence, no_confidence, 0.0),
+            given=given,
+            denoise_forwards=denoise_forwards,
+        )

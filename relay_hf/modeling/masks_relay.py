@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.cache_utils import Cache
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .backbone_relay import check_attention
+from .prefix_relay import Prefix
 from .versions_relay import as_cache_argument
 
 
@@ -34,7 +34,7 @@ def block_attention_mask(
     config: Any,
     embeds: Tensor,
     attention_mask: Tensor | None,
-    cache: Cache | None,
+    prefix: Prefix,
     block_size: int | None,
 ) -> Any:
     """The attention pattern of block diffusion: a position sees its own block and every block before it.
@@ -43,8 +43,7 @@ def block_attention_mask(
         config: the backbone's configuration (it names the attention implementation).
         embeds: (B, L, D).
         attention_mask: (B, K) with 0 at padding; or a prepared 4-D mask, which is returned as it is; or None.
-        cache: cache with P committed positions, a whole number of blocks. If it is drafting, the new
-            positions are one block, or a part of one.
+        prefix: P positions that the new ones see, a whole number of blocks.
         block_size: None = one block, everything sees everything.
 
     Returns:
@@ -56,23 +55,22 @@ def block_attention_mask(
     check_attention(config._attn_implementation)
     if attention_mask is not None and len(attention_mask.shape) == 4:
         return attention_mask
-    cached = cache.get_seq_length() if cache is not None else 0
-    length = embeds.shape[1]
+    cached, length = prefix.length, embeds.shape[1]
     # One block of new tokens sees the whole prefix and itself. Without padding, positions are columns.
     is_one_block = (
         block_size is None
-        or getattr(cache, "is_drafting", False)
+        or prefix.is_one_block
         or (attention_mask is None and cached // block_size == (cached + length - 1) // block_size)
     )
     if is_one_block:
-        return create_bidirectional_mask(config, embeds, attention_mask, **as_cache_argument(cache))
+        return create_bidirectional_mask(config, embeds, attention_mask, **as_cache_argument(prefix))
     if attention_mask is None:
         blocks = torch.arange(cached + length, device=embeds.device)[None].expand(embeds.shape[0], -1) // block_size
     else:
         blocks = positions_of(attention_mask) // block_size
     # Not transformers' causal masks: they are bidirectional where the configuration says `is_causal=False`.
     return create_bidirectional_mask(
-        config, embeds, attention_mask, **as_cache_argument(cache), and_mask_function=_no_later_block(blocks)
+        config, embeds, attention_mask, **as_cache_argument(prefix), and_mask_function=_no_later_block(blocks)
     )
 
 
@@ -111,7 +109,7 @@ def _drop_full_attention(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[s
 
 
 def align_to_positions(
-    raw: Tensor, position_ids: Tensor, before: Tensor | None = None, is_cut: Tensor | None = None
+    raw: Tensor, position_ids: Tensor, before: Tensor | None = None, takes_before: Tensor | None = None
 ) -> Tensor:
     """Turns the outputs of a token-shift model into position-aligned ones: entry i is what position i - 1 produced.
 
@@ -120,13 +118,13 @@ def align_to_positions(
         position_ids: (B or 1, L). Position 0 has nothing before it and keeps its own output, as in Fast-dLLM v2.
         before: (B, 1 or L, D) output of the position before each one whose predecessor is not in the column before,
             for instance because it is cached. None: such positions keep their own output.
-        is_cut: (B, L) bool, positions that are treated so although their predecessor is in the column before.
+        takes_before: (B, L) bool, positions that use `before` although their predecessor is in the column before.
 
     Returns:
         (B, L, D).
     """
     follows = F.pad(position_ids[:, 1:] == position_ids[:, :-1] + 1, (1, 0))  # (B or 1, L)
-    if is_cut is not None:
-        follows = follows & ~is_cut
+    if takes_before is not None:
+        follows = follows & ~takes_before
     elsewhere = raw if before is None else torch.where((position_ids == 0)[..., None], raw, before.to(raw.dtype))
     return torch.where(follows[..., None], F.pad(raw[:, :-1], (0, 0, 1, 0)), elsewhere)

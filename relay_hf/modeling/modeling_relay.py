@@ -15,7 +15,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .adapter_relay import complete_adapter, loaded_adapter, merge_adapter, put_adapter, split_adapter
 from .backbone_relay import check_attention, check_backbone, embedding_name, learned_positions
-from .cache_relay import RelayCache
+from .cache_relay import RelayCache, prefix_of
 from .channel_relay import ChannelPart, Readings, in_scope
 from .configuration_relay import RelayConfig
 from .conversion_relay import FOREIGN_PARAMETER_NAMES, check_whole
@@ -30,6 +30,7 @@ from .masks_relay import (
     new_positions,
 )
 from .outputs_relay import RelayOutput
+from .prefix_relay import Prefix
 from .versions_relay import (
     as_cache_argument,
     checkpointing_drops_caches,
@@ -238,8 +239,8 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
             input_ids: (B, L) tokens, some of them [MASK].
             attention_mask: (B, P + L) with 0 at padding, P being the cached length; or a prepared 4-D mask.
             position_ids: (B or 1, L); by default counted from the attention mask and the cache.
-            cache: a `RelayCache` of whole committed blocks. New positions are stored in it unless it is
-                drafting.
+            cache: a `RelayCache` of whole committed blocks, to which the new positions are committed; or a prefix of
+                one (`cache.prefix()`), which they see and leave as it is.
             inputs_embeds: (B, L, D) embeddings of `input_ids`, if they have been looked up already.
             relay_state: (B, L, `config.relay_state_width`) position-aligned state of the previous step. `None` injects
                 nothing at all; zeros is the channel applied to zeros.
@@ -263,13 +264,15 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
             raise ValueError("`inputs_embeds` do not tell which positions are masked: pass `input_ids` as well.")
         if use_cache and cache is None:
             cache = RelayCache(config=self.config.text_config)
-        cached = self._check_cache(cache, logits_to_keep)
+        prefix = prefix_of(cache)
+        if cache is not None:
+            self._check_prefix(prefix, logits_to_keep)
         labelled = self._labelled(input_ids, labels, logits_to_keep)
         if position_ids is None:
-            position_ids = self._positions(input_ids, attention_mask, cached)
+            position_ids = self._positions(input_ids, attention_mask, prefix.length)
         limit = self.learned_positions
         # The length is looked at first, because looking at positions waits for the device.
-        if limit is not None and cached + input_ids.shape[1] > limit and int(position_ids.max()) >= limit:
+        if limit is not None and prefix.length + input_ids.shape[1] > limit and int(position_ids.max()) >= limit:
             raise ValueError(
                 f"`input_ids` reach position {int(position_ids.max())}, but the backbone has learned {limit} "
                 "positions: shorten the text."
@@ -282,30 +285,30 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
             receives = relay_mask if relay_mask is not None else self.receives_state(input_ids)
             embeds = self.relay(embeds, receives, relay_state)
 
-        pattern = block_attention_mask(self.model.config, embeds, attention_mask, cache, self.config.block_size)
+        pattern = block_attention_mask(self.model.config, embeds, attention_mask, prefix, self.config.block_size)
         backbone_output = self.model(
             inputs_embeds=embeds,
             attention_mask=full_attention(embeds) if pattern is None else pattern,
             position_ids=position_ids,
-            **as_cache_argument(cache),
+            **as_cache_argument(None if cache is None else prefix),
             # Layers store into the cache they are given either way; training keeps hold of it itself.
             use_cache=cache is not None and not self.training,
             **self._read_out_request(kwargs),
         )
-        hidden, read_out = self._align(input_ids, backbone_output, position_ids, cache)
+        hidden, read_out = self._align(backbone_output, position_ids, prefix)
+        if isinstance(cache, RelayCache):
+            cache.commit(prefix, input_ids)
         return RelayOutput(
             **self._score(kept_positions(hidden, logits_to_keep), logits_to_keep, labelled, targets, unscored),
-            relay_state=self._next_state(read_out, hidden, input_ids, cache) if output_relay_state else None,
+            relay_state=self._next_state(read_out, hidden, input_ids, prefix) if output_relay_state else None,
             inputs_embeds=inputs_embeds,
             cache=cache,
             hidden_states=backbone_output.hidden_states if self._asks_for_hidden_states(kwargs) else None,
             attentions=backbone_output.attentions,
         )
 
-    def _next_state(self, read_out: Tensor, hidden: Tensor, input_ids: Tensor, cache: Cache | None) -> Tensor | None:
-        seen = (read_out, hidden, input_ids == self.config.mask_token_id)
-        if isinstance(cache, RelayCache):
-            seen = cache.rows_for_channel(*seen)
+    def _next_state(self, read_out: Tensor, hidden: Tensor, input_ids: Tensor, prefix: Prefix) -> Tensor | None:
+        seen = prefix.rows_for_channel(read_out, hidden, input_ids == self.config.mask_token_id)
         return self.relay.next_state(Readings(*seen, self.lm_head, self.get_input_embeddings()))
 
     def _score(
@@ -353,23 +356,19 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         """State of the first denoising step of `rows` x `length` positions, or None if nothing is to be injected."""
         return self.relay.initial_state(rows, length, self.device)
 
-    def _check_cache(self, cache: Cache | None, logits_to_keep: Any) -> int:
-        """Number of cached positions, if the forward can make use of them."""
-        if cache is None:
-            return 0
-        if checkpointing_drops_caches(self) and not getattr(cache, "survives_checkpointing", False):
+    def _check_prefix(self, prefix: Prefix, logits_to_keep: Any) -> None:
+        """Raises a ValueError if the forward cannot make use of the cache that it was given."""
+        if checkpointing_drops_caches(self) and not prefix.can_replay:
             raise ValueError(
                 "Gradient checkpointing drops keys and values while training, so a cache would stay empty: call "
                 "`model.eval()`, or leave the cache out."
             )
-        cached = cache.get_seq_length()
         scores_nothing = isinstance(logits_to_keep, Tensor) and logits_to_keep.numel() == 0
-        if cached and self.config.token_shift and getattr(cache, "last_hidden", None) is None and not scores_nothing:
+        if prefix.length and self.config.token_shift and prefix.before is None and not scores_nothing:
             raise ValueError(
                 "The cache holds a prefix but not the hidden state at its end, which a token-shift model needs to "
                 "align the next block: use a `RelayCache`, and commit a block after `crop`."
             )
-        return cached
 
     def _labelled(
         self, input_ids: Tensor, labels: Tensor | None, logits_to_keep: int | Tensor | tuple[Tensor, Tensor]
@@ -400,25 +399,17 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
             layers = [*others, self._state_index]
         return {**kwargs, "output_hidden_states": hidden_states_request(layers)}
 
-    def _align(
-        self, input_ids: Tensor, output: Any, position_ids: Tensor, cache: Cache | None
-    ) -> tuple[Tensor, Tensor]:
-        """Position-aligned inputs of head and channel, both (B, L, D); a commit leaves its tail in the cache."""
+    def _align(self, output: Any, position_ids: Tensor, prefix: Prefix) -> tuple[Tensor, Tensor]:
+        """Position-aligned inputs of head and channel, both (B, L, D); the prefix takes the raw ones."""
         hidden = output.last_hidden_state
         read_out = hidden if self._state_index is None else output.hidden_states[self._state_index]
-        aligned, aligned_read_out = hidden, read_out
-        if self.config.token_shift:
-            before = before_read_out = is_cut = None
-            if isinstance(cache, RelayCache):
-                (before, before_read_out), is_cut = cache.outputs_before(), cache.is_cut
-            aligned = align_to_positions(hidden, position_ids, before, is_cut)
-            # The published instance carries the very tensor that feeds the head.
-            aligned_read_out = (
-                aligned if read_out is hidden else align_to_positions(read_out, position_ids, before_read_out, is_cut)
-            )
-        if isinstance(cache, RelayCache):
-            cache.record(input_ids, hidden, read_out)
-        return aligned, aligned_read_out
+        prefix.take(hidden, read_out)
+        if not self.config.token_shift:
+            return hidden, read_out
+        aligned = align_to_positions(hidden, position_ids, prefix.before, prefix.takes_before)
+        if read_out is hidden:  # the published instance carries the very tensor that feeds the head
+            return aligned, aligned
+        return aligned, align_to_positions(read_out, position_ids, prefix.read_out_before, prefix.takes_before)
 
 
 def kept_positions(tensor: Tensor, logits_to_keep: int | Tensor | tuple[Tensor, Tensor]) -> Tensor:

@@ -1,92 +1,93 @@
-"""State of a block's first denoise step where `relay_start` overrides the configuration's `relay_initial_state`.
+"""Initial relay state of a block, when the option `relay_start` overrides `config.relay_initial_state`.
 
 Residual context diffusion compares such starts (arXiv 2601.22954 v2, Table 5). None of them reveals a token.
 
-Legend: B rows still being decoded, n of them that take part, S positions of a block, N masked ones among them, D hidden
-size, V vocabulary.
+Legend: B rows still being decoded, S positions of a block, N masked ones among them.
 """
 
 from typing import Any, ClassVar
-
-from torch import Tensor
-
-from .cache_relay import rows_of
-from .passes_relay import Draft, ForwardPasses
 
 
 class RelayStart:
     """Writes the state of a block's first denoise step into the cache; each start is a subclass.
 
-    `denoise_forwards` and `reference_forwards` are the cost for a row that takes part, once per block.
-
     Args:
         reference: the frozen model that was given, or None.
+
+    Attributes:
+        denoise_forwards, reference_forwards: what a row that takes part pays for it, once per block.
+        makes_predictions: whether it is for channels that read distributions.
     """
 
     denoise_forwards: ClassVar[int] = 0
     reference_forwards: ClassVar[int] = 0
+    makes_predictions: ClassVar[bool] = False
 
     def __init__(self, reference: Any) -> None:
         self.reference = reference
 
-    def __call__(self, passes: ForwardPasses, draft: Draft, masked: Tensor) -> None:
+    def __call__(self, decoder: Any, block: Any, step: Any) -> None:
         """Starts a block.
 
         Args:
-            passes: at the beginning of the block.
-            draft: its first denoise forward, still to come; it has the rows that take part.
-            masked: (B, S) bool, each row's own positions that are still hidden.
+            decoder: the `BlockDecoder`.
+            block: its block in work, which no forward has run yet.
+            step: the first step, still to come.
         """
-        raise NotImplementedError
+        rows = decoder.grid.rows
+        decoder.denoise_forwards[rows] += step.active * self.denoise_forwards
+        decoder.reference_forwards[rows] += step.active * self.reference_forwards
 
 
 class SelfStart(RelayStart):
-    """The state that one pass of the model itself over the block leaves, with nothing injected.
+    """What one forward of the model itself leaves, over the block as it is and with nothing injected.
 
-    If the block before is still to be committed, that pass does it.
+    If the block before is still to be committed, that forward commits it.
     """
 
     denoise_forwards = 1
 
-    def __call__(self, passes: ForwardPasses, draft: Draft, masked: Tensor) -> None:
-        passes.look(draft)
+    def __call__(self, decoder: Any, block: Any, step: Any) -> None:
+        super().__call__(decoder, block, step)
+        decoder.look(block, step)
 
 
 class ReferenceStart(RelayStart):
-    """The predictions of a frozen reference model for the block, which it sees behind all of the row's text.
+    """What a frozen reference model predicts, of the block as the decoder sees it, behind all of the row's text.
 
     It runs without a cache, once per block, so that its cost grows with the text.
     """
 
     reference_forwards = 1
+    makes_predictions = True
 
-    def __call__(self, passes: ForwardPasses, draft: Draft, masked: Tensor) -> None:
-        grid, model, taking_part, stop = passes.grid, passes.model, draft.taking_part, passes.columns.stop
+    def __call__(self, decoder: Any, block: Any, step: Any) -> None:
+        super().__call__(decoder, block, step)
+        grid, model, begin, stop = decoder.grid, decoder.model, block.columns.start, block.columns.stop
         device = self.reference.get_input_embeddings().weight.device
-        visible, positions = grid.attention_mask(stop), grid.positions(0, stop)
-        if visible is not None:
-            visible, positions = rows_of(visible, taking_part).to(device), rows_of(positions, taking_part)
-        rows, places = rows_of(masked, taking_part).nonzero().unbind(-1)
+        visible = grid.attention_mask(stop)
+        masked = step.masked & step.active[:, None]
+        rows, places = masked.nonzero().unbind(-1)
         output = self.reference(
-            rows_of(grid.tokens[:, :stop], taking_part).to(device),
-            attention_mask=visible,
-            position_ids=positions.to(device),
-            logits_to_keep=(rows.to(device), (passes.columns.start + places).to(device)),
+            grid.tokens[:, :stop].to(device),
+            attention_mask=None if visible is None else visible.to(device),
+            position_ids=grid.positions(0, stop).to(device),
+            logits_to_keep=(rows.to(device), (begin + places).to(device)),
             unscored=True,
             output_relay_state=False,
         )
         state = model.relay.state_of(
             output.head_inputs,
-            masked & draft.active[:, None],
+            masked,
             lambda some: self.reference.lm_head(some).to(masked.device),
             model.get_input_embeddings(),
         )
-        passes.cache.write_relay_state(state)
+        decoder.cache.write_relay_state(state)
 
 
 STARTS: dict[str, type[RelayStart]] = {"self": SelfStart, "reference": ReferenceStart}
 
 
 def make_start(name: str | None, reference: Any) -> RelayStart | None:
-    """The start called `name`, or None for the configuration's `relay_initial_state`."""
+    """The start that `relay_start` names, or None if the configuration says how blocks start."""
     return None if name is None else STARTS[name](reference)

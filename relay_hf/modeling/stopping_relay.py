@@ -1,36 +1,84 @@
-"""What ends a row of `generate`, and the token behind its end."""
+"""What ends a row of the block decoder: stop tokens, criteria that read text, and clocks.
+
+Legend: B rows still being decoded, S columns of a block.
+"""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
+import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, MaxTimeCriteria
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
+from .grid_relay import DecodingGrid
 
-@dataclass(frozen=True)
+
 class Stopping:
-    """What ends a row, beside its length.
+    """Moves the ends of rows to the left.
 
     Args:
         token_ids: (n,) tokens that end a row, or None.
         padding: token that is written behind a row's end.
-        criteria: further criteria, asked about every prefix of a row when its block is complete.
+        criteria: those of transformers, asked when a block is complete.
+        mask_token_id: shown where a row is not as far as others.
     """
 
-    token_ids: Tensor | None
-    padding: int
-    criteria: list[Callable[..., Tensor]]
+    def __init__(
+        self, token_ids: Tensor | None, padding: int, criteria: Iterable[Callable[..., Tensor]], mask_token_id: int
+    ) -> None:
+        # The grid knows the length, and the decoder looks for stop tokens itself.
+        criteria = [c for c in criteria if not isinstance(c, MaxLengthCriteria | EosTokenCriteria)]
+        self.token_ids = token_ids
+        self.padding = padding
+        self.clocks = [criterion for criterion in criteria if isinstance(criterion, MaxTimeCriteria)]
+        self.readers = [criterion for criterion in criteria if not isinstance(criterion, MaxTimeCriteria)]
+        self.mask_token_id = mask_token_id
 
     @classmethod
     def of(
         cls, generation_config: GenerationConfig, criteria: Iterable[Callable[..., Tensor]], mask_token_id: int
     ) -> "Stopping":
-        """Parses the options of one `generate`, with the criteria that transformers made of them."""
+        """What the options of one `generate` say, with the criteria that transformers made of them."""
         token_ids = generation_config._eos_token_tensor
         padding = padding_token(generation_config._pad_token_tensor, token_ids, mask_token_id)
-        # The block decoder looks for the length and stop tokens itself.
-        return cls(token_ids, padding, [c for c in criteria if not isinstance(c, MaxLengthCriteria | EosTokenCriteria)])
+        return cls(token_ids, padding, criteria, mask_token_id)
+
+    def first_stop_token(self, grid: DecodingGrid, columns: slice) -> Tensor:
+        """(B,) column of the first stop token among the new tokens of a block, or one that is never reached."""
+        never = grid.tokens.shape[1]
+        if self.token_ids is None:
+            return torch.full_like(grid.end, never)
+        column = torch.arange(columns.start, columns.stop, device=grid.tokens.device)
+        is_stop = torch.isin(grid.tokens[:, columns], self.token_ids) & (column >= grid.prompt_end[:, None])
+        return torch.where(is_stop, column, never).amin(-1)
+
+    def apply(self, grid: DecodingGrid, columns: slice) -> None:
+        """Applies the criteria to a complete block: text criteria are asked about every new prefix, and a time limit
+        ends all rows with what is known by then."""
+        if self.readers:
+            self._apply_readers(grid, columns)
+        if any(bool(clock(grid.tokens, None).any()) for clock in self.clocks):  # type: ignore[arg-type]
+            grid.end = grid.end.clamp(max=columns.stop)
+
+    def _apply_readers(self, grid: DecodingGrid, columns: slice) -> None:
+        """Asks about every prefix, because a block brings many tokens at once.
+
+        Criteria see what token-by-token decoding would show them: the batch as it was given, with as many new tokens
+        behind every prompt. Rows that have ended are padded; those that are not as far yet show [MASK]s, and are not
+        asked about.
+        """
+        first = (columns.start - grid.prompt_end).clamp(min=0)  # (B,) new tokens known before this block
+        known = grid.end.clamp(max=columns.stop) - grid.prompt_end  # (B,) and with it
+        grid.save_active_rows(columns.stop)
+        behind = torch.full_like(grid.all_end, self.padding)
+        behind[grid.rows] = behind[grid.rows].where(grid.end <= columns.stop, self.mask_token_id)
+        texts, width = grid.as_given(grid.all_tokens, grid.prompts, behind[:, None]), grid.prompts.shape[1]
+        for count in range(int(first.min()) + 1, int(known.max()) + 1):
+            verdicts = [criterion(texts[:, : width + count], None) for criterion in self.readers]
+            stops = torch.stack([torch.as_tensor(v, device=texts.device).expand(len(texts)) for v in verdicts]).any(0)
+            ends = (first < count) & (count <= known) & stops[grid.rows]
+            known = known.where(~ends, count)
+            grid.end = grid.end.where(~ends, grid.prompt_end + count)
 
 
 def padding_token(pad_token_id: Tensor | None, stop_token_ids: Tensor | None, mask_token_id: int) -> int:

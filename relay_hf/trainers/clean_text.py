@@ -9,22 +9,18 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from ..modeling import RelayCache
+from ..modeling.prefix_relay import Prefix
 
 
-class CleanText(RelayCache):
-    """What the clean pass leaves, with its gradient: embeddings, keys, values and raw outputs.
+class CleanText(Prefix):
+    """What the clean pass leaves, with its gradient: embeddings, keys, values and raw outputs. It sees nothing before.
 
     Written once: gradient checkpointing replays the pass during backward, and must then see what it saw the first time.
     """
 
-    survives_checkpointing = True
-
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__([], 0)
         self.embeds: Tensor | None = None
-        self.hidden: Tensor | None = None
-        self.read_out: Tensor | None = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -33,11 +29,8 @@ class CleanText(RelayCache):
             self.layers.append(_filled_layer(key_states, value_states))
         return key_states, value_states
 
-    def record(self, input_ids: Tensor, hidden: Tensor, read_out: Tensor) -> None:
-        self.hidden, self.read_out = hidden, read_out
-
     def stand_in(self) -> "CleanText":
-        """The same numbers cut off from the clean pass; their gradient reaches it when it is differentiated itself."""
+        """A detached copy; gradients collect in its leaves, and are added when the clean pass is differentiated."""
         other = CleanText()
         other.embeds, other.hidden, other.read_out = map(_stand_in, (self.embeds, self.hidden, self.read_out))
         source: Any
@@ -59,33 +52,28 @@ def _filled_layer(keys: Tensor, values: Tensor) -> DynamicLayer:
     return layer
 
 
-class CleanPrefix(RelayCache):
-    """What a noisy pass sees of the clean text; read-only.
+class CleanPrefix(Prefix):
+    """What a noisy pass over packed blocks sees of the clean text.
 
     Args:
         clean: the clean pass.
-        length: only that many positions are looked at.
+        length: positions of it that the pass sees.
         before: (B, A * S, D) input of the head at the position before each packed one; None without token shift.
+        takes_before: (B, A * S) bool, positions that use it whatever is in the column before; None = no others.
         whole_rows: makes of what the pass leaves of its blocks, what a channel reads of the rows that they are part of.
     """
 
-    survives_checkpointing = True
-
     def __init__(
-        self, clean: CleanText, length: int, before: Tensor | None, whole_rows: Callable[..., tuple[Tensor, ...]]
+        self,
+        clean: CleanText,
+        length: int,
+        before: Tensor | None,
+        takes_before: Tensor | None,
+        whole_rows: Callable[..., tuple[Tensor, ...]],
     ) -> None:
-        super().__init__()
-        self.is_drafting = True
-        self.whole_rows = whole_rows
         # The channel reads raw outputs, those of known blocks included, so only the head needs aligning.
-        self.last_hidden = before
-        self.read_out: Tensor | None = None
-        source: Any
-        for source in clean.layers:
-            self.layers.append(_filled_layer(source.keys[..., :length, :], source.values[..., :length, :]))
-
-    def record(self, input_ids: Tensor, hidden: Tensor, read_out: Tensor) -> None:
-        self.read_out = read_out
+        super().__init__(clean.layers, length, before=before, takes_before=takes_before)
+        self.whole_rows = whole_rows
 
     def rows_for_channel(
         self, read_out: Tensor, head_inputs: Tensor, is_masked: Tensor

@@ -258,9 +258,9 @@ class BlockDenoiser:
         """The blocks that a pass runs, and what it sees of the clean text."""
         blocks = PackedBlocks(self._pad(rows.masked), self.size)
         before = blocks.pack(self.clean_hidden) if self.config.token_shift else None
-        prefix = CleanPrefix(self.clean, blocks.last * self.size, before, partial(self._whole_rows, blocks))
-        prefix.is_cut = self._is_cut(blocks.columns)
-        return blocks, prefix
+        whole_rows = partial(self._whole_rows, blocks)
+        length = blocks.last * self.size
+        return blocks, CleanPrefix(self.clean, length, before, self._takes_before(blocks.columns), whole_rows)
 
     def _inputs(self, blocks: PackedBlocks, prefix: CleanPrefix) -> dict[str, Any]:
         """What a pass reads."""
@@ -288,11 +288,11 @@ class BlockDenoiser:
         read_out = blocks.unpack(raw, clean)
         if self.config.token_shift:
             before = align_to_positions(clean, self.positions) if self.clean_block_starts else None
-            read_out = align_to_positions(read_out, self.positions, before, self._is_cut(self.positions))
+            read_out = align_to_positions(read_out, self.positions, before, self._takes_before(self.positions))
         nothing = torch.zeros_like(blocks.active_columns)
         return read_out, blocks.unpack(head_inputs, self.clean_hidden), blocks.unpack(is_masked, nothing)
 
-    def _is_cut(self, positions: Tensor) -> Tensor | None:
+    def _takes_before(self, positions: Tensor) -> Tensor | None:
         """(B, L) bool, block starts that read the clean text before the block; None unless `clean_block_starts`."""
         return positions % self.size == 0 if self.clean_block_starts else None
 

@@ -4,9 +4,10 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from ..modeling import RelayCache, RelayForMaskedDiffusion
+from ..modeling import RelayForMaskedDiffusion
 from ..modeling.channel_relay import DistributionChannel
 from ..modeling.outputs_relay import RelayOutput
+from ..modeling.prefix_relay import Prefix
 
 
 class Reference:
@@ -33,8 +34,8 @@ class Reference:
             return self.model(input_ids, logits_to_keep=logits_to_keep, output_relay_state=False, **kwargs)
         output = self.model(input_ids, logits_to_keep=0, output_relay_state=False, **kwargs)
         head_inputs, is_masked = output.head_inputs, input_ids == self.config.mask_token_id
-        if isinstance(cache := kwargs.get("cache"), RelayCache):
-            _, head_inputs, is_masked = cache.rows_for_channel(head_inputs, head_inputs, is_masked)
+        if isinstance(prefix := kwargs.get("cache"), Prefix):
+            _, head_inputs, is_masked = prefix.rows_for_channel(head_inputs, head_inputs, is_masked)
         channel = cast(DistributionChannel, self.target.relay)
         embeddings = self.target.get_input_embeddings()
         output.relay_state = channel.state_of(head_inputs[is_masked], is_masked, self._head, embeddings)

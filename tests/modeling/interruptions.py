@@ -39,7 +39,9 @@ class AlarmingStreamer:
 def contents(cache: RelayCache) -> dict[str, Any]:
     layers: Any = cache.layers
     own = {name: value for name, value in vars(cache).items() if name != "layers"}
-    return {**own, **{f"{name} {i}": value for i, layer in enumerate(layers) for name, value in vars(layer).items()}}
+    of_layers = [(i, name, value) for i, layer in enumerate(layers) for name, value in vars(layer).items()]
+    # What lies in memory behind the committed text is of no turn.
+    return {**own, **{f"{name} {i}": value for i, name, value in of_layers if name != "memory"}}
 
 
 def assert_same_contents(cache: RelayCache, before: dict[str, Any]) -> None:
@@ -48,9 +50,8 @@ def assert_same_contents(cache: RelayCache, before: dict[str, Any]) -> None:
     for name, value in before.items():
         if isinstance(value, Tensor):
             assert after[name].equal(value), name
-        elif name != "block_states":
+        else:
             assert after[name] == value, name
-    assert after["block_states"].keys() == before["block_states"].keys()
 
 
 class Clock(MaxTimeCriteria):

@@ -1,5 +1,6 @@
-"""RelayCache: drafts leave nothing behind, and rows come and go together with their state."""
+"""RelayCache: forwards leave committed text as it was, and rows come and go together with their state."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -24,9 +25,11 @@ def labelled(rows: list[int], *shape: int) -> Tensor:
 def cache_of(rows: list[int]) -> RelayCache:
     """A cache of `PREFIX` committed positions whose every tensor says which row it belongs to."""
     cache = RelayCache()
+    prefix = cache.prefix()
     for layer in range(LAYERS):
-        cache.update(labelled(rows, 2, PREFIX, 4), labelled(rows, 2, PREFIX, 4) + 0.5, layer)
-    cache.record(labelled(rows, PREFIX), labelled(rows, PREFIX, 6), labelled(rows, PREFIX, 6) + 0.25)
+        prefix.update(labelled(rows, 2, PREFIX, 4), labelled(rows, 2, PREFIX, 4) + 0.5, layer)
+    prefix.take(labelled(rows, PREFIX, 6), labelled(rows, PREFIX, 6) + 0.25)
+    cache.commit(prefix, labelled(rows, PREFIX))
     cache.write_relay_state(labelled(rows, 4, 6))
     return cache
 
@@ -41,84 +44,156 @@ def rows_of(cache: RelayCache) -> list[list[float]]:
     return [tensor.flatten(1)[:, 0].tolist() for tensor in keys + states]
 
 
-# -- drafting --------------------------------------------------------------------------------------------------------
+# -- a prefix ---------------------------------------------------------------------------------------------------------
 
 
-def test_drafting_sees_prefix_and_new_positions() -> None:
+def test_prefix_sees_committed_and_new_positions() -> None:
     cache, new = cache_of([1, 2]), labelled([7, 8], 2, 3, 4)
-    with cache.drafting():
-        keys, values = cache.update(new, -new, 0)
+    keys, values = cache.prefix().update(new, -new, 0)
     assert torch.equal(keys, torch.cat([cache.layers[0].keys, new], dim=-2))
     assert torch.equal(values, torch.cat([cache.layers[0].values, -new], dim=-2))
+    assert cache.get_seq_length() == PREFIX
 
 
-def test_drafting_in_empty_cache_sees_new_positions_only() -> None:
+def test_prefix_of_empty_cache_sees_new_positions_only() -> None:
     cache, new = RelayCache(), labelled([7, 8], 2, 3, 4)
-    with cache.drafting():
-        assert all(map(torch.equal, cache.update(new, -new, 0), (new, -new)))
+    assert all(map(torch.equal, cache.prefix().update(new, -new, 0), (new, -new)))
     assert cache.get_seq_length() == 0
 
 
-def test_drafting_model_leaves_nothing_behind(make_model: Callable) -> None:
+def test_prefix_forward_leaves_committed_text_as_it_was(make_model: Callable) -> None:
     model, ids = make_model(open_channel=True, token_shift=True), torch.arange(32).reshape(2, 16)
     cache = model(ids[:, :8], use_cache=True).cache
-    kept = [cache.layers[0].keys, cache.layers[1].values, cache.last_hidden, cache.last_read_out]
-    copies = [tensor.clone() for tensor in kept]
-    with cache.drafting():
-        model(ids[:, 8:].clone().fill_(MASK), cache=cache, relay_state=torch.ones(2, 8, 16))
-    after = [cache.layers[0].keys, cache.layers[1].values, cache.last_hidden, cache.last_read_out]
-    assert all(new is old and torch.equal(new, copy) for new, old, copy in zip(after, kept, copies, strict=True))
+    copies = [tensor.clone() for tensor in (cache.layers[0].keys, cache.layers[1].values)]
+    tail = (cache.last_hidden, cache.last_read_out, cache.tokens)
+    model(ids[:, 8:].clone().fill_(MASK), cache=cache.prefix(), relay_state=torch.ones(2, 8, 16))
+    assert all(map(torch.equal, (cache.layers[0].keys, cache.layers[1].values), copies))
+    assert all(new is old for new, old in zip((cache.last_hidden, cache.last_read_out, cache.tokens), tail, strict=True))
     assert cache.relay_state is None
     assert cache.get_seq_length() == 8
 
 
-def test_drafting_error_inside_ends_it() -> None:
-    cache = cache_of([1])
-    with pytest.raises(RuntimeError, match="inside"), cache.drafting():
-        raise RuntimeError("inside")
-    assert not cache.is_drafting
-
-
-def test_drafting_rows_sees_their_prefix_only() -> None:
+def test_prefix_of_rows_sees_their_text_only() -> None:
     cache, new, rows = cache_of([1, 2, 3]), labelled([7, 8], 2, 3, 4), torch.tensor([0, 2])
-    with cache.drafting(rows=rows):
-        keys, values = cache.update(new, -new, 0)
-        hidden, read_out = cache.outputs_before()
+    prefix = cache.prefix(rows)
+    keys, values = prefix.update(new, -new, 0)
     assert torch.equal(keys, torch.cat([labelled([1, 3], 2, PREFIX, 4), new], dim=-2))
     assert torch.equal(values, torch.cat([labelled([1, 3], 2, PREFIX, 4) + 0.5, -new], dim=-2))
-    assert torch.equal(hidden, labelled([1, 3], 1, 6))
-    assert torch.equal(read_out, labelled([1, 3], 1, 6) + 0.25)
-    assert len(cache.outputs_before()[0]) == 3
+    assert torch.equal(prefix.before, labelled([1, 3], 1, 6))
+    assert torch.equal(prefix.read_out_before, labelled([1, 3], 1, 6) + 0.25)
+    assert len(cache.prefix().before) == 3
 
 
-def test_drafting_kept_block_is_completed_by_a_part_of_it() -> None:
+def test_prefix_of_a_part_sees_the_rest_as_an_earlier_forward_left_it() -> None:
     cache, whole = cache_of([1, 2, 3]), torch.randn(3, 2, 4, 4)
-    with cache.drafting(keep=True):
-        cache.update(whole, -whole, 0)
-    part, rows, columns = torch.randn(2, 2, 2, 4), torch.tensor([0, 2]), torch.tensor([[0, 1], [2, 3]])
-    with cache.drafting(keep=True, rows=rows, columns=columns):
-        assert cache.get_mask_sizes(2, 0) == (PREFIX + 4, 0)
-        keys, values = cache.update(part, -part, 0)
+    cache.prefix().update(whole, -whole, 0)
+    part, rows, places = torch.randn(2, 2, 2, 4), torch.tensor([0, 2]), torch.tensor([[0, 1], [2, 3]])
+    prefix = cache.prefix(rows, places, width=4)
+    assert prefix.get_mask_sizes(2, 0) == (PREFIX + 4, 0)
+    keys, values = prefix.update(part, -part, 0)
     expected = whole.clone()
     expected[0, :, :2], expected[2, :, 2:] = part[0], part[1]
     assert torch.equal(keys[:, :, PREFIX:], expected[rows])
     assert torch.equal(values[:, :, PREFIX:], -expected[rows])
-    assert torch.equal(cache.block_states[0][0], expected)
-    assert torch.equal(cache.block_states[0][1], -expected)
-    assert cache.get_mask_sizes(2, 0) == (PREFIX + 2, 0)
+    again = torch.randn(3, 2, 1, 4)
+    keys, _ = cache.prefix(None, torch.zeros(3, 1, dtype=torch.long), width=4).update(again, again, 0)
+    assert torch.equal(keys[:, :, PREFIX:], torch.cat([again, expected[:, :, 1:]], dim=2))
+    assert cache.prefix().get_mask_sizes(2, 0) == (PREFIX + 2, 0)
 
 
-def test_committing_stores_first_positions_and_keeps_the_block_behind() -> None:
+def test_shared_prefix_serves_any_number_of_rows_and_leaves_nothing() -> None:
+    cache, new = cache_of([5]), torch.randn(3, 2, 4, 4)
+    held = cache.layers[0].memory
+    keys, values = cache.shared_prefix().update(new, -new, 0)
+    assert torch.equal(keys, torch.cat([labelled([5, 5, 5], 2, PREFIX, 4), new], dim=2))
+    assert torch.equal(values[:, :, PREFIX:], -new)
+    assert cache.layers[0].memory is held
+
+
+def test_commit_moves_the_length_over_what_the_forward_wrote() -> None:
     cache, new = cache_of([1, 2]), torch.randn(2, 2, 7, 4)
-    with cache.committing(3, keep=True):
-        keys, _ = cache.update(new, -new, 0)
-        cache.record(torch.arange(14).view(2, 7), *torch.arange(84.0).view(2, 2, 7, 3).unbind(0))
-    assert torch.equal(keys[:, :, PREFIX:], new)
+    prefix = cache.prefix()
+    for layer in range(LAYERS):
+        prefix.update(new, -new, layer)
+    prefix.take(*torch.arange(84.0).view(2, 2, 7, 3).unbind(0))
+    cache.commit(prefix, torch.arange(14).view(2, 7)[:, :3])
     assert cache.get_seq_length() == PREFIX + 3
-    assert torch.equal(cache.block_states[0][0], new[:, :, 3:])
+    assert torch.equal(cache.layers[1].keys[:, :, PREFIX:], new[:, :, :3])
     assert cache.tokens[:, PREFIX:].tolist() == [[0, 1, 2], [7, 8, 9]]
     assert cache.last_hidden.tolist() == [[[6, 7, 8]], [[27, 28, 29]]]
     assert cache.relay_state is None
+    # The block behind is kept, as a forward over a part of it sees it.
+    one = torch.randn(2, 2, 1, 4)
+    keys, _ = cache.prefix(None, torch.zeros(2, 1, dtype=torch.long), width=4).update(one, one, 0)
+    assert torch.equal(keys[:, :, PREFIX + 4 :], new[:, :, 4:])
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def test_reserved_memory_is_taken_once_and_written_in_place(make_model: Callable) -> None:
+    model, ids = make_model(token_shift=True), torch.arange(48).reshape(2, 24)
+    cache = RelayCache(config=model.config.text_config)
+    cache.reserve(24)
+    places = set()
+    with torch.no_grad():
+        for begin in (0, 8, 16):
+            model(ids[:, begin : begin + 8], cache=cache.prefix())
+            model(ids[:, begin : begin + 8], cache=cache)
+            places.add(tuple(held.data_ptr() for layer in cache.layers for held in layer.memory))
+    assert len(places) == 1
+    assert cache.layers[0].memory[0].shape[2] == 24
+    with torch.no_grad():
+        whole = model(ids, use_cache=True).cache
+    torch.testing.assert_close(cache.layers[1].keys, whole.layers[1].keys, rtol=0, atol=1e-5)
+
+
+def test_memory_that_nobody_reserved_grows_by_half(make_model: Callable) -> None:
+    cache, new = cache_of([1]), labelled([1], 2, 1, 4)
+    takings = set()
+    for _ in range(60):
+        cache.layers[0].update(new, new)
+        takings.add(cache.layers[0].memory[0].data_ptr())
+    assert len(takings) <= 8
+    assert torch.equal(cache.layers[0].keys, labelled([1], 2, PREFIX + 60, 4))
+
+
+def test_committed_numbers_are_never_written_again() -> None:
+    """Not even those that a crop forgets: a conversation may have to be put back."""
+    cache = cache_of([1])
+    keys = cache.layers[0].keys
+    kept = keys.clone()
+    cache.crop(-4)
+    new = labelled([9], 2, 6, 4)
+    cache.layers[0].update(new, new)
+    assert torch.equal(keys, kept)
+    assert torch.equal(cache.layers[0].keys, torch.cat([kept[:, :, : PREFIX - 4], new], dim=2))
+
+
+def test_copy_of_a_cache_is_independent() -> None:
+    cache = cache_of([1])
+    other, new = copy.deepcopy(cache), labelled([9], 2, 4, 4)
+    for layer in other.layers:
+        layer.update(new, new)
+    assert cache.get_seq_length() == PREFIX
+    assert all(rows == [1] for rows in rows_of(cache))
+
+
+def test_gradient_flows_through_cached_keys(make_model: Callable) -> None:
+    """As through the same text without a cache."""
+    model, ids = make_model(), torch.arange(16)[None]
+    gradients = []
+    for cached in (False, True):
+        model.zero_grad()
+        if cached:
+            cache = RelayCache(config=model.config.text_config)
+            model(ids[:, :8], cache=cache)
+            logits = model(ids[:, 8:], cache=cache).logits
+        else:
+            logits = model(ids).logits[:, 8:]
+        logits.square().sum().backward()
+        gradients.append(model.model.layers[0].self_attn.k_proj.weight.grad.clone())
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
 # -- the relay state -------------------------------------------------------------------------------------------------
@@ -145,9 +220,13 @@ def test_write_relay_state_without_channel_stays_none() -> None:
     assert cache.relay_state is None
 
 
-def test_record_keeps_last_position_and_drops_state() -> None:
+def test_commit_keeps_last_position_and_drops_state() -> None:
     cache, hidden = cache_of([1, 2]), torch.randn(2, 4, 6, requires_grad=True)
-    cache.record(torch.ones(2, 4), hidden, 2 * hidden)
+    prefix = cache.prefix()
+    for layer in range(LAYERS):
+        prefix.update(labelled([1, 2], 2, 4, 4), labelled([1, 2], 2, 4, 4), layer)
+    prefix.take(hidden, 2 * hidden)
+    cache.commit(prefix, torch.ones(2, 4))
     assert cache.relay_state is None
     assert torch.equal(cache.last_hidden, hidden[:, -1:])
     assert torch.equal(cache.last_read_out, 2 * hidden[:, -1:])

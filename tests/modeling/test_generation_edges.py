@@ -213,11 +213,20 @@ def interrupt(module: nn.Module, when: Callable[[], bool]) -> Any:
     return module.register_forward_pre_hook(fail)
 
 
+def note_forwards(model: RelayForMaskedDiffusion, commits: list[bool]) -> None:
+    """Notes of each forward whether it commits: those are given the cache itself."""
+    model.register_forward_pre_hook(
+        lambda module, arguments, kwargs: commits.append(isinstance(kwargs["cache"], RelayCache)), with_kwargs=True
+    )
+
+
 def test_cache_of_run_interrupted_in_a_commit_next_run_as_from_scratch(model: RelayForMaskedDiffusion) -> None:
     cache, prompt = RelayCache(config=model.config.text_config), prompt_of(13)
     text = run(model, prompt, max_new_tokens=27, cache=cache).sequences
     longer, seen = torch.cat([text, prompt], dim=1), iter([False, True])
-    handle = interrupt(model.model.layers[1], lambda: not cache.is_drafting and next(seen))
+    commits: list[bool] = []
+    note_forwards(model, commits)
+    handle = interrupt(model.model.layers[1], lambda: commits[-1] and next(seen))
     with pytest.raises(InterruptedRunError):
         run(model, longer, max_new_tokens=20, cache=cache)
     handle.remove()
@@ -231,16 +240,17 @@ def test_cache_of_run_interrupted_in_a_draft_next_run_as_from_scratch(
     model: RelayForMaskedDiffusion, options: dict[str, Any], forward: int
 ) -> None:
     cache, prompt, left = RelayCache(config=model.config.text_config), prompt_of(13), [forward]
+    commits: list[bool] = []
+    note_forwards(model, commits)
 
     def count() -> bool:
-        left[0] -= cache.is_drafting
-        return cache.is_drafting and left[0] == 0
+        left[0] -= not commits[-1]
+        return not commits[-1] and left[0] == 0
 
     handle = interrupt(model.model.layers[1], count)
     with pytest.raises(InterruptedRunError):
         run(model, prompt, max_new_tokens=30, cache=cache, unmasking_threshold=1.0, **options)
     handle.remove()
-    assert not cache.is_drafting
     again = run(model, prompt, max_new_tokens=30, cache=cache, **options).sequences
     assert torch.equal(again, run(model, prompt, max_new_tokens=30, **options).sequences)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from relay_hf import RelayCache, RelayForMaskedDiffusion
+from relay_hf.modeling.cache_relay import prefix_of
 from relay_hf.modeling.masks_relay import align_to_positions, block_attention_mask, new_positions, positions_of
 
 from ..conftest import MASK
@@ -39,7 +40,7 @@ def pattern_of(model: RelayForMaskedDiffusion, mask: Tensor | None, cached: int,
     if cached:
         keys = torch.zeros(2, 2, cached, 4)
         cache.update(keys, keys, 0)
-    result = block_attention_mask(model.model.config, torch.zeros(2, new, 16), mask, cache, block)
+    result = block_attention_mask(model.model.config, torch.zeros(2, new, 16), mask, prefix_of(cache), block)
     if result is None:  # full attention
         return torch.ones(2, new, cached + new, dtype=torch.bool)
     return (result if result.dtype == torch.bool else result == 0)[:, 0].expand(2, -1, -1)
@@ -72,7 +73,7 @@ def test_block_attention_mask_no_mask_equals_mask_of_ones(make_model: Callable, 
 
 def test_block_attention_mask_prepared_mask_returned_as_it_is(make_model: Callable) -> None:
     prepared = torch.ones(2, 1, 3, 3, dtype=torch.bool)
-    result = block_attention_mask(make_model().model.config, torch.zeros(2, 3, 16), prepared, None, 2)
+    result = block_attention_mask(make_model().model.config, torch.zeros(2, 3, 16), prepared, prefix_of(None), 2)
     assert result is prepared
 
 
@@ -121,9 +122,8 @@ def block_by_block(model: RelayForMaskedDiffusion, ids: Tensor, mask: Tensor | N
     cache, outputs = RelayCache(config=model.config.text_config), []
     for begin in range(0, 12, BLOCK):
         seen = None if mask is None else mask[:, : begin + BLOCK]
-        cache.is_drafting = begin == 8
-        new = {"relay_state": state[:, begin : begin + BLOCK]} if cache.is_drafting else {}
-        outputs.append(model(ids[:, begin : begin + BLOCK], attention_mask=seen, cache=cache, **new))
+        new = {"relay_state": state[:, begin:], "cache": cache.prefix()} if begin == 8 else {"cache": cache}
+        outputs.append(model(ids[:, begin : begin + BLOCK], attention_mask=seen, **new))
     return [torch.cat([getattr(o, name) for o in outputs], dim=1) for name in ("logits", "relay_state")]
 
 

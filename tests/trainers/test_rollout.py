@@ -119,8 +119,7 @@ def test_rollout_equals_decoding_the_block_behind_its_clean_prefix(clean_block_s
     result.run_window()
     cache = RelayCache(config=model.config.text_config)
     model(batch["input_ids"][:, :8], cache=cache)
-    with cache.drafting():
-        output = model(rows.noisy_ids(MASK)[:, 8:], cache=cache, relay_state=torch.zeros(1, 4, 16))
+    output = model(rows.noisy_ids(MASK)[:, 8:], cache=cache.prefix(), relay_state=torch.zeros(1, 4, 16))
     # Published training aligns position 0 of the block with the noisy block before; decoding has only clean text there.
     first = 0 if clean_block_starts else 1
     torch.testing.assert_close(
@@ -148,10 +147,10 @@ def test_rollout_of_distribution_channel_equals_decoding_the_block(channel: str,
     last = batch["input_ids"][:, 8:].masked_fill(result.step_masked[1][:, 8:], MASK)
     cache = RelayCache(config=model.config.text_config)
     model(batch["input_ids"][:, :8], cache=cache)
-    with cache.drafting(), torch.no_grad():
-        first = model(torch.full_like(last, MASK), cache=cache)
-        second = model(last, cache=cache, relay_state=first.relay_state)
-        without = model(last, cache=cache)
+    with torch.no_grad():
+        first = model(torch.full_like(last, MASK), cache=cache.prefix())
+        second = model(last, cache=cache.prefix(), relay_state=first.relay_state)
+        without = model(last, cache=cache.prefix())
     masked = last[0] == MASK
     expected, otherwise = (
         torch.nn.functional.cross_entropy(output.logits[0], batch["input_ids"][0, 8:], reduction="none")[masked]

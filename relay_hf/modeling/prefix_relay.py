@@ -1,0 +1,152 @@
+"""Prefix: what one forward sees of the text before its own positions, and what the forward leaves.
+
+Decoding, training and the likelihood make a prefix for each forward; `denoise` is the forward that all three share.
+
+Legend: B rows, P positions of the prefix, L positions of the forward, D hidden size, N scored positions.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from .outputs_relay import RelayOutput
+
+
+class Prefix(Cache):
+    """Read-only keys and values of earlier text, which a forward looks at; made for one forward.
+
+    Args:
+        layers: hold `keys` and `values`, (B or 1, heads, >= P, width) each; a single row serves any number of rows.
+        length: P, how many of their positions the forward sees.
+        before: (B or 1, 1 or L, D) raw input of the head at the position before each one whose predecessor is not in
+            the column before; a token-shift model aligns its outputs with it. None = there is none.
+        read_out_before: the same of what the channel reads.
+        takes_before: (B, L) bool, positions that use `before` although their predecessor is in the column before.
+        is_one_block: whether all new positions are of one block, so that each sees all the others.
+
+    Attributes:
+        can_replay: whether gradient checkpointing may run the forward a second time.
+        hidden: (B, L, D) raw input of the head, once the forward has run.
+        read_out: (B, L, D) what the channel reads, likewise; neither is position-aligned.
+    """
+
+    can_replay = True
+
+    def __init__(
+        self,
+        layers: list[Any],
+        length: int,
+        *,
+        before: Tensor | None = None,
+        read_out_before: Tensor | None = None,
+        takes_before: Tensor | None = None,
+        is_one_block: bool = False,
+    ) -> None:
+        super().__init__(layers=layers)
+        self.length = length
+        self.before = before
+        self.read_out_before = read_out_before
+        self.takes_before = takes_before
+        self.is_one_block = is_one_block
+        self.hidden: Tensor | None = None
+        self.read_out: Tensor | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of the prefix and of the new positions, which are not kept."""
+        if self.length == 0:
+            return key_states, value_states
+        layer = self.layers[layer_idx]
+        return self._joined(layer.keys, key_states), self._joined(layer.values, value_states)
+
+    def _joined(self, held: Any, new: Tensor) -> Tensor:
+        return torch.cat([held[:, :, : self.length].expand(len(new), -1, -1, -1), new], dim=-2)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def take(self, hidden: Tensor, read_out: Tensor) -> None:
+        """Takes the raw outputs of the forward, (B, L, D) each."""
+        self.hidden, self.read_out = hidden, read_out
+
+    def rows_for_channel(
+        self, read_out: Tensor, head_inputs: Tensor, is_masked: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What a channel makes a state of, given what the forward computed: the same, unless the forward ran a part of
+        each row.
+
+        Args:
+            read_out: (B, L, D), position-aligned, as are the following ones.
+            head_inputs: (B, L, D).
+            is_masked: (B, L) bool.
+        """
+        return read_out, head_inputs, is_masked
+
+
+class OtherCache(Prefix):
+    """A cache of transformers as a prefix: it keeps the keys and values of the forward, and nothing else.
+
+    Args:
+        cache: of any kind that the backbone takes.
+    """
+
+    can_replay = False
+
+    def __init__(self, cache: Cache) -> None:
+        super().__init__(cache.layers, cache.get_seq_length())
+        self.cache = cache
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return self.cache.update(*args, **kwargs)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.cache.get_mask_sizes(query_length, layer_idx)
+
+
+def denoise(
+    model: Any,
+    input_ids: Tensor,
+    prefix: Prefix | None,
+    state: Tensor | None,
+    scored: Tensor | tuple[Tensor, Tensor],
+    *,
+    receives: Tensor | None = None,
+    targets: Tensor | None = None,
+    leaves_state: bool = True,
+    **inputs: Any,
+) -> RelayOutput:
+    """One denoise forward: noisy positions behind clean text, with the state that the step before left.
+
+    Args:
+        model: a `RelayForMaskedDiffusion`, possibly wrapped (PEFT, DDP).
+        input_ids: (B, L) tokens, some of them [MASK].
+        prefix: the clean text before them; None = there is none.
+        state: (B, L, width) position-aligned state to inject; None = nothing.
+        scored: positions to score: (B, L) bool, or rows and columns, (N,) each.
+        receives: (B, L) bool, positions that the state enters; None = those of `config.relay_scope`.
+        targets: (B, L) tokens whose losses are wanted; None = the head's inputs.
+        leaves_state: make the state for the next step.
+        inputs: `attention_mask`, `position_ids` and `inputs_embeds` of the model's `forward`.
+
+    Returns:
+        `head_inputs`, (N, D), of the scored positions, or their `token_losses` and `confidence`, (N,) each; and
+        `relay_state`.
+    """
+    return model(
+        input_ids=input_ids,
+        cache=prefix,
+        relay_state=state,
+        relay_mask=None if state is None else receives,
+        logits_to_keep=scored,
+        targets=targets,
+        unscored=targets is None,
+        output_relay_state=leaves_state,
+        use_cache=False,
+        **inputs,
+    )
