@@ -13,6 +13,8 @@ Parts, each timed in turns within one process, medians reported:
   Random weights are the worst case for agreement: `divergence.py` asks a trained model.
 - `compile`: exact decoding with the backbone compiled against without.
 - `batch`: tokens per second as the batch grows.
+- `context`: time and peak of the memory that a denoise step allocates, behind 256, 1 024 and 4 096 committed tokens, and how much
+  faster that time grows than bare attention over the same keys and values.
 
 Weights are random; `decode_workload.py` says how several tokens per step pass the threshold. The last line is one JSON
 object.
@@ -28,12 +30,14 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from decode_workload import BLOCK, Recorder, build_model, generate, make_prompts, reference_loop
+from decode_workload import BLOCK, Recorder, build_model, generate, make_prompts, peak_memory, reference_loop
 from torch import Tensor
+from torch.nn import functional as F
 
 from relay_hf import RelayCache, RelayForMaskedDiffusion, RelayGenerateOutput
 
 SETTINGS = {"batch 1": (1, False), "batch 8 ragged": (8, True), "batch 8 even": (8, False)}
+CONTEXTS = (256, 1024, 4096)
 SHORTCUTS = {
     "sub-block cache": {"use_sub_block_cache": True},
     "fused commits": {"fuse_commits": True},
@@ -103,9 +107,9 @@ def channel(model: RelayForMaskedDiffusion, new_tokens: int, repeats: int) -> di
         canvas, state = torch.full(scored.shape, model.config.mask_token_id), torch.randn(batch, BLOCK, hidden)
 
         def denoise(state: Tensor | None, canvas=canvas, cache=cache, scored=scored) -> float:
-            with torch.no_grad(), cache.drafting():
+            with torch.no_grad():
                 return timed(
-                    lambda: model(canvas, cache=cache, relay_state=state, logits_to_keep=scored)
+                    lambda: model(canvas, cache=cache.prefix(), relay_state=state, logits_to_keep=scored)
                 )  # fmt: skip
 
         with torch.no_grad():
@@ -185,6 +189,52 @@ def growth(model: RelayForMaskedDiffusion, new_tokens: int, repeats: int) -> dic
     return {"tokens_per_second": speeds, "batch_8_over_1": speeds[8] / speeds[1]}
 
 
+def context(model: RelayForMaskedDiffusion, new_tokens: int, repeats: int) -> dict:
+    """A denoise step of one block behind committed tokens, and bare attention over the same keys and values."""
+    config, block = model.config.text_config, torch.full((1, BLOCK), model.config.mask_token_id)
+    nothing, width = block.new_empty(0), config.hidden_size // config.num_attention_heads
+    caches, shapes, memory = {}, {}, {}
+    for length in CONTEXTS:
+        caches[length] = cache = RelayCache(config=config)
+        cache.reserve(length + BLOCK)
+        with torch.no_grad():
+            model(torch.randint(0, config.vocab_size - 1, (1, length)), cache=cache, logits_to_keep=nothing)
+        keys = torch.randn(1, config.num_key_value_heads, length + BLOCK, width)
+        shapes[length] = (torch.randn(1, config.num_attention_heads, BLOCK, width), keys, torch.randn_like(keys))
+
+    @torch.no_grad()
+    def step(length: int) -> None:
+        model(block, cache=caches[length].prefix(), logits_to_keep=nothing)
+
+    @torch.no_grad()
+    def attention(length: int) -> None:
+        for _ in range(config.num_hidden_layers):
+            F.scaled_dot_product_attention(*shapes[length], enable_gqa=True)
+
+    seconds: dict[tuple[str, int], list[float]] = {}
+    for turn in range(20 * repeats + 2):
+        for length in CONTEXTS:
+            for name, run in (("step", step), ("attention", attention)):
+                took = timed(lambda run=run, length=length: run(length))
+                if turn >= 2:  # warm by then
+                    seconds.setdefault((name, length), []).append(took)
+    for length in CONTEXTS:
+        memory[length] = peak_memory(lambda length=length: step(length)) / 2**20
+    times = {name: {n: 1e3 * median(seconds[name, n]) for n in CONTEXTS} for name in ("step", "attention")}
+    shortest, longest = CONTEXTS[0], CONTEXTS[-1]
+    # In pairs of one turn, so that both see the same machine.
+    growth = [
+        [b - a for a, b in zip(seconds[name, shortest], seconds[name, longest], strict=True)]
+        for name in ("step", "attention")
+    ]
+    result = {
+        "step_ms": times["step"], "attention_ms": times["attention"],
+        "growth_over_attention": median(growth[0]) / median(growth[1]), "step_peak_mib": memory,
+    }  # fmt: skip
+    print(f"context: {json.dumps(result)}", flush=True)
+    return result
+
+
 PARTS = {
     "loop": against_loop,
     "overhead": overhead,
@@ -192,6 +242,7 @@ PARTS = {
     "shortcuts": shortcuts,
     "compile": compiled,
     "batch": growth,
+    "context": context,
 }
 
 if __name__ == "__main__":

@@ -7,15 +7,17 @@ undoes a scale. The values were chosen once so that a step reveals two to three 
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
+from transformers import DynamicCache, LlamaConfig, PreTrainedConfig, Qwen2Config
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from relay_hf import RelayCache, RelayConfig, RelayForMaskedDiffusion, RelayGenerateOutput
+from relay_hf.modeling.prefix_relay import Prefix
 
 BLOCK, SUB_BLOCK, THRESHOLD = 32, 8, 0.85
 SHARPNESS = {"small": 60.0, "135m": 80.0}
@@ -85,7 +87,7 @@ def reference_loop(model: RelayForMaskedDiffusion, prompts: list[Tensor], new_to
     waits for them. In three things it does what we do, else tokens could not be equal or it might not end: a row
     without masks in the sub-block keeps its state; [MASK] is never revealed; the last block is not committed.
     """
-    config, cache, lengths = model.config, RelayCache(config=model.config.text_config), [len(p) for p in prompts]
+    config, cache, lengths = model.config, DynamicCache(config=model.config.text_config), [len(p) for p in prompts]
     end = max(lengths) + new_tokens
     end += -end % BLOCK
     tokens = torch.full((len(prompts), end), config.mask_token_id)
@@ -93,7 +95,7 @@ def reference_loop(model: RelayForMaskedDiffusion, prompts: list[Tensor], new_to
         tokens[row, : len(prompt)] = prompt
     begin = min(lengths) // BLOCK * BLOCK
 
-    def forward(begin: int, stop: int, carry: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(begin: int, stop: int, carry: Tensor | None = None, drafts: bool = False) -> tuple[Tensor, Tensor]:
         """Logits and hidden states as the network gives them, not shifted."""
         ids = tokens[:, begin:stop]
         embeds = model.get_input_embeddings()(ids)
@@ -102,7 +104,8 @@ def reference_loop(model: RelayForMaskedDiffusion, prompts: list[Tensor], new_to
         blocks = torch.arange(stop) // BLOCK
         sees = blocks[begin:, None] >= blocks  # (L, P + L)
         hidden = model.model(
-            inputs_embeds=embeds, attention_mask=None if bool(sees.all()) else sees[None, None], cache=cache,
+            inputs_embeds=embeds, attention_mask=None if bool(sees.all()) else sees[None, None],
+            cache=Prefix(cache.layers, cache.get_seq_length()) if drafts else cache,
             position_ids=torch.arange(begin, stop)[None], is_causal=False,
         ).last_hidden_state  # fmt: skip
         return model.lm_head(hidden), hidden
@@ -121,8 +124,7 @@ def reference_loop(model: RelayForMaskedDiffusion, prompts: list[Tensor], new_to
         for part in range(begin, stop, SUB_BLOCK):
             block = tokens[:, part : part + SUB_BLOCK]  # a view
             while bool((masked := block == config.mask_token_id).any()):
-                with cache.drafting():
-                    logits, hidden = forward(begin, stop, carry)
+                logits, hidden = forward(begin, stop, carry, drafts=True)
                 carry = torch.where(masked.any(-1)[:, None, None], hidden, carry)
                 probabilities = shift_right(logits)[:, part - begin : part - begin + SUB_BLOCK].softmax(-1)
                 probabilities[..., config.mask_token_id] = -1.0
@@ -142,12 +144,23 @@ def shift_right(raw: Tensor) -> Tensor:
     return torch.cat([raw[:, :1], raw[:, :-1]], dim=1)
 
 
+def peak_memory(function: Callable[[], object]) -> int:
+    """Bytes that are alive at most while the function runs, of those that it takes itself."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    alive = peak = 0
+    for event in sorted(profile.events(), key=lambda event: event.time_range.start):
+        alive += event.self_cpu_memory_usage
+        peak = max(peak, alive)
+    return peak
+
+
 class Recorder:
     """The backbone and head forwards of one `generate`, to be replayed with nothing around them."""
 
     def __init__(self, model: RelayForMaskedDiffusion, prompts: list[Tensor], new_tokens: int) -> None:
         self.model = model
-        self.calls: list[tuple[torch.nn.Module, tuple, dict[str, Any], list, bool]] = []
+        self.calls: list[tuple[torch.nn.Module, tuple, dict[str, Any], list]] = []
         handles = [
             module.register_forward_pre_hook(self._note, with_kwargs=True) for module in (model.model, model.lm_head)
         ]
@@ -157,25 +170,25 @@ class Recorder:
 
     def _note(self, module: torch.nn.Module, arguments: tuple, kwargs: dict[str, Any]) -> None:
         if module is self.model.lm_head:  # its inputs only, whatever else it was asked to do with them
-            self.calls.append((module, arguments[:1], {}, [], False))
+            self.calls.append((module, arguments[:1], {}, []))
             return
-        # Layers of the cache replace their tensors and never write into them, so references are enough.
-        cache = kwargs["cache"]
-        rows = slice(None) if cache._rows is None else cache._rows
-        prefix = [(layer.keys[rows], layer.values[rows]) for layer in cache.layers if layer.get_seq_length()]
-        self.calls.append((module, arguments, kwargs, prefix, cache.is_drafting))
+        # Committed keys and values are never written again, so references are enough.
+        prefix = kwargs["cache"]
+        rows = slice(None) if prefix.rows is None else prefix.rows
+        held = [(layer.keys[rows], layer.values[rows]) for layer in prefix.layers if layer.get_seq_length()]
+        self.calls.append((module, arguments, kwargs, held))
 
     @torch.no_grad()
     def replay(self) -> float:
         """Seconds that the forwards take."""
         seconds = 0.0
-        for module, arguments, kwargs, prefix, is_drafting in self.calls:
+        for module, arguments, kwargs, held in self.calls:
             if module is self.model.model:
                 cache = RelayCache(config=self.model.config.text_config)
-                for index, (keys, values) in enumerate(prefix):
+                cache.reserve(kwargs["cache"].length + kwargs["inputs_embeds"].shape[1])
+                for index, (keys, values) in enumerate(held):
                     cache.update(keys, values, index)
-                cache.is_drafting = is_drafting
-                kwargs = {**kwargs, "cache": cache}
+                kwargs = {**kwargs, "cache": cache.prefix()}
             began = time.perf_counter()
             module(*arguments, **kwargs)
             seconds += time.perf_counter() - began
