@@ -13,8 +13,8 @@ Parts, each timed in turns within one process, medians reported:
   Random weights are the worst case for agreement: `divergence.py` asks a trained model.
 - `compile`: exact decoding with the backbone compiled against without.
 - `batch`: tokens per second as the batch grows.
-- `context`: time and peak of the memory that a denoise step allocates, behind 256, 1 024 and 4 096 committed tokens, and how much
-  faster that time grows than bare attention over the same keys and values.
+- `context`: time and peak of the memory that a denoise step allocates, behind 256, 1 024 and 4 096 committed tokens,
+  and how much faster that time grows than bare attention over the same keys and values.
 
 Weights are random; `decode_workload.py` says how several tokens per step pass the threshold. The last line is one JSON
 object.

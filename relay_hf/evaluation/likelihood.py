@@ -121,7 +121,7 @@ class LikelihoodBound:
         state = None
         if self.carries_state:
             initial = self.model.initial_relay_state(*noisy.shape)
-            state = denoise(self.model, noisy, cache.shared_prefix(), initial, (row[:0], place[:0])).relay_state
+            state = denoise(self.model, noisy, cache.shared_prefix(), initial, None).relay_state
         output = denoise(self.model, noisy, cache.shared_prefix(), state, (row, place), leaves_state=False)
         logits = self.model.lm_head(output.head_inputs).float()
         logits[:, self.mask_token_id] = -torch.inf

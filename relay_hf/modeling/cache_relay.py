@@ -237,9 +237,7 @@ class RelayCache(DynamicCache):
         )
         self.relay_state = None
 
-    def write_relay_state(
-        self, state: Tensor | None, rows: Tensor | None = None, places: Tensor | None = None
-    ) -> None:
+    def write_relay_state(self, state: Tensor | None, rows: Tensor | None = None, places: Tensor | None = None) -> None:
         """Stores the state that a denoise forward leaves its rows; the others keep theirs.
 
         A row that merely waits for its neighbours keeps its state, so that no row depends on who shares its batch.

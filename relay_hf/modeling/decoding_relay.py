@@ -1,4 +1,4 @@
-"""The block decoder: prefill, then block by block denoise until all of it is known, and commit; rows leave when they end.
+"""The block decoder: prefill, then per block denoise until it is known, and commit; rows leave as they end.
 
 Legend: B rows still being decoded, n of them that take part in a forward, W columns of the grid, S positions of a
 block, s of a part of it, N positions that a step scores.

@@ -114,7 +114,7 @@ def denoise(
     input_ids: Tensor,
     prefix: Prefix | None,
     state: Tensor | None,
-    scored: Tensor | tuple[Tensor, Tensor],
+    scored: Tensor | tuple[Tensor, Tensor] | None,
     *,
     receives: Tensor | None = None,
     targets: Tensor | None = None,
@@ -128,7 +128,7 @@ def denoise(
         input_ids: (B, L) tokens, some of them [MASK].
         prefix: the clean text before them; None = there is none.
         state: (B, L, width) position-aligned state to inject; None = nothing.
-        scored: positions to score: (B, L) bool, or rows and columns, (N,) each.
+        scored: positions to score: (B, L) bool, or rows and columns, (N,) each; None = none.
         receives: (B, L) bool, positions that the state enters; None = those of `config.relay_scope`.
         targets: (B, L) tokens whose losses are wanted; None = the head's inputs.
         leaves_state: make the state for the next step.
@@ -139,11 +139,11 @@ def denoise(
         `relay_state`.
     """
     return model(
-        input_ids=input_ids,
+        input_ids,
         cache=prefix,
         relay_state=state,
         relay_mask=None if state is None else receives,
-        logits_to_keep=scored,
+        logits_to_keep=input_ids.new_empty(0) if scored is None else scored,
         targets=targets,
         unscored=targets is None,
         output_relay_state=leaves_state,

@@ -30,6 +30,8 @@ from transformers.masking_utils import create_bidirectional_mask
 from ..modeling import RelayConfig
 from ..modeling.channel_relay import in_scope
 from ..modeling.masks_relay import align_to_positions
+from ..modeling.outputs_relay import RelayOutput
+from ..modeling.prefix_relay import denoise
 from ..modeling.versions_relay import as_cache_argument
 from .clean_text import CleanPrefix, CleanText
 from .rows import RolloutRows, fit_positions
@@ -111,27 +113,17 @@ class SequenceDenoiser:
         """Steps share nothing but the state."""
 
     def step(self, rows: RolloutRows, state: Tensor | None, leaves_state: bool) -> StepResult:
-        output = self.model(
-            input_ids=rows.noisy_ids(self.config.mask_token_id),
-            attention_mask=rows.attention_mask,
-            relay_state=state,
-            relay_mask=receives_state(self.config, rows) if state is not None else None,
-            logits_to_keep=rows.masked,
-            targets=rows.clean_ids,
-            output_relay_state=leaves_state,
-            use_cache=False,
-        )
+        output = self._forward(rows, state, rows.masked, targets=rows.clean_ids, leaves_state=leaves_state)
         return StepResult(output.token_losses, output.confidence, output.relay_state)
 
     def predicted_state(self, rows: RolloutRows) -> Tensor:
-        ids = rows.noisy_ids(self.config.mask_token_id)
-        return self.model(
-            input_ids=ids,
-            attention_mask=rows.attention_mask,
-            logits_to_keep=torch.empty(0, dtype=torch.long, device=ids.device),
-            unscored=True,
-            use_cache=False,
-        ).relay_state
+        return self._forward(rows, None, None).relay_state
+
+    def _forward(self, rows: RolloutRows, state: Tensor | None, scored: Tensor | None, **scoring: Any) -> RelayOutput:
+        ids, receives = rows.noisy_ids(self.config.mask_token_id), receives_state(self.config, rows)
+        return denoise(
+            self.model, ids, None, state, scored, receives=receives, attention_mask=rows.attention_mask, **scoring
+        )
 
 
 class PackedBlocks:
@@ -236,42 +228,41 @@ class BlockDenoiser:
         self.clean_hidden = align_to_positions(hidden, self.positions) if self.config.token_shift else hidden
 
     def step(self, rows: RolloutRows, state: Tensor | None, leaves_state: bool) -> StepResult:
-        blocks, prefix = self._open_blocks(rows)
-        output = self.model(
-            **self._inputs(blocks, prefix),
-            relay_state=blocks.pack(self._pad(state)) if state is not None else None,
-            relay_mask=blocks.pack(self._pad(receives_state(self.config, rows))) if state is not None else None,
-            logits_to_keep=blocks.is_masked & blocks.is_active,
-            targets=blocks.pack(self.clean_ids),
-            output_relay_state=leaves_state,
-        )
+        blocks = PackedBlocks(self._pad(rows.masked), self.size)
+        targets, scored = blocks.pack(self.clean_ids), blocks.is_masked & blocks.is_active
+        receives = None
+        if state is not None:
+            state = blocks.pack(self._pad(state))
+            receives = blocks.pack(self._pad(receives_state(self.config, rows)))
+        output = self._forward(blocks, state, scored, receives=receives, targets=targets, leaves_state=leaves_state)
         state = output.relay_state[:, : self.length] if leaves_state else None
         return StepResult(output.token_losses + self.edge, output.confidence, state)
 
     def predicted_state(self, rows: RolloutRows) -> Tensor:
-        blocks, prefix = self._open_blocks(rows)
-        nothing = torch.empty(0, dtype=torch.long, device=self.clean_ids.device)
-        output = self.model(**self._inputs(blocks, prefix), logits_to_keep=nothing, unscored=True)
-        return output.relay_state[:, : self.length]
-
-    def _open_blocks(self, rows: RolloutRows) -> tuple[PackedBlocks, CleanPrefix]:
-        """The blocks that a pass runs, and what it sees of the clean text."""
         blocks = PackedBlocks(self._pad(rows.masked), self.size)
+        return self._forward(blocks, None, None).relay_state[:, : self.length]
+
+    def _forward(
+        self, blocks: PackedBlocks, state: Tensor | None, scored: Tensor | None, **scoring: Any
+    ) -> RelayOutput:
+        """Runs packed blocks behind the clean text before each; arguments of `denoise`, packed."""
         before = blocks.pack(self.clean_hidden) if self.config.token_shift else None
         whole_rows = partial(self._whole_rows, blocks)
-        length = blocks.last * self.size
-        return blocks, CleanPrefix(self.clean, length, before, self._takes_before(blocks.columns), whole_rows)
-
-    def _inputs(self, blocks: PackedBlocks, prefix: CleanPrefix) -> dict[str, Any]:
-        """What a pass reads."""
-        embeds = torch.where(blocks.is_masked[..., None], self.clean.embeds[:, -1:], blocks.pack(self.clean.embeds))
-        return {
-            "input_ids": blocks.pack(self.clean_ids).masked_fill(blocks.is_masked, self.config.mask_token_id),
-            "attention_mask": self._attention(blocks.columns, blocks.pack(self.is_text), prefix),
-            "position_ids": self._existing(blocks.columns),
-            "cache": prefix,
-            "inputs_embeds": embeds,
-        }
+        takes_before = self._takes_before(blocks.columns)
+        prefix = CleanPrefix(self.clean, blocks.last * self.size, before, takes_before, whole_rows)
+        return denoise(
+            self.model,
+            blocks.pack(self.clean_ids).masked_fill(blocks.is_masked, self.config.mask_token_id),
+            prefix,
+            state,
+            scored,
+            attention_mask=self._attention(blocks.columns, blocks.pack(self.is_text), prefix),
+            position_ids=self._existing(blocks.columns),
+            inputs_embeds=torch.where(
+                blocks.is_masked[..., None], self.clean.embeds[:, -1:], blocks.pack(self.clean.embeds)
+            ),
+            **scoring,
+        )
 
     def _whole_rows(
         self, blocks: PackedBlocks, raw: Tensor, head_inputs: Tensor, is_masked: Tensor
