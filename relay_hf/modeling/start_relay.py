@@ -16,12 +16,10 @@ class RelayStart:
 
     Attributes:
         denoise_forwards, reference_forwards: what a row that takes part pays for it, once per block.
-        makes_predictions: whether it is for channels that read distributions.
     """
 
     denoise_forwards: ClassVar[int] = 0
     reference_forwards: ClassVar[int] = 0
-    makes_predictions: ClassVar[bool] = False
 
     def __init__(self, reference: Any) -> None:
         self.reference = reference
@@ -59,7 +57,6 @@ class ReferenceStart(RelayStart):
     """
 
     reference_forwards = 1
-    makes_predictions = True
 
     def __call__(self, decoder: Any, block: Any, step: Any) -> None:
         super().__call__(decoder, block, step)

@@ -10,7 +10,7 @@ from peft import PeftConfig, PeftModel
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..modeling import RelayConfig, RelayForMaskedDiffusion
@@ -93,15 +93,24 @@ def without_init_kwargs(args: RelayTrainerConfig) -> Iterator[None]:
 
 
 def keep_caches_under_checkpointing(model: nn.Module) -> None:
-    """Lets the layers of `model` keep the caches of `clean_text.py` when gradient checkpointing replays them.
+    """Lets `model` keep the caches of `clean_text.py` when gradient checkpointing replays its layers.
 
     transformers drops every cache there, unless a layer is known to only read it. The two caches of a rollout can be
     replayed: one is read-only, the other is written once. There is no public switch; `test_denoiser.py` fails if this
-    one moves.
+    one moves. GPT-2 drops caches before its layers see them, if it is marked itself.
     """
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module._can_checkpoint_with_cache = True
+        elif hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = False  # the layers are what is replayed
+
+
+class KeepCaches(TrainerCallback):
+    """Does so when training begins, because the Trainer switches checkpointing on just before."""
+
+    def on_train_begin(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
+        keep_caches_under_checkpointing(model)
 
 
 def _with_adapter(model: Any, peft_config: PeftConfig | None) -> Any:

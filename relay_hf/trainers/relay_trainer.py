@@ -18,7 +18,7 @@ from .denoiser import make_denoiser
 from .ema import FollowWeights, WeightAverage
 from .metrics import ChannelNorms, RunningMeans, record_rollout
 from .model_checks import check_arguments, check_learning, check_special_tokens
-from .model_preparation import keep_caches_under_checkpointing, keeps_forward, prepare_model, without_init_kwargs
+from .model_preparation import KeepCaches, keeps_forward, prepare_model, without_init_kwargs
 from .non_finite import StopOnNonFiniteGradient, check_loss
 from .objectives import draw_masks, mean_of_positions, mean_of_rows
 from .processes import check_sharding, mean_over_processes, return_full_precision, without_exchange
@@ -102,7 +102,7 @@ class RelayTrainer(PublishingTrainer):
         check_sharding(self, recipe.uses_channel and base.relay.reads_distribution)
         check_special_tokens(self.processing_class, config)
         return_full_precision(self.accelerator)
-        keep_caches_under_checkpointing(self.model)
+        self.add_callback(KeepCaches())
 
         self.weight_average = WeightAverage(self.model, args.ema_decay) if args.ema_decay is not None else None
         self.reference: Reference | None = None

@@ -8,17 +8,19 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import GPT2Config
 
+from relay_hf import RelayConfig, RelayForMaskedDiffusion
 from relay_hf.modeling import make_policy
 from relay_hf.modeling.channel_relay import CHANNELS, LayerNormChannel, Readings
 from relay_hf.trainers.denoiser import BlockDenoiser
-from relay_hf.trainers.model_preparation import keep_caches_under_checkpointing
+from relay_hf.trainers.model_preparation import KeepCaches, keep_caches_under_checkpointing
 from relay_hf.trainers.noise import mask_uniformly
 from relay_hf.trainers.objectives import RECIPES
 from relay_hf.trainers.rollout import Rollout
 from relay_hf.trainers.rows import fresh_rows
 
-from .conftest import OBJECTIVES, begin_rollout, build_model, build_rows, run_rollout
+from .conftest import MASK, OBJECTIVES, VOCAB_SIZE, begin_rollout, build_model, build_rows, run_rollout
 from .doubled import DoubledDenoiser
 
 
@@ -113,6 +115,24 @@ def test_block_denoiser_attention_and_checkpointing_give_the_same(implementation
     torch.testing.assert_close(result.step_losses, plain.step_losses)
     for name, gradient in plain_gradients.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_block_denoiser_gpt2_checkpointing_changes_nothing() -> None:
+    """GPT-2 drops caches before its layers see them, so that noisy blocks would be trained without the text before."""
+    losses = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        text = GPT2Config(vocab_size=VOCAB_SIZE, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.5)
+        model = RelayForMaskedDiffusion(RelayConfig(text_config=text, block_size=4, mask_token_id=MASK)).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            KeepCaches().on_train_begin(None, None, None, model=model)
+        for dropout in (module for module in model.modules() if isinstance(module, torch.nn.Dropout)):
+            dropout.p = 0.0
+        rows = fresh_rows(model.config, build_rows(2), keeps_state=True)
+        result = run(model, rows, BlockDenoiser, "relay", 2, 0.3)[0]
+        losses.append(torch.stack(result.step_losses))
+    torch.testing.assert_close(*losses)
 
 
 def test_block_denoiser_runs_only_active_blocks() -> None:
