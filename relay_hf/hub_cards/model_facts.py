@@ -26,9 +26,16 @@ def describe_model(config: "RelayConfig") -> dict[str, str]:
             [f"`{text.model_type}`", *(f"{name} {size:,}" for name, size in sizes.items() if size is not None)]
         ),
         "Denoises": f"{denoises}, {shift}",
-        "Channel": f"`{config.relay_channel}`",
+        "Channel": f"`{config.relay_channel}`{_origin_of_channel(config)}",
         "[MASK]": f"token {config.mask_token_id}",
     }
+
+
+def _origin_of_channel(config: "RelayConfig") -> str:
+    """What a reader has to import to load the model; "" for channels that travel with the configuration."""
+    module = config.channel_class.__module__
+    is_ours = module.rpartition(".")[0] == type(config).__module__.rpartition(".")[0]
+    return "" if is_ours else f", which is registered by `import {module}`: import it before loading the model"
 
 
 def describe_channel(config: "RelayConfig") -> str | None:

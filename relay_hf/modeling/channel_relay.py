@@ -387,6 +387,11 @@ def register_channel(name: str, cls: type[Channel]) -> None:
     Raises:
         ValueError: the name is taken, or `cls` is no channel.
     """
+    if getattr(cls, "reads_distribution", False) and not hasattr(cls, "state_of"):
+        raise ValueError(
+            f"`register_channel({name!r}, ...)` was given {cls!r}, which reads distributions, but has no `state_of` "
+            "for those of another model: inherit from `DistributionChannel`."
+        )
     CHANNELS.add(name, cls)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from relay_hf import RelayConfig, RelayForMaskedDiffusion, register_channel
+from relay_hf.cli import main
 from relay_hf.hub_cards import plain_card, render_card
 from relay_hf.modeling import Channel, make_policy
 from relay_hf.modeling.channel_relay import CHANNELS, LayerNormChannel
@@ -137,6 +138,15 @@ def test_checkpoint_without_the_channel_raises_one_sentence(model: RelayForMaske
     )
 
 
+def test_command_without_the_channel_says_what_to_import(
+    model: RelayForMaskedDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model.save_pretrained(tmp_path)
+    monkeypatch.delitem(CHANNELS, "bounded")
+    assert main(["generate", str(tmp_path), "a"]) == 2
+    assert "first import the module that registers it with `relay_hf.register_channel`" in capsys.readouterr().err
+
+
 def test_cards_describe_and_cite_the_channel(tmp_path: Path) -> None:
     trainer = build_trainer(tmp_path / "run", build_model(**OPEN))
     trainer.create_model_card("of training")
@@ -144,7 +154,7 @@ def test_cards_describe_and_cite_the_channel(tmp_path: Path) -> None:
     for text in (card, render_card(plain_card("plain", trainer.model.config))):
         assert "half of a hidden state, bounded by a tanh of softness 0.5, added at its own place." in text
         assert "@misc{somebody2026bounded," in text
-        assert "- Channel: `bounded`" in text
+        assert "- Channel: `bounded`, which is registered by `import tests.extensions.channel`: import it" in text
 
 
 # -- registration ------------------------------------------------------------------------------------------------------
@@ -154,12 +164,17 @@ class Other(Channel):
     pass
 
 
+class Reading(Channel):
+    reads_distribution = True
+
+
 @pytest.mark.parametrize(
     ("name", "cls", "message"),
     [
         ("layer_norm", Other, r"`relay_channel='layer_norm'` is taken by `.*\.LayerNormChannel`: choose another name"),
         ("mine", torch.nn.Linear, r"`relay_hf.register_channel\('mine', ...\)` was given .*: give a subclass of `Chan"),
         ("mine", "Other", r"was given 'Other': give a subclass of `Channel`"),
+        ("mine", Reading, "reads distributions, but has no `state_of`.*: inherit from `DistributionChannel`"),
         ("", Other, "was given the name '': give a text, the `relay_channel` to be"),
         (None, Other, "was given the name None"),
     ],
