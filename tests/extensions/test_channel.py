@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from relay_hf import RelayConfig, RelayForMaskedDiffusion, register_channel
 from relay_hf.cli import main
 from relay_hf.hub_cards import plain_card, render_card
-from relay_hf.modeling import Channel, make_policy
+from relay_hf.modeling import Channel, DistributionChannel, make_policy
 from relay_hf.modeling.channel_relay import CHANNELS, LayerNormChannel
 
 from ..conftest import MASK, text_config
@@ -104,38 +104,33 @@ def test_decoding_equals_the_plain_loop(
 
 
 LOAD = """
-import sys, torch
-{first}
+import sys, torch, relay_hf
 from transformers import AutoModelForCausalLM
-import relay_hf
+try:
+    AutoModelForCausalLM.from_pretrained(sys.argv[1])
+except ValueError as error:
+    print(error)
+import tests.extensions.channel
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-torch.save(model(torch.arange(8)[None]).relay_state, sys.argv[2])
+torch.save(model(torch.arange(8)[None]).relay_state, sys.argv[1] + "/state.pt")
 """
 
 
-def load_elsewhere(folder: Path, first: str) -> subprocess.CompletedProcess[str]:
-    """Loads a checkpoint in a process of its own, after a first line."""
-    command = [sys.executable, "-c", LOAD.format(first=first), str(folder), str(folder / "state.pt")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-
-
-def test_checkpoint_loads_where_the_channel_is_imported(model: RelayForMaskedDiffusion, tmp_path: Path) -> None:
+def test_another_process_loads_the_checkpoint_as_soon_as_it_imports_the_channel(
+    model: RelayForMaskedDiffusion, tmp_path: Path
+) -> None:
     model.save_pretrained(tmp_path)
-    here = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(here.relay.weight, model.relay.weight)
-    done = load_elsewhere(tmp_path, "import tests.extensions.channel")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path).relay.weight, model.relay.weight)
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    command = [sys.executable, "-c", LOAD, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    torch.testing.assert_close(torch.load(tmp_path / "state.pt"), model(torch.arange(8)[None]).relay_state.detach())
-
-
-def test_checkpoint_without_the_channel_raises_one_sentence(model: RelayForMaskedDiffusion, tmp_path: Path) -> None:
-    model.save_pretrained(tmp_path)
-    done = load_elsewhere(tmp_path, "")
-    assert done.stderr.splitlines()[-1] == (
-        "ValueError: `relay_channel='bounded'` is unknown: choose one of ['layer_norm', 'none', 'residual_context', "
-        "'soft_mask'], or first import the module that registers it with `relay_hf.register_channel`."
+    assert done.stdout.strip() == (
+        "`relay_channel='bounded'` is unknown: choose one of ['layer_norm', 'none', 'residual_context', 'soft_mask'], "
+        "or first import the module that registers it with `relay_hf.register_channel`."
     )
+    torch.testing.assert_close(torch.load(tmp_path / "state.pt"), model(torch.arange(8)[None]).relay_state.detach())
 
 
 def test_command_without_the_channel_says_what_to_import(
@@ -155,6 +150,37 @@ def test_cards_describe_and_cite_the_channel(tmp_path: Path) -> None:
         assert "half of a hidden state, bounded by a tanh of softness 0.5, added at its own place." in text
         assert "@misc{somebody2026bounded," in text
         assert "- Channel: `bounded`, which is registered by `import tests.extensions.channel`: import it" in text
+
+
+# -- a channel that reads distributions --------------------------------------------------------------------------------
+
+
+class BestToken(DistributionChannel):
+    """The embedding of the best token, by how probable it is."""
+
+    def summarise(self, logits: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        probability, token = logits.softmax(-1).max(-1)
+        return embeddings[token], probability
+
+    def share(self, number: Tensor) -> Tensor:
+        return number
+
+
+@pytest.mark.parametrize(
+    ("objective", "is_given"), [("residual_context", False), ("residual_context", True), ("relay_sg", False)]
+)
+def test_distribution_channel_is_trained_by_its_objectives(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, objective: str, is_given: bool
+) -> None:
+    monkeypatch.setitem(CHANNELS, "best_token", BestToken)
+    model = build_model(relay_channel="best_token")
+    reference = {"reference_model": build_model(seed=1, relay_channel="none")} if is_given else {}
+    trainer = build_trainer(tmp_path, model, trainer_options=reference, objective=objective)
+    before = model.lm_head.weight.detach().clone()
+    trainer.train()
+    assert not torch.equal(model.lm_head.weight, before)
+    with pytest.raises(ValueError, match="'relay'"):
+        build_trainer(tmp_path, model, objective="relay")
 
 
 # -- registration ------------------------------------------------------------------------------------------------------
