@@ -1,11 +1,11 @@
-"""Refuses adapters for modules that the model does not have: PEFT takes those it finds, and ignores the others."""
+"""Checks the modules that adapters are for: PEFT takes those that the model has, and ignores the others."""
 
 import re
 from typing import Any
 
 from torch import nn
 
-# What stands between the name that is given and the path in front of it, as PEFT looks for them.
+# What PEFT expects between a given name and the path in front of it.
 FIELDS = {"target_modules": ".", "modules_to_save": ""}
 
 

@@ -24,7 +24,7 @@ class RolloutBuffer:
         config: the model's configuration.
         keeps_state: whether the rows keep the state that a step leaves.
         queue_size: rows that may wait; what comes when the queue is full is dropped. 0 drops every incoming row that
-            finds no place, as the published reference does.
+            finds no place, as the published code does.
         staggered: the first rows start with different fractions of their positions revealed, so that they do not all
             finish together.
     """

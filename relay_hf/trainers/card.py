@@ -1,4 +1,4 @@
-"""The card of a training run: what the trainer knows, told by `hub_cards`."""
+"""The card of a training run: the facts that a trainer knows, for `hub_cards`."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -7,8 +7,6 @@ from math import ceil
 from pathlib import Path
 from statistics import mean
 from typing import Any
-
-from transformers import PreTrainedTokenizerBase
 
 from ..hub_cards import (
     NOT_EVALUATED,
@@ -60,7 +58,7 @@ ARGUMENTS = (
     "bf16",
     "seed",
 )
-# Those that are told where they are not the library's default.
+# Those that are shown only if changed from the library's default.
 RARER_ARGUMENTS = (
     "num_train_epochs",
     "max_steps",
@@ -84,38 +82,21 @@ RARER_ARGUMENTS = (
 )
 ADAPTER_ARGUMENTS = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules")
 TRAINING_PICTURE = "training.png"  # beside the card
-LOOKED_AT = 1000  # rows whose lengths are told
+LOOKED_AT = 1000  # rows sampled for the length statistics
 LOGGED = 40  # rows of the table of losses
 
 
-def training_card(
-    name: str,
-    args: RelayTrainerConfig,
-    config: RelayConfig,
-    model: Any,
-    state: Any,
-    *,
-    model_id: str,
-    train_dataset: Any = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    dataset_names: Sequence[str] = (),
-    reference: Reference | None = None,
-    picture: str | None = None,
-) -> RelayCardData:
+def training_card(trainer: Any, name: str, dataset_names: Sequence[str], picture: str | None) -> RelayCardData:
     """What a card can say of a run: everything but an evaluation, which training does not make.
 
     Args:
-        name: of the model.
-        args, config: the run's arguments and the model's configuration.
-        model: counted, and asked where it came from.
-        state: the Trainer's, with the steps made so far and what was logged.
-        model_id: folder or Hub id that the card's code loads.
-        train_dataset: as the trainer has prepared it.
-        tokenizer: of the text, if the model works on text.
+        trainer: a `RelayTrainer`.
+        name: the model's.
         dataset_names: of the data, Hub ids or others; without, what the data set itself knows.
-        reference: the frozen model that supplied the state, if there was one.
-        picture: name of an image of the losses beside the card.
+        picture: name of an image of the losses beside the card, or None.
     """
+    args, config, state, tokenizer = trainer.args, trainer.relay_config, trainer.state, trainer.processing_class
+    model, rows = trainer.model, _describe_rows(trainer.train_dataset, state.epoch)
     losses = _losses(state.log_history)
     return RelayCardData(
         name=name,
@@ -125,8 +106,8 @@ def training_card(
         channel=describe_channel(config),
         model={"Parameters": f"{sum(p.numel() for p in model.parameters()):,}", **describe_model(config)},
         training=TrainingFacts(
-            datasets=[_dataset(name) for name in dataset_names or _hub_ids(train_dataset)],
-            recipe=" ".join(filter(None, (_describe_rows(train_dataset, state.epoch), _describe_reference(reference)))),
+            datasets=[_dataset(name) for name in dataset_names or _hub_ids(trainer.train_dataset)],
+            recipe=" ".join(filter(None, (rows, _describe_reference(trainer.reference)))),
             arguments={**_arguments(args), **_adapter_arguments(model)},
             steps=state.global_step,
             seconds=next((e["train_runtime"] for e in reversed(state.log_history) if "train_runtime" in e), None),
@@ -137,7 +118,7 @@ def training_card(
             versions=versions(),
             picture=picture,
         ),
-        usage=usage_snippet(model_id, config, tokenizer) if tokenizer is not None else "",
+        usage=usage_snippet(str(Path(args.output_dir).resolve()), config, tokenizer) if tokenizer is not None else "",
         citations=_citations(args, config),
         limits=[NOT_EVALUATED],
         pipeline_tag="text-generation" if config.block_size is not None else None,
@@ -152,7 +133,7 @@ def _arguments(args: RelayTrainerConfig) -> dict[str, Any]:
 
 
 def _adapter_arguments(model: Any) -> dict[str, Any]:
-    """Of LoRA or the like, if there is one: "adapter.r" and so on."""
+    """The arguments of LoRA or the like, if there is one, by names such as "adapter.r"."""
     adapters = getattr(model, "peft_config", {}).values()
     values = {name: getattr(adapter, name, None) for adapter in adapters for name in ADAPTER_ARGUMENTS}
     return {
@@ -181,13 +162,13 @@ def _describe_rows(dataset: Any, epochs: float | None) -> str:
     if "input_ids" not in (getattr(dataset, "column_names", None) or []) or not hasattr(dataset, "num_rows"):
         return ""
     lengths = [len(ids) for ids in dataset[:LOOKED_AT]["input_ids"]]
-    told = f"The training set has {dataset.num_rows:,} row{'s' if dataset.num_rows > 1 else ''}"
+    text = f"The training set has {dataset.num_rows:,} row{'s' if dataset.num_rows > 1 else ''}"
     if min(lengths) == max(lengths):
-        told += f" of {lengths[0]} tokens"
+        text += f" of {lengths[0]} tokens"
     else:
-        told += f" of {min(lengths)} to {max(lengths)} tokens, {mean(lengths):.0f} on average"
-    told += "" if dataset.num_rows <= LOOKED_AT else f" in the first {LOOKED_AT:,}"
-    return f"{told}; {epochs:.3g} epochs of it were read." if epochs else f"{told}."
+        text += f" of {min(lengths)} to {max(lengths)} tokens, {mean(lengths):.0f} on average"
+    text += "" if dataset.num_rows <= LOOKED_AT else f" in the first {LOOKED_AT:,}"
+    return f"{text}; {epochs:.3g} epochs of it were read." if epochs else f"{text}."
 
 
 def _losses(log_history: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
@@ -203,7 +184,7 @@ def _losses(log_history: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, flo
 
 
 def _thin(losses: Mapping[int, Mapping[str, float]]) -> dict[int, Mapping[str, float]]:
-    """Every n-th row of them, the last among them; nothing if there is but one, which is told anyway."""
+    """At most `LOGGED` rows, the last always included; empty for a single one, which the card reports elsewhere."""
     if len(losses) < 2:
         return {}
     stride = ceil(len(losses) / LOGGED)

@@ -31,7 +31,7 @@ def check_sources(args: SFTConfig, others: dict[str, Any]) -> None:
 
 
 class DataCheckingTrainer(SFTTrainer):
-    """Refuses rows that cannot be learned from, whether they come with the trainer or with a call of `evaluate`.
+    """Checks the rows of all data sets, whether they come with the trainer or with a call of `evaluate`.
 
     The one method that all data sets pass has an underscore; `tests/trainers/test_bad_input.py` fails if it moves.
     """

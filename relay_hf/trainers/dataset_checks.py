@@ -1,4 +1,4 @@
-"""Refuses data that cannot be learned from, before work starts; rows of a stream are looked at as they come."""
+"""Checks of data sets: of all rows before work starts, of a stream's rows as they come."""
 
 from functools import partial
 from typing import Any
@@ -154,7 +154,7 @@ def warn_of_dropped_rows(given: Any, prepared: Any, name: str) -> None:
 
 
 def _check_row(row: dict[str, Any], index: int, name: str, config: RelayConfig) -> dict[str, Any]:
-    """A prepared row of a stream, as it is."""
+    """A prepared row of a stream, unchanged."""
     if {"input_ids", "labels"} <= row.keys():
         tokens, labels = np.asarray(row["input_ids"]), np.asarray(row["labels"])
         _check_tokens(tokens, labels, np.full(len(labels), index), name, config)
@@ -162,7 +162,7 @@ def _check_row(row: dict[str, Any], index: int, name: str, config: RelayConfig) 
 
 
 def _check_tokens(tokens: np.ndarray, labels: np.ndarray, rows: np.ndarray, name: str, config: RelayConfig) -> None:
-    """Refuses tokens and labels of one or more rows; `rows` has the number of the row of each label."""
+    """Raise if a row cannot be learned from; `rows` has the number of the row of each label."""
     if tokens.shape != labels.shape:
         raise ValueError(labels_differ(f"The {name}"))
     outside, learned = (tokens < 0) | (tokens >= config.text_config.vocab_size), labels != -100

@@ -5,10 +5,10 @@ A `Recipe` says everything about an objective. Other packages add theirs with `r
 Legend: B rows, L positions, N masked positions, K steps.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -28,42 +28,20 @@ if TYPE_CHECKING:
 MASKED, LEARNED = attrgetter("masked"), attrgetter("learned")
 
 
-class Start(Protocol):
-    """Masks fresh rows before their first step; `mask_uniformly` is one."""
-
-    def __call__(
-        self,
-        rows: RolloutRows,
-        config: RelayConfig,
-        generators: Sequence[torch.Generator] | None,
-        process: int,
-        processes: int,
-    ) -> RolloutRows:
-        """The rows with other masks; arguments as in `mask_uniformly`."""
-        ...
-
-
-class Need(NamedTuple):
-    """What an objective needs of a channel.
-
-    Args:
-        phrase: completes "a channel that ...".
-        is_met: whether a channel class has it.
-    """
-
-    phrase: str
-    is_met: Callable[[type[Channel]], bool]
+Advances = Callable[["RelayTrainerConfig", RelayConfig, bool], list[Advance]]
+Start = Callable[..., RolloutRows]  # called like `mask_uniformly`
 
 
 def _carries(channel: type[Channel]) -> bool:
     return not issubclass(channel, NoChannel)
 
 
-NEEDS: dict[Carry, Need] = {
-    "gradient": Need("can be differentiated", lambda channel: _carries(channel) and not channel.reads_distribution),
-    "state": Need("carries a state", _carries),
-    "prediction": Need("reads predictions", lambda channel: channel.reads_distribution),
-    "nothing": Need("may be any", lambda channel: True),
+# What an objective needs of a channel: completes "a channel that ...", and whether a class has it.
+NEEDS: dict[Carry, tuple[str, Callable[[type[Channel]], bool]]] = {
+    "gradient": ("can be differentiated", lambda channel: _carries(channel) and not channel.reads_distribution),
+    "state": ("carries a state", _carries),
+    "prediction": ("reads predictions", lambda channel: channel.reads_distribution),
+    "nothing": ("may be any", lambda channel: True),
 }
 
 
@@ -83,7 +61,7 @@ class Recipe:
     """
 
     sentence: str
-    advances: Callable[["RelayTrainerConfig", RelayConfig, bool], list[Advance]]
+    advances: Advances
     carry: Carry = "nothing"
     start: Start | None = None
     counted: Callable[[RolloutRows], Tensor] = MASKED
@@ -105,23 +83,14 @@ class Recipe:
         return self.carry in ("gradient", "state")
 
     def check_channel(self, name: str, channel: str) -> None:
-        """Raise if a model's channel cannot serve the objective.
-
-        Args:
-            name: the objective's.
-            channel: the `relay_channel` of the model.
-
-        Raises:
-            ValueError: the channel lacks what the objective needs.
-        """
-        need = NEEDS[self.carry]
-        if not need.is_met(CHANNELS[channel]):
-            channels = sorted(other for other, kind in CHANNELS.items() if need.is_met(kind))
-            objectives = [other for other, recipe in RECIPES.items() if NEEDS[recipe.carry].is_met(CHANNELS[channel])]
+        """Raise a ValueError if the `relay_channel` of a model lacks what the objective, called `name`, needs."""
+        phrase, is_met = NEEDS[self.carry]
+        if not is_met(CHANNELS[channel]):
+            channels = sorted(other for other, kind in CHANNELS.items() if is_met(kind))
+            objectives = [other for other, recipe in RECIPES.items() if NEEDS[recipe.carry][1](CHANNELS[channel])]
             raise ValueError(
-                f"`objective={name!r}` needs a channel that {need.phrase}, but the model has `relay_channel="
-                f"{channel!r}`: load it with one of the channels {channels}, or choose one of the objectives "
-                f"{objectives}."
+                f"`objective={name!r}` needs a channel that {phrase}, but the model has `relay_channel={channel!r}`: "
+                f"load it with one of the channels {channels}, or choose one of the objectives {objectives}."
             )
 
 

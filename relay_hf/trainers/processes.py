@@ -1,4 +1,4 @@
-"""What training needs to know of several processes; everything else is Accelerate's business."""
+"""What training adds to Accelerate for several processes."""
 
 from contextlib import AbstractContextManager
 from dataclasses import replace

@@ -4,7 +4,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi
 
@@ -53,19 +53,8 @@ class PublishingTrainer(ResumableTrainer):
         if len(logged(history, "loss")) > 1:
             place = Path(self.args.output_dir) / TRAINING_PICTURE
             picture = plot_training(history, place, f"Training of {name}").name
-        card = training_card(
-            name,
-            self.args,
-            self.relay_config,
-            self.model,
-            self.state,
-            model_id=str(Path(self.args.output_dir).resolve()),
-            train_dataset=self.train_dataset,
-            tokenizer=cast(Any, self.processing_class),
-            dataset_names=[dataset_name] if isinstance(dataset_name, str) else dataset_name or [],
-            reference=self.reference,
-            picture=picture,
-        )
+        names = [dataset_name] if isinstance(dataset_name, str) else dataset_name or []
+        card = training_card(self, name, names, picture)
         extra = [tags] if isinstance(tags, str) else list(tags or [])
         save_card(replace(card, tags=extra), self.args.output_dir)
 

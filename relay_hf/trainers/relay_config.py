@@ -47,10 +47,10 @@ class RelayTrainerConfig(SFTConfig):
             before it, which is what decoding reads it from. The published training reads it from the noisy block
             before, and leaves the first tokens of blocks to what the base model knows.
         threshold_jitter: standard deviation of Gaussian noise on the threshold, drawn per step (Sudoku recipe: 0.1).
-            Evaluation uses the threshold as it is.
+            Evaluation uses the threshold itself.
         buffer_queue_size: rows of text (per process) that may wait for a place in the rollout buffer. A row needs many
             rollouts, each batch brings new ones, and what comes when the queue is full is dropped. 0 drops every row
-            that finds no place at once, as the published reference does.
+            that finds no place at once, as the published code does.
         staggered_start: whether the first rows of the buffer start with different fractions revealed, so that they do
             not all finish together.
         relay_learning_rate: learning rate of the channel; `None` = `learning_rate`.

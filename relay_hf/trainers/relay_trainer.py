@@ -85,7 +85,7 @@ class RelayTrainer(PublishingTrainer):
         check_sources(args, kwargs)
         base, config, recipe = prepared.base, prepared.base.config, args.recipe
         if not recipe.uses_channel and config.relay_channel != "none" and args.ddp_find_unused_parameters is None:
-            # The channel gets no gradient then, which DDP has to be told.
+            # The channel gets no gradient then, and DDP must not wait for one.
             args.ddp_find_unused_parameters = True
         train_set = kwargs.get("train_dataset")
         self.rows_given = len(train_set) if hasattr(train_set, "__len__") else None  # before any was left out

@@ -35,7 +35,7 @@ class Reveal:
         policy: the rule; it decides for each block by itself.
         block_size: of the model.
         sub_block_size: only the first such part of a block that holds a mask takes part, as in decoding (the
-            reference calls this "decode_aligned"); None = the whole block does.
+            published code calls this "decode_aligned"); None = the whole block does.
     """
 
     policy: UnmaskingPolicy

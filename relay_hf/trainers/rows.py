@@ -77,7 +77,7 @@ def all_masked(config: RelayConfig, text: TextBatch, keeps_state: bool) -> Rollo
     """Rows in which everything to be learned is masked.
 
     The last block of a row is filled up with [MASK]s that are seen but not learned: decoding has them there too, and
-    without them their number would tell the model where the text ends.
+    without them their number would show the model where the text ends.
 
     Args:
         config: the model's configuration.

@@ -23,17 +23,17 @@ def describe_run(trainer: Any) -> str:
     """The summary of a `RelayTrainer`, one fact a line; nothing is trained, drawn or written for it."""
     args, config = trainer.args, trainer.relay_config
     lines = [
-        *_labelled("data", _describe_rows(trainer.train_dataset, trainer.rows_given, args.max_length)),
-        *_labelled("objective", [_describe_objective(args, config)]),
-        *_labelled("steps", [_describe_steps(trainer)]),
-        *_labelled("parameters", [_describe_parameters(trainer.model)]),
-        *_labelled("memory", [_describe_memory(trainer)]),
-        *_labelled("one row", _describe_row(trainer.train_dataset, trainer.processing_class, config)),
+        *_lines("data", _describe_rows(trainer.train_dataset, trainer.rows_given, args.max_length)),
+        *_lines("objective", [_describe_objective(args, config)]),
+        *_lines("steps", [_describe_steps(trainer)]),
+        *_lines("parameters", [_describe_parameters(trainer.model)]),
+        *_lines("memory", [_describe_memory(trainer)]),
+        *_lines("one row", _describe_row(trainer.train_dataset, trainer.processing_class, config)),
     ]
     return "\n".join(lines)
 
 
-def _labelled(label: str, lines: list[str]) -> Iterator[str]:
+def _lines(label: str, lines: list[str]) -> Iterator[str]:
     return (f"  {label if not index else '':<12}{line}" for index, line in enumerate(lines))
 
 
@@ -204,4 +204,4 @@ def time_two_steps(trainer: Trainer) -> str:
     text += " like it, without evaluation and saving"
     if trainer.args.device.type == "cuda":
         text += f"; {_mebibytes(torch.cuda.max_memory_allocated())} at most, activations included"
-    return "\n".join(_labelled("time", [text]))
+    return "\n".join(_lines("time", [text]))

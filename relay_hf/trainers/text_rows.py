@@ -1,4 +1,4 @@
-"""Refuses rows of text or messages that cannot be learned from: one sentence with row and column."""
+"""Checks of rows of text or messages; an error is one sentence with row and column."""
 
 import re
 from dataclasses import dataclass
@@ -99,7 +99,7 @@ def text_rows(row: dict[str, Any], name: str, text_field: str, template: str | N
     found = [kind for kind in kinds if set(kind) <= row.keys()]
     if not found:
         raise ValueError(
-            f"The {name} has the columns {sorted(row)}, which do not tell what to learn: give `prompt` and "
+            f"The {name} has the columns {sorted(row)}, none of which says what to learn: give `prompt` and "
             f"`completion`, `messages`, `{text_field}` (named by `dataset_text_field`), or `input_ids` and `labels`."
         )
     if len(found) > 1:

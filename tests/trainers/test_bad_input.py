@@ -48,7 +48,7 @@ def build(make_trainer: Callable[..., RelayTrainer]) -> Callable[..., RelayTrain
         (Dataset.from_dict({"input_ids": [], "labels": []}), {}, "The training set has no rows"),
         (IterableDataset.from_generator(nothing), {}, "The training set has no rows"),
         ([{"question": "2 + 2", "answer": "4"}], {}, r"has the columns \['answer', 'question'\], .* give `prompt` and"),
-        ([{"prompt": "2 + 2"}], {}, r"has the columns \['prompt'\], which do not tell what to learn"),
+        ([{"prompt": "2 + 2"}], {}, r"has the columns \['prompt'\], none of which says what to learn"),
         ([{"text": "a"}], {"dataset_text_field": "poem"}, r"columns \['text'\], .* `poem` \(named by `dataset_text_fi"),
         ([LONG], {"max_length": 20}, "All labels of the training set are -100, .* that `max_length` leaves room"),
         (Dataset.from_list([LONG]).to_iterable_dataset(), {"max_length": 20}, "No row of the training set is left"),

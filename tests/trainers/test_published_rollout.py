@@ -1,4 +1,4 @@
-"""The published reference, number by number: four calls of three objectives on one persistent buffer."""
+"""The published code, number by number: four calls of three objectives on one persistent buffer."""
 
 import json
 import os
@@ -14,16 +14,16 @@ from relay_hf.trainers.buffer import RolloutBuffer
 
 from .conftest import run_rollout
 
-REFERENCE = Path(os.environ.get("RELAY_HF_REFERENCE", Path(__file__).parents[1] / "reference"))
-CASES = json.loads((REFERENCE / "vectors.json").read_text())["rollout"]
+PUBLISHED = Path(os.environ.get("RELAY_HF_REFERENCE", Path(__file__).parents[1] / "reference"))
+CASES = json.loads((PUBLISHED / "vectors.json").read_text())["rollout"]
 MODES = list(dict.fromkeys(case["mode"] for case in CASES))
-# Their names in the reference -> ours.
+# Their names in the published code -> ours.
 RENAMED = {"relay_layer_norm.": "relay.norm.", "layers.": "model.layers.", "norm.": "model.norm."}
 
 
 @pytest.fixture(scope="module")
 def vectors() -> dict[str, torch.Tensor]:
-    return load_file(REFERENCE / "vectors.safetensors")
+    return load_file(PUBLISHED / "vectors.safetensors")
 
 
 def shift(raw: torch.Tensor) -> torch.Tensor:
@@ -35,9 +35,9 @@ def our_name(name: str) -> str:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_rollout_of_the_reference_equal_in_every_call(mode: str, vectors: dict[str, torch.Tensor]) -> None:
-    # The reference trains from a zero state, whatever it decodes from.
-    model = RelayForMaskedDiffusion.from_pretrained(REFERENCE / "checkpoint", relay_initial_state="zeros").train()
+def test_rollout_of_the_published_code_equal_in_every_call(mode: str, vectors: dict[str, torch.Tensor]) -> None:
+    # The published code trains from a zero state, whatever it decodes from.
+    model = RelayForMaskedDiffusion.from_pretrained(PUBLISHED / "checkpoint", relay_initial_state="zeros").train()
     mask = model.config.mask_token_id
     buffer = RolloutBuffer(model.config, keeps_state=mode != "rollout")
     for case in (case for case in CASES if case["mode"] == mode):
