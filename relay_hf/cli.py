@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from typing import Any
 
+from .startup.one_line import one_line
 from .startup.plain_stream import PlainStream
 from .version import __version__
 
@@ -30,7 +31,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `relay-hf`; returns 0, or 2 after printing one sentence about what was wrong.
 
-    As shells count signals, it is 130 after Ctrl-C, and 141 if whoever reads the output has gone.
+    As shells count signals, it is 130 after Ctrl-C, and 141 if the reader of the output has gone.
     """
     try:
         try:
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             sys.stdout.flush()  # also of `--help`, which leaves by an exception
     except BrokenPipeError:
-        # `head`, for instance, has what it wanted. What is left must go somewhere when Python closes the output.
+        # `head`, for instance, has what it wanted. Python flushes the rest when it closes the output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
@@ -57,12 +58,12 @@ def _run(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="relay-hf",
         description="Relay for masked diffusion language models.",
-        epilog="`relay-hf COMMAND --help` tells what a command takes.",
+        epilog="`relay-hf COMMAND --help` lists the options of a command.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, purpose in COMMANDS.items():
-        # What follows is the command's own to parse, `--help` included.
+        # The command parses the rest itself, `--help` included.
         commands.add_parser(name, help=purpose, add_help=False, prefix_chars="\0")
     chosen, rest = parser.parse_known_args(argv)
     command = importlib.import_module(f"relay_hf.commands.{chosen.command.replace('-', '_')}")
@@ -81,5 +82,4 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         # As the system raises it, it says neither what it is about nor what to do.
         return f"`{error.filename}` cannot be read or written ({error.strerror}): check the path and its permissions."
-    # Libraries' messages may have several lines.
-    return " ".join(str(error).split())
+    return one_line(error)

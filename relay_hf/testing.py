@@ -67,7 +67,7 @@ def tiny_model(
 
     Args:
         tokenizer: decides vocabulary, [PAD] and [MASK]; without one there are 64 tokens, of which the last is [MASK].
-        seed: of the weights; torch's global generator is seeded with it.
+        seed: seed of the weights; torch's global generator is seeded with it.
         open_channel: gives the channel random weights. A fresh LayerNorm channel changes nothing, so that a test with
             one would not notice a state that is lost.
         text: fields of the backbone that differ from those of `tiny_text_config`.

@@ -12,7 +12,7 @@ class Conversation:
     """Turns of a chat; what both turns begin with is computed once.
 
     Args:
-        model, tokenizer: of `load_for_decoding`.
+        model, tokenizer: results of `load_for_decoding`.
         options: keyword arguments of `generate`.
         system: the message that begins it.
     """
@@ -34,7 +34,7 @@ class Conversation:
         self.cache = RelayCache(config=self.model.config.text_config)
 
     def reply(self, text: str) -> None:
-        """Prints a reply as it is written. Interrupted, the turn has not happened."""
+        """Prints a reply while it is written. An interrupted turn leaves no trace in the chat."""
         messages = [*self.messages, {"role": "user", "content": text}]
         prompt = self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True

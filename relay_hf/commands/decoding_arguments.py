@@ -100,7 +100,7 @@ def parse_decoding(parser: TrlParser, argv: Sequence[str]) -> tuple[Any, argpars
     """The dataclass, and what was added to the parser.
 
     Raises:
-        ValueError: something is not understood.
+        ValueError: an option is unknown.
     """
     arguments, given, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if rest and not rest[0].startswith("-") and getattr(given, "prompt", "") is None:

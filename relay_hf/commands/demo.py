@@ -22,8 +22,8 @@ def _model_to_show(arguments: DemoArguments, web: WebArguments) -> str:
     """The model that was named, or the one that the demo has saved.
 
     Raises:
-        ValueError: an option that nothing would read.
-        OSError: the demo has saved none.
+        ValueError: an option would have no effect.
+        OSError: the demo has saved no model.
     """
     finding = ("size", "output_dir")
     if training := [name for name in changed_fields(arguments) if name not in finding]:

@@ -25,7 +25,7 @@ def run(program: str, argv: Sequence[str]) -> None:
     """Answers a prompt: the text goes to stdout, the number of forwards it took to stderr."""
     parser = make_decoding_parser(program, "PATH_OR_REPO [PROMPT]", GenerateArguments, run.__doc__)
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="the prompt; by default what comes in on stdin")
-    parser.add_argument("--raw", action="store_true", help="give the prompt as it is, without the chat template")
+    parser.add_argument("--raw", action="store_true", help="give the prompt without the chat template")
     parser.add_argument(
         "--show_steps", "--show-steps", action="store_true", help="show on stderr what each forward reveals"
     )

@@ -26,7 +26,7 @@ def prepare_data(output: str | Path, arguments: "PrepareArguments") -> dict[str,
 
     Args:
         output: file to write; must not exist.
-        arguments: what to read, and how much to keep.
+        arguments: the data sets, and the rows to keep.
 
     Returns:
         For `code` and `math`: the rows `read` and `kept`, and how many each filter left out.
@@ -61,7 +61,7 @@ def prepare_data(output: str | Path, arguments: "PrepareArguments") -> dict[str,
         rows += kept
     random.Random(arguments.seed).shuffle(rows)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Nobody ever sees half of it.
+    # Renamed when it is whole: half a file is never seen.
     unfinished = target.with_name(f".{target.name}.part")
     unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     unfinished.rename(target)

@@ -18,7 +18,7 @@ class Source:
     Args:
         prompt, answer: its columns.
         others: more columns that the filter reads.
-        defect: what is wrong with a row, given its prompt and answer; None if nothing is.
+        defect: the reason to leave out a row, given its prompt and answer; None for a good row.
     """
 
     prompt: str

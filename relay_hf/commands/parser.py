@@ -12,12 +12,12 @@ from typing import Any
 
 from trl import TrlParser
 
-# What a value is read by -> what stands for it in the help.
+# Type of a value -> its placeholder in the help.
 METAVARS = {"int": "N", "float": "X", "str": "TEXT", "string_to_bool": "BOOL"}
 
 
 class _Parser(TrlParser):
-    """Tells the defaults that say something: most of those that are None are the model's."""
+    """Shows a default in the help unless it is empty; None usually means "as the model has it"."""
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
         if "type" in options and "choices" not in options and names[0].startswith("-"):
@@ -41,20 +41,20 @@ def make_parser(program: str, positionals: str, arguments: Any, description: str
     """A parser for the fields of dataclasses.
 
     Args:
-        program: what the user typed.
-        positionals: what is to follow it, as the help shows it; the caller adds them.
+        program: the command, as the user typed it.
+        positionals: names of its positional arguments, for the help; the caller adds them.
         arguments: the dataclass, or several.
-        description: what it does.
+        description: a sentence about the command.
     """
     usage = " ".join(part for part in (program, positionals, "[--OPTION VALUE ...]" if arguments else "") if part)
     return _Parser(arguments, prog=program, usage=usage, description=description, formatter_class=_HelpFormatter)
 
 
 def parse(parser: TrlParser, argv: Sequence[str]) -> tuple[Any, ...]:
-    """The dataclasses, and what was added to the parser.
+    """The dataclasses, and a namespace of the arguments that were added to the parser.
 
     Raises:
-        ValueError: something is not understood.
+        ValueError: an option is unknown.
     """
     # Before the dataclasses are made, which refuse values.
     if rest := parser.parse_known_args(argv)[1]:
@@ -63,16 +63,16 @@ def parse(parser: TrlParser, argv: Sequence[str]) -> tuple[Any, ...]:
 
 
 def unknown_option(parser: argparse.ArgumentParser, given: str, listing: str = "--help") -> str:
-    """The sentence about something that is not understood, with the option that is most like it.
+    """The sentence about an unknown option, with the known option that is most like it.
 
     Args:
-        parser: what did not understand it.
-        given: an option, or a text that stands for itself.
-        listing: the option that lists what there is.
+        parser: the parser that does not know it.
+        given: an option, or a text that is no value of one.
+        listing: the option that lists all options.
     """
     # argparse has no public list of its options.
     known: Iterable[str] = (action.dest for action in parser._actions if action.option_strings)
     name = given.lstrip("-").split("=")[0].replace("-", "_")
     alike = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean `{alike[0]}`?" if alike else f"`{parser.prog} {listing}` lists what there is."
+    hint = f"did you mean `{alike[0]}`?" if alike else f"`{parser.prog} {listing}` lists the options."
     return f"`{given}` is not an option of `{parser.prog}`: {hint}"

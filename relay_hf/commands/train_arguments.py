@@ -1,4 +1,4 @@
-"""What can be chosen on the command line of `relay-hf train`, and how it is told."""
+"""The options of `relay-hf train`: from a recipe and the command line, and their help."""
 
 import math
 import re
@@ -17,6 +17,7 @@ from trl.scripts.utils import DatasetConfig
 
 from ..loading.gguf_sources import refuse_gguf
 from ..recipes import recipe_path
+from ..startup.one_line import one_line
 from ..trainers import RelayTrainerConfig
 from .parser import unknown_option
 
@@ -108,12 +109,12 @@ def parse(program: str, config: str | None, argv: Sequence[str]) -> TrainArgumen
     """Reads the options of a recipe, and those of the command line, which win.
 
     Args:
-        program: what the user typed.
+        program: the command, as the user typed it.
         config: YAML file, or the name of a recipe that comes with the library.
         argv: the other arguments.
 
     Raises:
-        ValueError: the file cannot be read, or there is an unknown option or an unfit value.
+        ValueError: the file cannot be read, an option is unknown, or a value is unfit.
     """
     usage = f"{program} [--config FILE_OR_RECIPE] [--OPTION VALUE ...]   ({program} --help lists them)"
     parser = TrlParser(ARGUMENTS, prog=program, usage=usage, add_help=False, allow_abbrev=False)
@@ -128,19 +129,20 @@ def parse(program: str, config: str | None, argv: Sequence[str]) -> TrainArgumen
 
 
 def _check_recipe(path: Path, parser: TrlParser) -> None:
-    """Refuses what TRL would take over as it is, or tell in its own words."""
+    """Raise if a recipe holds a value that TRL would take unchecked, or refuse without naming the file."""
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"`{path}` is not YAML ({reason}): give lines of the form `option: value`.") from error
+        raise ValueError(
+            f"`{path}` is not YAML ({one_line(error)}): give lines of the form `option: value`."
+        ) from error
     if not isinstance(options, dict):
         raise ValueError(f"`{path}` holds no options: give lines of the form `option: value`.")
     kinds = {name: str(kind) for source in ARGUMENTS for name, kind in get_type_hints(source).items()}
     for name, value in options.items():
         if name != "env" and name not in kinds:  # TRL sets environment variables by `env`
             raise ValueError(f"{unknown_option(parser, str(name), '--help_all')} (in `{path}`)")
-        # argparse turns texts into numbers, but everything else comes as it is.
+        # argparse turns texts into numbers, and leaves everything else unchanged.
         kind = kinds.get(name, "dict")
         if isinstance(value, list | dict) and not any(text in kind for text in ("list", "dict")):
             raise ValueError(f"`{name}: {value}` in `{path}` is not one value: give a text or a number.")
@@ -152,7 +154,7 @@ def _check_recipe(path: Path, parser: TrlParser) -> None:
 
 
 def _check_mixture(sources: Any, path: Path) -> None:
-    """Refuses data sets of which TRL would make an exception about its own code."""
+    """Raise if TRL would fail on a data set with an exception about its own code."""
     if not isinstance(sources, list) or not all(isinstance(source, dict) and "path" in source for source in sources):
         raise ValueError(
             f"`datasets` in `{path}` is not a list of data sets with a `path`: write "
@@ -204,7 +206,7 @@ def help_text(program: str, purpose: str, everything: bool) -> str:
         "",
         purpose,
         "",
-        "Options may stand in a YAML file (`learning_rate: 5e-6`), and those of the command line win. Recipes that",
+        "Options may be in a YAML file (`learning_rate: 5e-6`); those of the command line win. Recipes that",
         f"come with the library: {', '.join(sorted(path.stem for path in recipe_path().glob('*.yaml')))}.",
         "",
         "  --config FILE_OR_RECIPE  YAML file with options",
@@ -223,7 +225,7 @@ def _option_lines(name: str) -> list[str]:
     """An option's line: its name, the first sentence of what the library says of it, and the default."""
     source = next(source for source in ARGUMENTS if name in source.__dataclass_fields__)
     option: Field = source.__dataclass_fields__[name]
-    text = " ".join(str(option.metadata.get("help", "")).split()).split(". ")[0].rstrip(".")
+    text = " ".join(option.metadata.get("help", "").split()).split(". ")[0].rstrip(".")
     default = option.default_factory() if option.default_factory is not MISSING else option.default
     if default not in (None, MISSING, [], {}):
         text += f" [{getattr(default, 'value', default)}]"

@@ -10,6 +10,7 @@ from datasets.exceptions import DatasetsError
 from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
 
 from ..hub_cards import is_hub_id
+from ..startup.one_line import one_line
 from ..trainers import RelayTrainerConfig
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -27,14 +28,14 @@ def load_splits(
         training: says whether there is an evaluation, and the seed of that part.
 
     Raises:
-        ValueError: no data set is named, or two ways of naming it are mixed.
-        OSError: it cannot be read.
+        ValueError: the options name no data set, or name it in two ways.
+        OSError: a data set cannot be read.
     """
     _check(data, mixture, training)
     try:
         return _load_splits(data, mixture, training)
     except DatasetsError as error:
-        reason = " ".join(str(error.__cause__ or error).split())
+        reason = one_line(error.__cause__ or error)
         raise ValueError(f"The data set cannot be read ({reason}): check its files.") from error
 
 
@@ -65,7 +66,7 @@ def _check(data: ScriptArguments, mixture: DatasetMixtureConfig, training: Relay
     if data.ignore_bias_buffers:
         raise ValueError("`ignore_bias_buffers` has no effect here: leave it out.")
     if bool(data.dataset_name) == bool(mixture.datasets):
-        raise ValueError("One of `dataset_name` and `datasets` must tell what to train on: give the one or the other.")
+        raise ValueError("One of `dataset_name` and `datasets` must name the training data: give the one or the other.")
     if mixture.test_split_size is not None and not 0 < mixture.test_split_size < 1:
         raise ValueError(
             f"`test_split_size={mixture.test_split_size:g}` is no part of the rows: give a number between 0 and 1, or "

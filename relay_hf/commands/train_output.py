@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-# What a training leaves in its folder; other files there are nobody's business.
+# Files that a training leaves in its folder; all others are ignored.
 LEFT_BY_A_RUN = (
     "checkpoint-*", "merged", "*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json",
     "generation_config.json", "training_args.bin",
@@ -19,17 +19,17 @@ MERGED = "merged"
 def check_output(
     folder: Path, resume: str | bool | None, overwrite: bool, merges: bool, sources: Sequence[str | None]
 ) -> list[Path]:
-    """Refuses a folder whose model or checkpoints this run would mix with its own.
+    """Raise if the folder holds a model or checkpoints that this run would mix with its own.
 
     Args:
         folder: the output.
         resume: the checkpoint that the run goes on from; True = the last of `folder`.
-        overwrite: whether the user wants what is there to be replaced.
+        overwrite: whether the user wants the folder's contents to be replaced.
         merges: whether the run will write a merged model.
         sources: models that the run reads.
 
     Returns:
-        What is to be replaced.
+        The files and folders to be replaced.
 
     Raises:
         ValueError: the folder is in use.

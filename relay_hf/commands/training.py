@@ -30,8 +30,8 @@ def train(arguments: TrainArguments, program: str, argv: Sequence[str]) -> None:
     """Runs one training from its first or last step to the saved model.
 
     Args:
-        arguments: what was parsed.
-        program, argv: what was typed, from which the command that goes on is made.
+        arguments: the parsed arguments.
+        program, argv: the command line, from which the command that resumes is made.
 
     Raises:
         ValueError: the options do not fit together, or to the model, the data or the output folder.
@@ -145,7 +145,7 @@ def _a_prompt(rows: Any) -> str:
 
 
 def _checkpoint_to_resume(given: str | bool | None) -> str | bool | None:
-    """A folder as it is; True, which a command line can only spell, means the last checkpoint of the output."""
+    """The folder unchanged; the text "true" becomes True, which means the last checkpoint of the output."""
     named = {"true": True, "false": None}.get(str(given).lower(), given)
     if isinstance(named, str) and not Path(named).is_dir():
         raise ValueError(

@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassFieldValidationError
 from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from ..loading.checkpoint import load_config
 from ..loading.tokenizer import load_tokenizer
 from ..modeling import RelayConfig, RelayForMaskedDiffusion
 from ..modeling.configuration_relay import RELAY_FIELDS
 from ..modeling.conversion_relay import FOREIGN_PARAMETER_NAMES, code_of_its_own
-from ..modeling.files_relay import check_json_files, explained
+from ..modeling.files_relay import check_json_files
+from ..startup.one_line import one_line
 from .gguf_file import open_gguf, read_gguf_weights
 from .mask_token import add_rows, choose_mask_token
 from .report import ConversionReport
@@ -77,7 +78,7 @@ def convert(
         fields, _ = PreTrainedConfig.get_config_dict(source, revision=revision, gguf_file=gguf_file)
     except OSError as error:
         raise OSError(
-            f"`{source}` is not a model ({' '.join(str(error).split()).rstrip('.')}): give a folder that holds a "
+            f"`{source}` is not a model ({one_line(error).rstrip('.')}): give a folder that holds a "
             "`config.json`, a GGUF file, or the id of a repository that can be reached."
         ) from error
     if not fields:
@@ -89,11 +90,7 @@ def convert(
     if mask_token_id is not None:
         # The family's own id may be outside the vocabulary; one that is given is judged below.
         options["mask_token_id"] = None
-    with explained(source, "configuration"):
-        try:
-            config = RelayConfig.from_pretrained(source, revision=revision, gguf_file=gguf_file, **options)
-        except StrictDataclassFieldValidationError as error:
-            raise ValueError(f"{error.__cause__}: give one that `RelayConfig` takes.") from error
+    config = load_config(source, revision=revision, gguf_file=gguf_file, **options)
     tokenizer = load_tokenizer(source, config, revision, gguf_file)
     rows = config.text_config.vocab_size
     mask = choose_mask_token(mask_token_id, config.mask_token_id, tokenizer, rows)
@@ -218,7 +215,7 @@ def _complete_generation_defaults(
 
 
 def _write(target: Path, model: RelayForMaskedDiffusion, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Saves beside the target, so that nobody ever sees half of it; on an error nothing stays."""
+    """Saves beside the target and renames, so that half a model is never seen; on an error nothing stays."""
     target.parent.mkdir(parents=True, exist_ok=True)
     # A folder inside, because a temporary folder itself is closed to other users.
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:

@@ -25,9 +25,9 @@ def open_gguf(source: str, gguf_file: str, revision: str | None) -> "GGUFReader"
         revision: branch, tag or commit on the Hub.
 
     Raises:
-        ImportError: the library that reads such files is not installed, or too old.
+        ImportError: the library `gguf` is not installed, or too old.
         ValueError: the file is damaged, or of another kind.
-        OSError: there is no such file.
+        OSError: the file does not exist.
     """
     if not is_gguf_available():
         raise ImportError(
@@ -52,7 +52,7 @@ def read_gguf_weights(
     """Reads the parameters of a causal decoder.
 
     Args:
-        file: what `open_gguf` returned.
+        file: the result of `open_gguf`.
         source: folder or Hub id.
         gguf_file: name of the file in it.
         dtype: dtype to unpack to; by default float32.

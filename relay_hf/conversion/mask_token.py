@@ -34,7 +34,7 @@ def choose_mask_token(
         vocab_size: rows of its embeddings; the tokenizer may use fewer.
 
     Raises:
-        ValueError: no id is known, or it already means something else.
+        ValueError: no id is known, or the id is another token already.
     """
     known, origin = (given, "as given") if given is not None else (of_family, "the source's own")
     if known is not None and not 0 <= known < vocab_size:
@@ -68,7 +68,7 @@ def choose_mask_token(
 
 
 def _name_mask_token(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bool:
-    """Makes the tokenizer call this id its mask token; tells whether it could."""
+    """Makes the tokenizer call this id its mask token; returns whether that is possible."""
     for name in ("pad_token", "eos_token", "bos_token"):
         if getattr(tokenizer, f"{name}_id") == token_id:
             raise ValueError(

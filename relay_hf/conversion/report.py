@@ -10,20 +10,20 @@ class ConversionReport:
     """What became of a checkpoint.
 
     Args:
-        source: where it was read from.
+        source: the checkpoint that was read.
         output: folder where the relay model is.
         family: its `model_type`.
         backbone: `model_type` of the backbone that its weights are in now.
         block_size: positions that are denoised together, None = the whole sequence.
         token_shift: whether the raw head scores the next token.
-        relay_channel: what is carried between denoising steps.
+        relay_channel: the channel between denoising steps.
         mask_token_id: id of [MASK].
-        mask_token: where that id comes from.
+        mask_token: the origin of that id.
         renamed: new name of every parameter that has one.
         merged: parameters that transformers packed into others, as it does with experts.
         initialised: parameters, or rows of them, that the source does not have.
         left_out: parameters of the source that have no place in the model and do not change what it computes.
-        notes: what else is worth knowing.
+        notes: further sentences for the user.
     """
 
     source: str

@@ -25,15 +25,15 @@ class KeptStudy:
     """The folder `unfinished` beside the results, which goes when the demo is done.
 
     Args:
-        arguments: of the demo, as given.
-        puzzles: of both splits.
+        arguments: the demo's arguments, as given.
+        puzzles: the puzzles of both splits.
 
     Attributes:
-        folder: where it is.
-        plan: what `keep_plan` was given, in this run or before; None at first.
+        folder: the path of the folder.
+        plan: the last argument of `keep_plan`, in this run or before; None at first.
 
     Raises:
-        ValueError: it holds the work of other settings, other puzzles or other versions of the libraries.
+        ValueError: the folder holds the work of other settings, other puzzles or other versions of the libraries.
     """
 
     def __init__(self, arguments: DemoArguments, puzzles: DatasetDict) -> None:
@@ -67,9 +67,9 @@ class KeptStudy:
         """Trains in place, or loads what was trained before; returns the seconds that training took.
 
         Args:
-            name: of the stage.
-            model: gets the weights.
-            train: gets the stage's `folder`; returns the seconds.
+            name: name of the stage.
+            model: model that receives the weights.
+            train: trains in the stage's `folder`; returns the seconds.
         """
         folder = self.stage(name)
         weights = folder / "model.safetensors"

@@ -77,7 +77,7 @@ def fit_to_machine(
 ) -> tuple[DemoArguments, str]:
     """Measures a few steps and scales the study down if it would take too long.
 
-    It becomes smaller only if nobody chose its size, or if `minutes` were given.
+    It becomes smaller only if the user chose no size, or gave `minutes`.
 
     Returns:
         The arguments to run with, and a sentence about what was scaled, "" if nothing was.

@@ -66,8 +66,8 @@ def run_study(
 
     Args:
         arguments: the sizes of the study.
-        tokenizer, puzzles: what is solved by what; the first `test_puzzles` of the held-out ones.
-        kept: what was trained before and need not be again.
+        tokenizer, puzzles: the first `test_puzzles` of the held-out puzzles are solved.
+        kept: trainings of an earlier run, which are not repeated.
 
     Raises:
         KeyboardInterrupt: Ctrl-C; everything so far is kept.
@@ -161,15 +161,16 @@ def train_model(
     """Trains in place and returns the seconds it took.
 
     Args:
-        model, tokenizer, puzzles: what is trained on what.
-        objective: of the trainer.
-        seed: of masks, thresholds and symmetries; warm-up and adaptation see other ones.
+        model, tokenizer: the model to train.
+        puzzles: the puzzles to train it on.
+        objective: the trainer's objective.
+        seed: seed of masks, thresholds and symmetries; warm-up and adaptation see other ones.
         arguments: the sizes of the study.
         steps: optimizer steps.
-        is_warmup: from scratch, at a higher learning rate.
-        folder: where an interrupted training leaves a checkpoint, and goes on from one; None = neither.
-        callbacks: of the trainer.
-        reference_model: for the objective `residual_context`.
+        is_warmup: train from scratch, at a higher learning rate.
+        folder: folder for the checkpoint of an interrupted training, which goes on from it; None = no checkpoint.
+        callbacks: callbacks of the trainer.
+        reference_model: reference of the objective `residual_context`.
 
     Raises:
         KeyboardInterrupt: Ctrl-C; with a folder, the step in work is finished and a checkpoint is there.

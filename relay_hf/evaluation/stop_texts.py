@@ -9,7 +9,7 @@ from transformers import StoppingCriteria
 
 
 class StopTexts(StoppingCriteria):
-    """Is true of a row whose new tokens hold one of the texts; what the prompt holds does not count.
+    """True for a row whose new tokens hold one of the texts; the prompt does not count.
 
     Args:
         tokenizer: turns new tokens into text, special tokens included.

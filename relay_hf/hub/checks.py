@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassFieldValidationError
 from safetensors import safe_open
 from transformers import GenerationConfig
 
+from ..loading.checkpoint import load_config
 from ..loading.tokenizer import load_tokenizer
 from ..modeling import RelayConfig
 from ..modeling.files_relay import check_json_files, explained
@@ -29,10 +29,7 @@ def check_contents(folder: Path) -> None:
     model_type = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("model_type")
     if model_type != RelayConfig.model_type:
         raise ValueError(f"`config.json` is of a `{model_type}`, not of a relay model: run `relay-hf convert` first.")
-    try:
-        config = RelayConfig.from_pretrained(folder)
-    except StrictDataclassFieldValidationError as error:
-        raise ValueError(f"{error.__cause__}: correct `config.json`.") from error
+    config = load_config(folder)
     if (folder / "generation_config.json").exists():
         GenerationConfig.from_pretrained(folder)
     with explained(folder, "weights"):
@@ -42,10 +39,10 @@ def check_contents(folder: Path) -> None:
 
 
 def check_base(config: RelayConfig, base: str, token: str | None) -> None:
-    """Asks the Hub whether an adapter's base is there and has the right shape.
+    """Raise if an adapter's base is not on the Hub, or has another shape.
 
     Raises:
-        ValueError: it is not there, not to be read with this token, or another model.
+        ValueError: the base is missing, cannot be read with this token, or is another model.
     """
     try:
         theirs = RelayConfig.from_pretrained(base, token=token).text_config

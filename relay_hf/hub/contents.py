@@ -28,7 +28,7 @@ CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "adapter_model.safetensors")
 # One kind of model replaces another: what the repository has of these, and the commit does not, goes.
 REPLACED = (*WEIGHTS, "model.safetensors.index.json", ADAPTER_CONFIG, "*_relay.py")
-# Anything else in the folder is nobody's business: optimizer states, logs, data.
+# Anything else in the folder stays private: optimizer states, logs, data.
 KEPT = (
     *REPLACED,
     CONFIG,
@@ -62,10 +62,10 @@ def whole_model_beside(folder: str | Path | None) -> Path | None:
 
 
 def gather(source: Any, scratch: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Puts the files of a model, or of the folder of one, into `scratch`. The source stays as it is.
+    """Puts the files of a model, or of the folder of one, into `scratch`. The source does not change.
 
     Raises:
-        ValueError: the source is neither, or no relay model, or a file of it is a link out of the folder.
+        ValueError: the source is no folder and no relay model, or a file links out of the folder.
         FileNotFoundError: the folder does not exist, or holds no model.
     """
     if isinstance(source, str | Path):
@@ -87,15 +87,15 @@ def complete(
     card: RelayCardData | None,
     write_card: bool,
 ) -> str | None:
-    """Adds the code and its register, tells an adapter's loaders where to look, and sees to the card.
+    """Add code and `auto_map`, point adapter loaders here, write or update the card.
 
     Args:
-        scratch: with the files of `gather`.
-        repo_id: where they will be.
-        folder: where they were, if they were in one; code in the card loads the model from there.
+        scratch: folder with the files of `gather`.
+        repo_id: repository that they will be pushed to.
+        folder: folder that they come from, if any; code in the card loads the model from there.
         base_model: Hub id of an adapter's base, if it was trained from elsewhere.
         card: replaces the one in the folder.
-        write_card: whether a repository without card is to get one.
+        write_card: whether to write a card for a repository without one.
 
     Returns:
         The Hub id of an adapter's base; None for whole models.
@@ -152,14 +152,14 @@ def _copy(folder: Path, scratch: Path) -> None:
         if (scratch / ADAPTER_CONFIG).exists():
             merged = whole_model_beside(folder)
             raise FileNotFoundError(
-                f"`{folder}` holds an adapter, but no `config.json` that tells its relay model: save it with "
+                f"`{folder}` holds an adapter, but no `config.json` of its relay model: save it with "
                 f"`RelayTrainer`, or push {f'`{merged}`, which holds the whole model' if merged else 'the PeftModel'}."
             )
         raise FileNotFoundError(f"`{folder}` holds no `config.json`: give the folder of a saved relay model.")
 
 
 def _check_inside(path: Path, folder: Path) -> None:
-    """Refuses a link out of the folder: what others are to see lies in it."""
+    """Raise if a file links out of the folder: only files inside may be published."""
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError(
             f"`{path}` is a link to `{path.resolve()}`, out of the folder: put a copy there, or remove the link."

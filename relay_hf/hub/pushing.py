@@ -39,11 +39,11 @@ def push(
     Args:
         source: folder that `save_pretrained` or a trainer wrote, a `RelayForMaskedDiffusion`, or a `PeftModel` of one.
         repo_id: "owner/name"; made if it does not exist.
-        tokenizer: in place of the folder's.
-        card: in place of the folder's. Without either, a repository that has none gets a plain one.
+        tokenizer: replaces the folder's.
+        card: replaces the folder's. Without either, a repository without a card gets a plain one.
         base_model: Hub id of an adapter's base, where the adapter was trained from a folder.
-        private: whether a new repository is private; None = as its owner has it by default.
-        token: of the Hub; None = that of `hf auth login` or `HF_TOKEN`.
+        private: whether a new repository is private; None = the default of its owner.
+        token: token of the Hub; None = the one of `hf auth login` or `HF_TOKEN`.
         revision: branch to commit to; None = main.
         commit_message: first line of the message.
 
@@ -85,7 +85,7 @@ def _inherit_license(scratch: Path, token: str | None) -> None:
         return
     try:
         base: Any = ModelCard.load(card.data.base_model, token=token).data
-    except Exception:  # it has no card, or one that nobody can read: of the Hub's and the YAML library's own
+    except Exception:  # no card, or an unreadable one: errors of the Hub's client and of the YAML library
         return
     for name in ("license", "license_name", "license_link"):
         setattr(card.data, name, getattr(base, name, None))

@@ -10,6 +10,7 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
+from ..startup.one_line import one_line
 from .contents import REPLACED, matches
 
 REASONS = {
@@ -25,14 +26,14 @@ REASONS = {
 
 
 class PushError(OSError):
-    """A push did not come about; the message says why, and how the remote was left."""
+    """A push failed; the message says why, and in which state the repository is."""
 
 
 class Remote:
-    """A repository that is pushed to: what it is like before, and the way back there.
+    """The repository of a push: notes its state before, and restores that state after a failure.
 
     Args:
-        api: with the token of the push.
+        api: client with the token of the push.
         repo_id: "owner/name".
         revision: branch to commit to.
     """
@@ -104,18 +105,15 @@ class Remote:
 def explain(error: BaseException, endpoint: str) -> str:
     """Half a sentence: why the Hub, or the way there, refused."""
     if isinstance(error, ValueError) and not isinstance(error, HfHubHTTPError):
-        return _one_line(error)  # what the Hub said of the card's metadata or of a large file
+        return one_line(error).rstrip(".:")  # what the Hub said of the card's metadata or of a large file
     cause: BaseException | None = error
     while cause is not None:
         last, cause = cause, cause.__cause__
         if isinstance(last, HfHubHTTPError) and last.response is not None:
-            status, said = last.response.status_code, _one_line(last.server_message or "")
+            status, said = last.response.status_code, (last.server_message or "")
             other = (
                 "the Hub has a problem of its own: push again later" if status >= 500 else "the Hub does not take it"
             )
-            return f"{REASONS.get(status, other)} (status {status}{': ' + said if said else ''})"
-    return f"the connection to {endpoint} failed: check it, and push again ({type(last).__name__}: {_one_line(last)})"
-
-
-def _one_line(text: object) -> str:
-    return " ".join(str(text).split()).rstrip(".:")
+            said = f": {one_line(said).rstrip('.:')}" if said else ""
+            return f"{REASONS.get(status, other)} (status {status}{said})"
+    return f"the connection to {endpoint} failed: check it, and push again ({type(last).__name__}: {one_line(last)})"

@@ -19,10 +19,10 @@ class DatasetFacts:
     """A dataset that the model was trained or evaluated on.
 
     Args:
-        name: for people, for instance "Sudoku 6x6".
+        name: a name for people, for instance "Sudoku 6x6".
         description: a sentence or two: where it comes from, how many rows, what is held out.
         hub_id: "namespace/name" on the Hub, if it is there.
-        config, split: of the Hub's dataset.
+        config, split: configuration and split of the Hub's dataset.
     """
 
     name: str
@@ -37,7 +37,7 @@ class TrainingFacts:
     """How the weights came about.
 
     Args:
-        datasets: what was trained on.
+        datasets: the training data.
         recipe: a sentence or two on the stages: "1,000 `masked` steps from scratch, then 400 `relay` steps."
         arguments: the arguments that matter, in the order to print; those whose value is None are left out.
         steps: optimizer steps.
@@ -45,7 +45,7 @@ class TrainingFacts:
         losses: name -> loss at the end of the run, for instance that on held-out rows.
         log: step -> name -> loss while training, as many rows as the table shall have.
         parameters: number of trained parameters.
-        hardware: what it ran on, see `hardware()`.
+        hardware: the machine, see `hardware()`.
         versions: package -> version, see `versions()`.
         picture: name of an image file beside the card that shows the losses, see `relay_hf.pictures.training`.
 
@@ -82,7 +82,7 @@ class EvaluationRow:
         metrics: name -> fraction in [0, 1], the most important first ("exact_match": 0.797).
         denoise_forwards, commit_forwards, prefill_forwards: means per sample.
         samples: number of samples the means are over.
-        threshold: of the unmasking policy, if it has one.
+        threshold: unmasking threshold, if the policy has one.
         seeds: number of training seeds the means are over.
         spread: metric -> standard deviation over seeds, as a fraction.
 
@@ -124,13 +124,13 @@ class Evaluation:
     """A table of results on one dataset.
 
     Args:
-        dataset: what was evaluated on.
+        dataset: the evaluation data.
         rows: the table, in the order to print. All report the same metrics.
-        highlighted: the row that stands for this model; rows with its label are this model at other thresholds, all
+        highlighted: the row that represents this model; rows with its label are this model at other thresholds, all
             others are what it is compared with and never enter the card's metadata.
-        unit: what one sample is: "puzzle", "problem".
+        unit: name of one sample: "puzzle", "problem".
         picture: name of an image file beside the card.
-        comment: what the numbers show, in a sentence or two.
+        comment: a sentence or two about the numbers.
 
     Raises:
         ValueError: the rows do not fit together, or `picture` is not a plain file name.
@@ -161,16 +161,16 @@ class RelayCardData:
     """Everything a card says. What is left out leaves no trace in it.
 
     Args:
-        name: of the model.
+        name: name of the model.
         base_model: Hub id or folder of the checkpoint that training started from; None = there was none, or it
             is not known.
         channel: a sentence on what is carried between denoising steps and how it enters; None = nothing is carried.
         objective: short name of the training objective ("relay").
         objective_description: a sentence that says what it does.
         model: name -> value, for instance of `describe_model`.
-        training: how the weights came about.
+        training: facts about the training.
         evaluations: tables of results, one per data set.
-        usage: Python code that runs as it stands, for instance of `fill_in_snippet`.
+        usage: Python code that runs unchanged, for instance of `fill_in_snippet`.
         limits: sentences, one per limit.
         license: identifier that the Hub knows ("apache-2.0").
         language: ISO 639-1 codes of the text, if it is text.

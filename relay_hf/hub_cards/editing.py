@@ -18,7 +18,7 @@ USAGE, EVALUATION, LIMITS = "## How to use", "## Evaluation", "## Limits"
 BEHIND_EVALUATION = ("## Model", "## Training", LIMITS, "## Citation", "## Framework versions")
 BEHIND_USAGE = (EVALUATION, *BEHIND_EVALUATION)
 CODE_FILE = "modeling_relay.py"  # `push` puts it, and what it imports, beside the weights
-# What is in the cards that libraries write unasked, as long as nobody has filled them in.
+# Words of the cards that libraries write unasked, until a person fills them in.
 UNFILLED = ("# Model Card for Model ID", "[More Information Needed]")
 
 
@@ -32,8 +32,8 @@ def read_card(folder: Path) -> Any:
     """The card of a folder, a `ModelCard` (Any: its metadata are typed as those of all kinds of cards).
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: its metadata cannot be read.
+        FileNotFoundError: the folder has no card.
+        ValueError: the card's metadata cannot be read.
     """
     text = _text(folder / CARD)
     try:
@@ -56,8 +56,8 @@ def add_evaluation(folder: str | Path, evaluation: Evaluation) -> Path:
     Results on the same data set are replaced; everything else stays.
 
     Args:
-        folder: of the model, with its card.
-        evaluation: what was measured; its picture is in the folder.
+        folder: the folder of the model, with its card.
+        evaluation: the results; their picture is in the folder.
 
     Returns:
         The path of the card.
@@ -89,7 +89,7 @@ def set_usage(folder: Path, model_id: str, snippet: str, earlier_id: str | None 
     the one that the model is in, and of that which our code names, where the model may have been before.
 
     Args:
-        folder: with the card.
+        folder: the folder of the card.
         model_id: Hub id, or the folder where the model stays.
         snippet: code for it; "" if there is none.
         earlier_id: the folder that the model is in.

@@ -9,7 +9,7 @@ PICTURE_TEXT = "Accuracy against mean denoise forwards, one curve per model"
 
 
 def describe_evaluation(evaluation: Evaluation) -> str:
-    """What stands below the heading of the data set: what was measured, table, the model in a sentence, picture."""
+    """The text below the heading of the data set: protocol, table, the model in a sentence, picture."""
     parts = [
         _caption(evaluation),
         _table(evaluation),

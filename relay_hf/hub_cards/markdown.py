@@ -24,7 +24,7 @@ def paragraphs(text: str) -> str:
 
 
 def sentence(text: str) -> str:
-    """The text with a full stop, if it ends in no such thing."""
+    """The text with a full stop, unless it ends in a mark."""
     text = text.strip()
     return text if text.endswith((".", "!", "?")) else text + "."
 
@@ -35,20 +35,20 @@ def slug(text: str) -> str:
 
 
 def get_section(text: str, heading: str) -> str:
-    """What stands below a heading ("## Evaluation"), smaller headings included; "" if there is no such heading."""
+    """The text below a heading ("## Evaluation"), smaller headings included; "" without such a heading."""
     lines = text.splitlines()
     found = _find(lines, heading)
     return "\n".join(lines[found[0] + 1 : found[1]]).strip() if found else ""
 
 
 def set_section(text: str, heading: str, body: str, before: Sequence[str] = ()) -> str:
-    """Replaces what stands below a heading, or removes heading and all if `body` is empty.
+    """Replaces the text below a heading, or removes the section if `body` is empty.
 
     Args:
         text: Markdown; lines in code blocks are no headings.
-        heading: with its number signs.
-        body: what shall stand there.
-        before: headings; where there is no section yet, it goes before the first of these that exists, else to the end.
+        heading: heading with its number signs.
+        body: the new text.
+        before: headings; a new section goes before the first of these that exists, else to the end.
     """
     lines = text.splitlines()
     found = _find(lines, heading)

@@ -1,4 +1,4 @@
-"""Code for the card's "How to use" section. It runs as it stands; `tests/hub_cards/test_card_snippets.py` runs it."""
+"""Code for the card's "How to use" section. `tests/hub_cards/test_card_snippets.py` runs it."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def fill_in_snippet(model_id: str, canvas: str, threshold: float | None = None) 
     Args:
         model_id: Hub id or folder that the reader will load, with its tokenizer.
         canvas: text with masks in it, for instance a Sudoku whose blanks are ".".
-        threshold: of the unmasking policy; None leaves it to the model's generation config.
+        threshold: unmasking threshold; None = the one of the model's generation config.
     """
     option = "" if threshold is None else f", unmasking_threshold={float(threshold)!r}"
     return f"""\
@@ -61,7 +61,7 @@ def chat_snippet(model_id: str, question: str = "Write a Python function that re
 
     Args:
         model_id: Hub id or folder that the reader will load, with its tokenizer.
-        question: what the user says.
+        question: the user's message.
     """
     return f"""\
 {_LOAD.format(model=quote(model_id))}
@@ -74,11 +74,11 @@ print("denoise forwards:", int(output.denoise_forwards[0]))
 
 
 def usage_snippet(model_id: str, config: "RelayConfig", tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The code that fits a model; "" where it is not known what a canvas looks like.
+    """The code that fits a model; "" for a model without blocks, whose canvas is not known.
 
     Args:
         model_id: Hub id or folder that the reader will load, with its tokenizer.
-        config, tokenizer: of the model.
+        config, tokenizer: the model's configuration and tokenizer.
     """
     if config.block_size is None:
         return ""
@@ -97,7 +97,7 @@ def say_where_code_is(usage: str, in_repository: bool) -> str:
 
 
 def describe_usage(snippet: str) -> str:
-    """What stands in the section "How to use"."""
+    """The body of the section "How to use"."""
     return f"With the package `relay_hf` installed:\n\n```python\n{snippet.strip()}\n```"
 
 

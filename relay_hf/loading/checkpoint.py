@@ -1,4 +1,4 @@
-"""A relay model and its tokenizer by name, for the command line: what cannot be loaded is told in one sentence."""
+"""Load model and tokenizer by path or Hub id; every failure is a one-sentence `OSError` or `ValueError`."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from ..modeling import RelayConfig, RelayForMaskedDiffusion
 from ..modeling.files_relay import check_json_files, explained
 from ..modeling.options_relay import DecodingOptions, complete_generation_config
+from ..startup.one_line import one_line
 from .gguf_sources import refuse_gguf
 from .tokenizer import load_tokenizer
 
@@ -25,8 +26,8 @@ def read_config(source: str, revision: str | None = None, **options: Any) -> Rel
         options: arguments of `RelayConfig` that are to differ from the checkpoint's.
 
     Raises:
-        OSError: there is no configuration to read.
-        ValueError: no relay model can be made from it, it must be converted first, or an option does not fit.
+        OSError: the checkpoint has no readable configuration.
+        ValueError: it cannot become a relay model, must be converted first, or does not fit an option.
     """
     refuse_gguf(source)
     check_json_files(source)
@@ -34,7 +35,7 @@ def read_config(source: str, revision: str | None = None, **options: Any) -> Rel
     try:
         fields, _ = RelayConfig.get_config_dict(source, revision=revision)
     except OSError as error:
-        fields, reason = {}, f" ({' '.join(str(error).split()).rstrip('.')})"
+        fields, reason = {}, f" ({one_line(error).rstrip('.')})"
     if not fields and (Path(source) / "adapter_config.json").is_file():
         raise ValueError(
             f"`{source}` holds adapters, not a model: give the folder with the merged model (`relay-hf train` writes "
@@ -45,18 +46,32 @@ def read_config(source: str, revision: str | None = None, **options: Any) -> Rel
             f"`{source}` is not a model{reason}: give a folder that holds a `config.json`, or the id of a repository "
             "that can be reached."
         )
+    return load_config(source, revision=revision, **options)
+
+
+def load_config(source: Any, **options: Any) -> RelayConfig:
+    """`RelayConfig.from_pretrained`, with errors of one sentence.
+
+    Args:
+        source: folder or Hub id.
+        options: arguments of `from_pretrained`, and fields of `RelayConfig` that are to differ from the checkpoint's.
+
+    Raises:
+        OSError: the configuration cannot be read.
+        ValueError: a field has a value that `RelayConfig` does not take.
+    """
     with explained(source, "configuration"):
         try:
-            return RelayConfig.from_pretrained(source, revision=revision, **options)
+            return RelayConfig.from_pretrained(source, **options)
         except StrictDataclassFieldValidationError as error:
-            raise ValueError(f"{error.__cause__}: give one that `RelayConfig` takes.") from error
+            raise ValueError(f"{error.__cause__}: change the argument, or the field in `config.json`.") from error
 
 
 def read_diffusion_config(source: str, revision: str | None = None, **options: Any) -> RelayConfig:
-    """As `read_config`, of a model that knows its [MASK].
+    """As `read_config`, for a masked diffusion model.
 
     Raises:
-        OSError, ValueError: those of `read_config`; or it is no masked diffusion model.
+        OSError, ValueError: as `read_config`; or the checkpoint is no masked diffusion model.
     """
     config = read_config(source, revision, **options)
     if config.mask_token_id is None:
@@ -76,7 +91,7 @@ def read_tokenizer(source: str, config: RelayConfig, revision: str | None = None
         revision: branch, tag or commit on the Hub.
 
     Raises:
-        OSError: it has none that can be loaded.
+        OSError: the checkpoint has no tokenizer that can be loaded.
     """
     problem = f"`{source}` has no tokenizer that can be loaded: save it there with `tokenizer.save_pretrained`."
     try:
@@ -89,7 +104,7 @@ def read_tokenizer(source: str, config: RelayConfig, revision: str | None = None
 
 
 def read_generation_config(source: str, config: RelayConfig, revision: str | None = None) -> Any:
-    """What a checkpoint decodes with where nothing else is said: a `GenerationConfig` with the fields of ours.
+    """The decoding defaults of a checkpoint: a `GenerationConfig` that has our fields, too.
 
     Args:
         source: folder or Hub id.
@@ -105,7 +120,7 @@ def read_generation_config(source: str, config: RelayConfig, revision: str | Non
 
 
 def check_decoding(config: RelayConfig, defaults: GenerationConfig, given: Mapping[str, Any]) -> None:
-    """Refuses options as `generate` would, for instance before the weights are read.
+    """Raise if `generate` would refuse options, for instance before the weights are read.
 
     Args:
         config: the checkpoint's configuration.
@@ -113,7 +128,7 @@ def check_decoding(config: RelayConfig, defaults: GenerationConfig, given: Mappi
         given: keyword arguments of `generate`.
 
     Raises:
-        ValueError: one is of a wrong type, out of range, senseless with the others, or without effect.
+        ValueError: an option has a wrong type, is out of range, or has no effect beside the others.
     """
     options = copy.deepcopy(defaults)
     if unknown := options.update(**given):
@@ -133,14 +148,14 @@ def load_for_decoding(
     Args:
         source: folder or Hub id.
         revision: branch, tag or commit on the Hub.
-        device: where the model runs; "auto" takes an accelerator if there is one.
-        dtype: of the weights; "auto" is that of the checkpoint.
-        options: makes the keyword arguments of `generate` from the model's defaults; they are checked, before the
+        device: name of a torch device; "auto" takes an accelerator if the machine has one.
+        dtype: dtype of the weights; "auto" is the dtype of the checkpoint.
+        options: makes the keyword arguments of `generate` from the model's defaults; they are checked before the
             weights are read.
 
     Raises:
         OSError: the model or its tokenizer cannot be read.
-        ValueError: it is no relay model, or there is no such device, dtype or option.
+        ValueError: the model is no relay model, or a device, dtype or option is unknown.
     """
     place = find_device(device)
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
@@ -155,10 +170,10 @@ def load_for_decoding(
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name; "auto" is an accelerator if there is one.
+    """The device of that name; "auto" is an accelerator if the machine has one.
 
     Raises:
-        ValueError: there is no such device.
+        ValueError: the device is unknown, or not on this machine.
     """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name == "auto":
@@ -168,5 +183,5 @@ def find_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise ValueError(f"`device={name}` is unknown: give for instance cpu, cuda:0 or auto.") from error
     if device.type not in ("cpu", accelerator.type if accelerator else "cpu"):
-        raise ValueError(f"`device={name}` is not available here: give auto, which takes what there is.")
+        raise ValueError(f"`device={name}` is not available here: give cpu, or auto for the best device.")
     return device

@@ -4,10 +4,10 @@ from pathlib import Path
 
 
 def refuse_gguf(source: str) -> None:
-    """Refuses a GGUF file, or a folder with nothing else to load, in place of a model.
+    """Raise if the source of a model is a GGUF file, or a folder with nothing else to load.
 
     Raises:
-        ValueError: it is one.
+        ValueError: the source must be converted first.
     """
     path = Path(source)
     files = [path] if path.suffix.lower() == ".gguf" else sorted(path.glob("*.gguf"))

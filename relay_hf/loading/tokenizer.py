@@ -18,8 +18,7 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase | None:
     """Loads the tokenizer without running code of the checkpoint.
 
-    Left alone, `AutoTokenizer` reads `config.json` itself, and warns of a wrong model type if it is one of ours to
-    translate.
+    Without the configuration, `AutoTokenizer` reads `config.json` itself, and warns of a model type that we translate.
 
     Args:
         source: folder or Hub id.
@@ -31,7 +30,7 @@ def load_tokenizer(
         The tokenizer, or None if the checkpoint has none.
 
     Raises:
-        OSError: it has one that cannot be read.
+        OSError: the checkpoint has a tokenizer that cannot be read.
     """
     try:
         with explained(source, "tokenizer"):

@@ -27,7 +27,7 @@ class CurvePoint:
     """One evaluation: what a decoding threshold costs and what it gives.
 
     Args:
-        threshold: of the unmasking policy, written beside the point; `None` writes nothing.
+        threshold: unmasking threshold, written beside the point; `None` writes nothing.
         forwards: mean denoise forwards per sample.
         accuracy: fraction in [0, 1].
         spread: half the length of the error bar, a fraction too, for instance the standard deviation over seeds.
@@ -63,11 +63,11 @@ def plot_accuracy_against_forwards(
     Args:
         curves: label -> points, in any order. The label decides colour and marker, in this and in every other picture.
         path: the PNG file; its folder is made if need be.
-        title: above the picture.
-        metric, unit: what the axes count: "`metric` (%)" against "mean denoise forwards per `unit`".
+        title: the title of the picture.
+        metric, unit: names for the axes: "`metric` (%)" against "mean denoise forwards per `unit`".
 
     Returns: the path.
-    Raises: ValueError if there is nothing to draw.
+    Raises: ValueError if no curve has a point.
     """
     return save_figure(draw_accuracy_against_forwards(curves, title, metric=metric, unit=unit), path)
 

@@ -46,18 +46,18 @@ def plot_denoising(
     no further cost are orange, in the line of the last forward before it.
 
     Args:
-        history: of `generate(..., return_dict_in_generate=True, output_history=True)`.
+        history: the history of `generate(..., return_dict_in_generate=True, output_history=True)`.
         path: the PNG file; its folder is made if need be.
         tokens: L texts, one for each token of `sequences[row]`, for instance
             `tokenizer.batch_decode(sequences[row][:, None])`. Without them, or if they are too many to be read,
             positions are numbered from the first one drawn.
-        row: of the batch.
-        color_by: what the colour says: the forward that revealed the token, or how probable the token was then.
+        row: index into the rows of the batch.
+        color_by: meaning of the colour: the forward that revealed the token, or the token's probability then.
         skip_prompt: begin at the first position that was not given.
-        title: above the picture.
+        title: the title of the picture.
 
     Returns: the path.
-    Raises: ValueError if there is no such row, more or fewer `tokens` than positions, or `color_by` is unknown.
+    Raises: ValueError if `row` is out of range, `tokens` has another length than the row, or `color_by` is unknown.
     """
     figure = draw_denoising(history, tokens, row=row, color_by=color_by, skip_prompt=skip_prompt, title=title)
     return save_figure(figure, path)
@@ -142,7 +142,7 @@ def _dress_axes(axes: Axes, timeline: Timeline, shape: tuple[int, int], cell_wid
             "parse_math": False,
         }
         axes.set_xticks(range(len(labels)), labels, **style)
-    # White lines between the cells, where cells are large enough to tell.
+    # White lines between the cells, where cells are large enough to show them.
     if max(shape) <= 130:
         axes.set_xticks(np.arange(shape[1] + 1) - 0.5, minor=True)
         axes.set_yticks(np.arange(shape[0] + 1) - 0.5, minor=True)
@@ -159,6 +159,6 @@ def _dress_axes(axes: Axes, timeline: Timeline, shape: tuple[int, int], cell_wid
 
 
 def _label(token: str) -> str:
-    """A token as the name of its column: no spaces that nobody sees, no more than a few characters."""
+    """A token as the name of its column: a visible sign for a space, and no more than a few characters."""
     shown = token.strip() or "␣"
     return shown if len(shown) <= LABEL_LENGTH else shown[: LABEL_LENGTH - 1] + "…"

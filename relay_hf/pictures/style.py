@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, told apart with every common form of colour blindness; the marker says it a second time.
+# Okabe and Ito's palette, distinct in every common form of colour blindness; the marker says it a second time.
 STYLES = {
     "relay": ("#D55E00", "o"),
     "rollout": ("#0072B2", "s"),

@@ -17,7 +17,7 @@ import torch
 
 from ..modeling import RelayGenerateHistory
 
-MASKED, GIVEN, REVEALED = "·", "░", "█"  # the last two stand for tokens whose text is not known
+MASKED, GIVEN, REVEALED = "·", "░", "█"  # the last two show tokens whose text is not known
 BOLD_GREEN, CYAN, FAINT, PLAIN = "\033[1;32m", "\033[36m", "\033[2m", "\033[0m"
 
 
@@ -54,7 +54,7 @@ def read_history(
     """One row of `history`; the arguments are those of `show_denoising`.
 
     Raises:
-        ValueError: there is no such row, or there are more or fewer `tokens` than positions.
+        ValueError: `row` is out of range, or `tokens` has another length than the row.
     """
     rows, length = history.revealed_at.shape
     if not 0 <= row < rows:
@@ -95,14 +95,14 @@ def show_denoising(
     revealed some behind the row's end only.
 
     Args:
-        history: of `generate(..., return_dict_in_generate=True, output_history=True)`.
+        history: the history of `generate(..., return_dict_in_generate=True, output_history=True)`.
         tokens: L texts, one for each token of `sequences[row]`, for instance
             `tokenizer.batch_decode(sequences[row][:, None])`. Without them positions are blocks, paler if given.
-        row: of the batch.
+        row: index into the rows of the batch.
         skip_prompt: begin at the first position that was not given.
 
     Raises:
-        ValueError: there is no such row, or there are more or fewer `tokens` than positions.
+        ValueError: `row` is out of range, or `tokens` has another length than the row.
     """
     timeline = read_history(history, tokens, row, skip_prompt)
     in_terminal = sys.stdout.isatty()
@@ -115,7 +115,7 @@ def denoising_lines(timeline: Timeline, columns: int | None, coloured: bool) -> 
     """The lines of `show_denoising`: a head, the start, and the denoise forwards.
 
     Args:
-        columns: of the terminal; None = lines of any length.
+        columns: width of the terminal; None = lines of any length.
         coloured: emphasise what is new by escape sequences.
     """
     prefix = max(len(str(timeline.forwards)), len("step"))
@@ -139,7 +139,7 @@ def denoising_lines(timeline: Timeline, columns: int | None, coloured: bool) -> 
 
 
 def _cell(timeline: Timeline, position: int, step: int, width: int, coloured: bool) -> str:
-    """What stands for a position after `step` denoise forwards, `width` columns wide."""
+    """The text of a position after `step` denoise forwards, `width` columns wide."""
     known = timeline.known_after[position]
     if known > step:
         return FAINT + MASKED * width + PLAIN if coloured else MASKED * width

@@ -22,7 +22,7 @@ def plot_training(log_history: Sequence[Mapping[str, Any]], path: str | Path, ti
     Args:
         log_history: `trainer.state.log_history`.
         path: the PNG file; its folder is made if need be.
-        title: above the picture.
+        title: the title of the picture.
 
     Returns: the path.
     Raises: ValueError if no loss was logged.

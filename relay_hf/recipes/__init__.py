@@ -6,13 +6,13 @@ __all__ = ["recipe_path"]
 
 
 def recipe_path(name: str | None = None) -> Path:
-    """Where a recipe is.
+    """The path of a recipe.
 
     Args:
         name: a YAML file, or the name of one beside this module, with or without `.yaml`; None = the folder of those.
 
     Raises:
-        ValueError: there is no such recipe.
+        ValueError: the name is neither a file nor a recipe.
     """
     folder = Path(__file__).parent
     if name is None:
@@ -21,4 +21,4 @@ def recipe_path(name: str | None = None) -> Path:
         if path.is_file():
             return path
     known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
-    raise ValueError(f"`--config={name}` is no file: give a YAML file, or one of the library's recipes ({known}).")
+    raise ValueError(f"`--config={name}` is no recipe: give a YAML file, or one of the library's recipes ({known}).")

@@ -13,7 +13,7 @@ def run_server(model: str, arguments: ServeArguments) -> None:
 
     Args:
         model: folder or Hub id of a relay model with its tokenizer; `id@revision` names a revision.
-        arguments: where to listen, and how to load.
+        arguments: address to listen on, device and dtype.
 
     Raises:
         ImportError: the optional dependencies are missing.

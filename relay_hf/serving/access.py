@@ -15,14 +15,14 @@ MOST_BYTES = 32 * 2**20
 
 
 class AccessCheck:
-    """Refuses requests of web pages from elsewhere, requests under a foreign name, and bodies of absurd size.
+    """Middleware that refuses foreign web pages, foreign host names, and bodies of absurd size.
 
     A page in a browser can send requests to a server on the reader's machine, and with a name that its owner lets
     resolve to that machine it can read the answers, too. Such requests carry a foreign `Origin` or a foreign `Host`.
 
     Args:
-        app: what answers the rest.
-        host: what the server listens on.
+        app: application that answers all other requests.
+        host: address that the server listens on.
         allow_hosts: further names under which it may be asked, "*" for any. Addresses in numbers, `localhost` and the
             machine's own name are always taken.
         allow_origins: web pages that may ask, as `https://example.org`, "*" for any. The server's own are always taken.
@@ -70,7 +70,7 @@ class AccessCheck:
 
 
 def _is_address(name: str) -> bool:
-    """Whether it is an address in numbers, which nobody else's name server can answer for."""
+    """Whether the name is a numeric address, which no foreign name server resolves."""
     try:
         ipaddress.ip_address(name)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What is wrong with a request, said before any work; and what of it `generate` shall know."""
+"""Checks of a request before any work, and its options for `generate`."""
 
 import inspect
 import json
@@ -45,14 +45,14 @@ OF_TEMPLATING = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_t
 
 
 def check_body(body: dict[str, Any], most_characters: float) -> None:
-    """Refuses what cannot be honoured or is out of all proportion.
+    """Raise if a field of the request cannot be honoured, or the request is absurdly large.
 
     Args:
         body: the request.
-        most_characters: that the model's positions can hold at all.
+        most_characters: the most text that fits into the model's positions.
 
     Raises:
-        ValueError: there is something.
+        ValueError: a field is not supported, or the request is too long.
     """
     characters = 0
     for value in _values(body):
@@ -83,13 +83,13 @@ def check_body(body: dict[str, Any], most_characters: float) -> None:
 
 
 def fit_length(body: dict[str, Any], config: GenerationConfig, prompt: int, positions: int | None) -> None:
-    """Refuses a text that the model has no positions for; a reply of no given length takes what is left of them.
+    """Raise if prompt and reply exceed the model's positions; a reply without a length gets those that are left.
 
     Args:
         body: the request.
         config: its options; changed in place.
-        prompt: tokens.
-        positions: that the model has, or None for any number.
+        prompt: its number of tokens.
+        positions: the model's number of positions, or None for any number.
 
     Raises:
         ValueError: prompt and reply are too long, or there is no room for a reply.
@@ -112,7 +112,7 @@ def read_options(given: Any, model_generation_config: GenerationConfig) -> dict[
     """The request's `generation_config`, JSON or an object, as a dictionary of options that `generate` knows.
 
     Raises:
-        ValueError: it cannot be read, or holds what `generate` does not know or a reply cannot show.
+        ValueError: it cannot be read, or holds an option that `generate` or a reply does not have.
     """
     try:
         options = json.loads(given) if isinstance(given, str) else given

@@ -47,17 +47,17 @@ def build_app(
 
     Args:
         model: folder or Hub id, also the name by which clients ask for it.
-        device: where the model runs; "auto" takes an accelerator if there is one.
-        dtype: of the weights; "auto" is that of the checkpoint.
-        host: what the server listens on.
+        device: name of a torch device; "auto" takes an accelerator if the machine has one.
+        dtype: dtype of the weights; "auto" is the dtype of the checkpoint.
+        host: address that the server listens on.
         allow_hosts: further names under which it may be asked, "*" for any.
         allow_origins: web pages that may ask it, as `https://example.org`, "*" for any.
 
     Raises:
         OSError: the model or its tokenizer cannot be read.
-        ValueError: it is no relay model, or there is no such device or dtype.
+        ValueError: the model is no relay model, or a device or dtype is unknown.
     """
-    find_device(device)  # refuses one that is not there
+    find_device(device)  # raises if the machine lacks it
     manager, state = RelayModelManager(model, device, dtype), RelayGenerationState()
     others: Any = OtherHandler()
     app = build_server(
@@ -109,7 +109,7 @@ class RelayModelManager(ModelManager):
         ).eval()
 
 
-# The request at hand, and what is known of the stream that it has started: where its texts appear, and its streamer.
+# The request in work, and the stream that it has started: the queue of its texts, and its streamer.
 _request: ContextVar[Request] = ContextVar("_request")
 _started_stream: ContextVar[tuple[asyncio.Queue, Any] | None] = ContextVar("_started_stream", default=None)
 
@@ -126,7 +126,7 @@ async def _first_text(texts: asyncio.Queue, streamer: Any) -> Any:
         if await _request.get().is_disconnected():
             getting.cancel()
             streamer.cancel()
-            raise HTTPException(status_code=499, detail="The client went away.")  # nobody reads it
+            raise HTTPException(status_code=499, detail="The client went away.")  # for the log
     return getting.result()
 
 
@@ -135,7 +135,7 @@ class WholeStreamer(BaseStreamer):
 
     Args:
         streamer: transformers', which waits for the bytes that are missing.
-        tokenizer: of the reply.
+        tokenizer: the model's tokenizer.
     """
 
     def __init__(self, streamer: Any, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -161,7 +161,7 @@ class WholeStreamer(BaseStreamer):
 
 
 class StreamedModel:
-    """The model as it is called for a stream."""
+    """Calls the model for a stream."""
 
     def __init__(self, model: RelayForMaskedDiffusion) -> None:
         self.model = model
@@ -208,7 +208,7 @@ class RelayHandler(BaseHandler):
                 show it.
         """
         _started_stream.set(None)
-        # The Responses API streams only if asked to; transformers' handler would do it unless told not to.
+        # The Responses API streams only if asked to; transformers' handler streams by default.
         body = {"stream": False, **body}
         answer = await anyio.to_thread.run_sync(self._prepare, body, request_id, limiter=_preparing())
         response = answer()
@@ -285,7 +285,7 @@ def _preparing() -> anyio.CapacityLimiter:
 
 @functools.cache
 def _longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Characters of text that one token can stand for at most."""
+    """The most characters of text that one token can be."""
     return max(map(len, tokenizer.get_vocab()))
 
 

@@ -1,4 +1,4 @@
-"""Keeps colours out of files and pipes, also those of libraries that do not ask where their words go."""
+"""Keeps colours out of files and pipes, also colours of libraries that write them everywhere."""
 
 import re
 from typing import Any, TextIO
@@ -8,7 +8,7 @@ ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 
 
 class PlainStream:
-    """A stream to which no escape sequences are written; everything else is that of the stream itself."""
+    """A stream without escape sequences; all other attributes are those of the wrapped stream."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream

@@ -1,8 +1,8 @@
 """Makes sure that the Auto classes of transformers know Relay wherever `relay_hf` is imported.
 
 `relay_hf.modeling` registers its classes, but needs torch and seconds, which a command line that only prints its help
-should not take. Nobody can use an Auto class without importing transformers, so that `import relay_hf` either finds
-it there and imports the model at once, or waits for it.
+should not take. An Auto class cannot be used before transformers is imported, so `import relay_hf` either finds it
+imported and imports the model at once, or waits for it.
 """
 
 import importlib
@@ -25,7 +25,7 @@ def register_with_transformers() -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds transformers as the other finders do, and adds the registration to its loading."""
+    """Finds transformers through the other finders, and adds the registration to its loading."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -43,8 +43,8 @@ class _Loader(Loader):
     """Loads transformers, whose submodules are imported later, and then the model.
 
     Args:
-        loader: what loads transformers.
-        finder: to be removed when its work is done.
+        loader: the loader of transformers.
+        finder: removed once transformers is loaded.
     """
 
     def __init__(self, loader: Any, finder: _Finder) -> None:
@@ -58,5 +58,5 @@ class _Loader(Loader):
         self.loader.exec_module(module)
         if self.finder in sys.meta_path:
             sys.meta_path.remove(self.finder)
-        # If the model itself is what imports transformers, it is being imported already, and registers at its end.
+        # If the model imports transformers, it is being imported already, and registers at its end.
         importlib.import_module(MODELS)

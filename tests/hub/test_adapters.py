@@ -123,7 +123,7 @@ def test_adapter_folder_without_relay_configuration_is_refused(
     hub: HubServer, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     make_adapter().save_pretrained(tmp_path / "adapter")  # PEFT's own files only
-    with pytest.raises(FileNotFoundError, match=r"an adapter, but no `config.json` that tells its relay model"):
+    with pytest.raises(FileNotFoundError, match=r"an adapter, but no `config.json` of its relay model"):
         push(tmp_path / "adapter", "me/adapter")
 
 

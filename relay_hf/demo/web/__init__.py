@@ -1,4 +1,4 @@
-"""A page to look at: `relay-hf demo --web`."""
+"""The demo's page in the browser, `relay-hf demo --web`: a model with its relay and without, side by side."""
 
 import importlib.util
 from pathlib import Path
@@ -13,7 +13,7 @@ def run_page(model: str, arguments: WebArguments) -> None:
 
     Args:
         model: folder or Hub id of a relay model with its tokenizer.
-        arguments: where to listen.
+        arguments: address to listen on.
 
     Raises:
         ImportError: the optional dependencies are missing.

@@ -35,7 +35,7 @@ def build_page(runner: Runner, name: str) -> gr.Blocks:
 
     Args:
         runner: holds the model.
-        name: of the model, in the title.
+        name: the model's name, in the title.
     """
     # Fonts of the system and no analytics: the page is to work without a network.
     with gr.Blocks(title=f"relay_hf: {name}", analytics_enabled=False) as page:

@@ -56,11 +56,11 @@ def render_board(timeline: Timeline, step: int) -> str:
     """The Sudoku board after `step` denoise forwards.
 
     Args:
-        timeline: of all cells, with their texts.
+        timeline: timeline of all cells, with their texts.
         step: 0 = the puzzle.
 
     Raises:
-        ValueError: there are not as many positions as cells on a board.
+        ValueError: the number of positions is not the number of a board's cells.
     """
     shape = BoardShape.of_cells(len(timeline.given))
     rows = []
@@ -74,7 +74,7 @@ def render_text(timeline: Timeline, step: int, block_size: int | None) -> str:
     """The text after `step` denoise forwards, up to the end of the block that the next forward works on.
 
     Args:
-        timeline: of all positions from the beginning of the prompt, with their texts.
+        timeline: timeline of all positions from the beginning of the prompt, with their texts.
         step: 0 = the prompt.
         block_size: positions of a block, None = the whole text is one.
     """

@@ -50,38 +50,38 @@ class Runs:
         return max(run.timeline.forwards for run in (self.off, self.on) if run is not None)
 
 
-# Is told how much of both runs is done, as a fraction.
-Tell = Callable[[float], None]
+# Receives the completed fraction of both runs, in [0, 1].
+Progress = Callable[[float], None]
 
 
 class _Watcher(BaseStreamer):
-    """Tells how far a run has come, whenever a block is written.
+    """Reports the progress of a run, whenever a block is written.
 
     Args:
-        tell: is told.
-        tokens: how many the run writes at most.
-        begin, end: what is done before and after the run, as fractions.
+        progress: receives the completed fraction, in [0, 1].
+        tokens: the most tokens that the run writes.
+        begin, end: completed fractions before and after the run.
     """
 
-    def __init__(self, tell: Tell, tokens: int, begin: float, end: float) -> None:
-        self.tell, self.tokens, self.bounds = tell, tokens, (begin, end)
+    def __init__(self, progress: Progress, tokens: int, begin: float, end: float) -> None:
+        self.progress, self.tokens, self.bounds = progress, tokens, (begin, end)
         self.seen = -1  # tokens so far; the prompt comes first
 
     def put(self, value: Tensor) -> None:
         self.seen = 0 if self.seen < 0 else self.seen + value.numel()
         begin, end = self.bounds
-        self.tell(begin + (end - begin) * min(self.seen / self.tokens, 1.0))
+        self.progress(begin + (end - begin) * min(self.seen / self.tokens, 1.0))
 
     def end(self) -> None:
-        self.tell(self.bounds[1])
+        self.progress(self.bounds[1])
 
 
 class Runner:
     """A model with its tokenizer, one request at a time.
 
     Args:
-        model: in evaluation mode.
-        tokenizer: whose mask token is the model's.
+        model: a model in evaluation mode.
+        tokenizer: its tokenizer, with the model's mask token.
     """
 
     def __init__(self, model: RelayForMaskedDiffusion, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -91,13 +91,13 @@ class Runner:
         self.board_size = _board_size(model.config, tokenizer)
         self._turn = threading.Lock()
 
-    def solve(self, question: str, threshold: float, tell: Tell = lambda done: None) -> Runs:
+    def solve(self, question: str, threshold: float, progress: Progress = lambda done: None) -> Runs:
         """Fills in a Sudoku board.
 
         Args:
             question: row by row, "." or "0" for a blank; spaces and line breaks are skipped.
-            threshold: of the unmasking policy.
-            tell: is told how much is done.
+            threshold: the unmasking threshold.
+            progress: receives the completed fraction, in [0, 1].
 
         Raises:
             ValueError: the text is no puzzle of the model's size, its clues contradict each other, or it has no blanks.
@@ -111,16 +111,16 @@ class Runner:
             )
         if not set(question) & set(".0"):
             raise ValueError('The puzzle has no blanks, so there is nothing to fill in: write some as ".".')
-        return self._compare(questions_to_ids([question], self.tokenizer), threshold, len(question), tell)
+        return self._compare(questions_to_ids([question], self.tokenizer), threshold, len(question), progress)
 
-    def write(self, prompt: str, new_tokens: int, threshold: float, tell: Tell = lambda done: None) -> Runs:
+    def write(self, prompt: str, new_tokens: int, threshold: float, progress: Progress = lambda done: None) -> Runs:
         """Continues a text; with a chat template it answers a message.
 
         Args:
             prompt: the text, or the message.
             new_tokens: at most this many are written.
-            threshold: of the unmasking policy.
-            tell: is told how much is done.
+            threshold: the unmasking threshold.
+            progress: receives the completed fraction, in [0, 1].
 
         Raises:
             ValueError: the prompt is empty, or leaves no room for the new tokens.
@@ -139,16 +139,18 @@ class Runner:
                 f"The prompt has {ids.shape[1]} tokens and leaves room for {max(room, 0)} more, not for {new_tokens}: "
                 "shorten one of them."
             )
-        return self._compare(ids, threshold, new_tokens, tell, max_new_tokens=new_tokens)
+        return self._compare(ids, threshold, new_tokens, progress, max_new_tokens=new_tokens)
 
-    def _compare(self, ids: Tensor, threshold: float, tokens: int, tell: Tell, **options: Any) -> Runs:
+    def _compare(self, ids: Tensor, threshold: float, tokens: int, progress: Progress, **options: Any) -> Runs:
         options["unmasking_threshold"] = threshold
         half = 0.5 if self.has_channel else 1.0
         with self._turn:
             # A relay that is off has no start, whatever the model's own options say.
-            off = self._run(ids, _Watcher(tell, tokens, 0, half), use_relay=False, relay_start=None, **options)
+            off = self._run(ids, _Watcher(progress, tokens, 0, half), use_relay=False, relay_start=None, **options)
             on = (
-                self._run(ids, _Watcher(tell, tokens, half, 1), use_relay=True, **options) if self.has_channel else None
+                self._run(ids, _Watcher(progress, tokens, half, 1), use_relay=True, **options)
+                if self.has_channel
+                else None
             )
         return Runs(off, on)
 

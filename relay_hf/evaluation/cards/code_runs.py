@@ -14,7 +14,7 @@ from .evaluated import ensure_card, load_evaluated, row_of_threshold
 # Benchmarks that are on the Hub; of files only the name is known.
 DATASETS = {"humaneval": DatasetFacts("HumanEval", hub_id="openai/openai_humaneval", split="test")}
 
-# Settings that tell whether a run is of this model, and of the same problems as another.
+# Settings that show whether a run evaluated this model, on the same problems as another.
 NEEDED = {"model", "weights", "problems", "dtype"}
 
 
@@ -38,14 +38,14 @@ def add_runs(folder: Path, runs: Sequence[Path]) -> Path:
     A folder without card, or with an empty form, gets a plain one.
 
     Args:
-        folder: of the model.
+        folder: the folder of the model.
         runs: output folders of `relay-hf eval`: that of this model, then those that it is compared with.
 
     Returns:
         The path of the card.
 
     Raises:
-        OSError: a folder or its results are not there.
+        OSError: a folder or its results do not exist.
         ValueError: the first run evaluated other weights, or the runs answered different problems.
     """
     own, *others = _read_runs(runs)

@@ -1,4 +1,4 @@
-"""What both kinds of evaluations need to enter the card of the model that was evaluated."""
+"""What both kinds of cards share: the model with the weights that were evaluated, and a card to write into."""
 
 from pathlib import Path
 
@@ -13,18 +13,18 @@ def load_evaluated(folder: Path, weights: str | None, dtype: str, run: Path) -> 
     """Loads a model, whose weights must be those that were evaluated.
 
     Args:
-        folder: of the model.
-        weights: their hash, in `dtype`.
+        folder: the folder of the model.
+        weights: the hash of its weights, in `dtype`.
         dtype: "torch.float32" or the like.
         run: the evaluation, for messages.
 
     Raises:
-        OSError: there is no model.
-        ValueError: its weights are others.
+        OSError: the folder holds no model.
+        ValueError: its weights are not those that were evaluated.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"`{folder}` is no folder: give that of the model whose card shall be written.")
-    read_config(str(folder))  # tells what is wrong in one sentence
+    read_config(str(folder))  # raises one sentence if the model cannot be read
     model = RelayForMaskedDiffusion.from_pretrained(folder, dtype=dtype.removeprefix("torch."))
     if hash_weights(model) != weights:
         raise ValueError(f"`{run}` evaluated other weights than those in `{folder}`: evaluate this model.")

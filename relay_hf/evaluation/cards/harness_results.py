@@ -34,7 +34,7 @@ class _Results:
 
     @property
     def tasks(self) -> list[str]:
-        """Tasks in which the model wrote: of the others there are no forwards to tell."""
+        """Tasks that generate text; log-likelihood tasks have no forward counts."""
         return list(self.config["generation_forwards"])
 
     def options(self, task: str) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def add_results(folder: Path, files: Sequence[Path]) -> Path:
     """Writes results of the harness into the card of a model; a folder without card gets a plain one.
 
     Args:
-        folder: of the model.
+        folder: the folder of the model.
         files: `results_*.json` of this model; then others of it at other thresholds, or of models that it is compared
             with, which enter where they ran the same task.
 
@@ -67,8 +67,8 @@ def add_results(folder: Path, files: Sequence[Path]) -> Path:
         The path of the card.
 
     Raises:
-        OSError: a file or the model is not there.
-        ValueError: the first file is of other weights, has no task in which text was written, or is no such file.
+        OSError: a file or the model does not exist.
+        ValueError: the first file is about other weights, has no task that generates text, or holds no such results.
     """
     own, *others = (_read(path) for path in files)
     model: Any = load_evaluated(folder, own.config["weights"], own.config["model_dtype"], own.path)
@@ -100,7 +100,10 @@ def _evaluation(task: str, files: Sequence[_Results], own_threshold: float) -> E
     for other in others:
         if task in other.tasks:
             if other.content["task_hashes"].get(task) != own.content["task_hashes"].get(task):
-                raise ValueError(f"`{own.path}` and `{other.path}` asked different questions in `{task}`.")
+                raise ValueError(
+                    f"`{own.path}` and `{other.path}` hold different questions of `{task}`: compare runs of one "
+                    "version of the task."
+                )
             same_task.append(other)
     rows = [_row(task, results, label) for results, label in zip(same_task, _labels(task, same_task), strict=True)]
     own_rows = [row for row in rows if row.label == rows[0].label]

@@ -10,10 +10,10 @@ def run_evaluation(model: str, arguments: CodeEvalArguments) -> str:
 
     Args:
         model: folder or Hub id of a relay model with its tokenizer.
-        arguments: what to evaluate it on, and how.
+        arguments: the benchmark, and how to decode and check the answers.
 
     Raises:
-        ImportError, OSError: model, benchmark or sandbox is not there.
+        ImportError, OSError: the model, the benchmark or the sandbox is missing.
         ValueError: the model is no relay model, or the arguments do not fit it.
     """
     # Not above: the other commands would wait for matplotlib.

@@ -88,13 +88,13 @@ class Answerer:
         return self.model.generation_config.unmasking_threshold
 
     def check_thresholds(self, thresholds: Sequence[float]) -> None:
-        """Raises ValueError if `generate` would refuse one of them, or another option."""
+        """Raise ValueError if `generate` would refuse a threshold, or another option."""
         for threshold in thresholds:
             options = {**self.options, "unmasking_threshold": threshold}
             check_decoding(self.model.config, self.model.generation_config, options)
 
     def check_lengths(self, problems: Sequence[Problem]) -> None:
-        """Refuses problems that do not fit.
+        """Raise if a problem does not fit.
 
         Raises:
             ValueError: the longest prompt and answer exceed the model's positions.
@@ -118,7 +118,7 @@ class Answerer:
 
         Args:
             problems: B of them.
-            threshold: of the unmasking policy.
+            threshold: the unmasking threshold.
 
         Raises:
             ValueError: `generate` refuses an option.

@@ -8,8 +8,8 @@ class ChatPrompt:
     """What the chat says around a problem; published numbers depend on the words.
 
     Args:
-        instruction: of the user, in front of the problem.
-        answer_start: of the assistant, in front of the code block that the model is to write.
+        instruction: the user's words in front of the problem.
+        answer_start: the assistant's words in front of the code block that the model is to write.
     """
 
     instruction: str = "Solve this problem with one complete Python program, in a single Markdown code block:"

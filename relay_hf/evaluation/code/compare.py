@@ -20,7 +20,7 @@ class Pairs:
     """A quantity of two runs A and B on the same problems.
 
     Args:
-        problems: how many.
+        problems: the number of problems.
         mean_a, mean_b: over the problems.
         a_higher, b_higher: problems in which one run's value is higher; the others say nothing of the difference.
     """
@@ -84,8 +84,8 @@ def compare_runs(a: str, b: str, picture: str | None = None) -> str:
         Text for the terminal: accuracy, forwards, and how likely chance alone is.
 
     Raises:
-        OSError: there is nothing there.
-        ValueError: the two have no threshold or not the same problems in common, or files were given to draw.
+        OSError: a folder or file does not exist.
+        ValueError: the two share no threshold, answered different problems, or are files and shall be drawn.
     """
     first, second = Path(a), Path(b)
     if missing := [str(path) for path in (first, second) if not path.exists()]:

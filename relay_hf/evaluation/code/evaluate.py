@@ -35,18 +35,19 @@ def evaluate_code(
     """Evaluates a model, and writes answers, `results.json` and a picture to `arguments.output_dir`.
 
     Called again with the same arguments it goes on where it stopped. Thresholds may be added; the report is on those
-    that are named, and what was answered before is only read.
+    that are named, and earlier answers are only read.
 
     Args:
-        model, tokenizer: in evaluation mode; the tokenizer has a chat template.
-        arguments: what to evaluate; `device` and `dtype` are not looked at, the model is taken as it is.
-        name: of the model in tables and pictures.
+        model: a model in evaluation mode.
+        tokenizer: its tokenizer, with a chat template.
+        arguments: what to evaluate; `device` and `dtype` are ignored, because the model is loaded already.
+        name: the model's name in tables and pictures.
 
     Returns:
         One result per threshold, in the order given.
 
     Raises:
-        ImportError, OSError: the benchmark, the sandbox or the folder is not there.
+        ImportError, OSError: the benchmark, the sandbox or the folder is missing.
         ValueError: model, options or problems do not fit each other, or the folder holds another evaluation.
     """
     check_platform()

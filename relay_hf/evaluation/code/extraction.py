@@ -20,10 +20,10 @@ def extract_code(answer: str, entry_point: str, given: str = "") -> str:
       comes from the other blocks.
     - Only what the function can need is kept: imports, definitions, and statements that make what those use.
       Trials such as `print(f(3))` and `n = int(input())` would run otherwise.
-    - What the question gave stands before it, so that an answer need not repeat it; only `from __future__` goes first.
+    - The code that the question gave comes first, so an answer need not repeat it; only `from __future__` goes before.
 
     Args:
-        answer: what the model wrote behind an opening "```python".
+        answer: the model's text behind an opening "```python".
         entry_point: name of the function.
         given: Python text in front of the function in the question.
 

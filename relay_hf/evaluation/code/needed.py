@@ -47,7 +47,7 @@ def names_of(node: ast.stmt) -> Names:
     """The names of a statement at the top of a program.
 
     Raises:
-        SyntaxError, ValueError, RecursionError: it can be parsed, but not compiled.
+        SyntaxError, ValueError, RecursionError: the program can be parsed, but not compiled.
     """
     module = symtable.symtable(ast.unparse(node), "", "exec")
     read = {symbol.get_name() for symbol in module.get_symbols() if symbol.is_referenced()}
@@ -77,7 +77,7 @@ def names_of(node: ast.stmt) -> Names:
 
 
 def needed_lines(code: str, entry_point: str) -> str:
-    """The program without its trials; as it is, if it is not Python.
+    """The program without its trials; unchanged if it is not Python.
 
     Imports and definitions stay. Other statements stay if they assign to what those use, or change what the function
     itself can reach: by a method, by a function that is given it, or by one that knows it.
@@ -102,7 +102,7 @@ def needed_lines(code: str, entry_point: str) -> str:
     reached, before = {entry_point}, (0, 0)
     while before != (before := (len(reached), len(kept))):
         used = set(by_definitions)
-        # From the end: what a statement uses stands before it.
+        # From the end: a statement uses names that earlier ones define.
         for node in reversed(tree.body):
             name = names[node]
             changed = (name.changed - defined).union(*(effects.get(g, set()) - {g} for g in name.called))

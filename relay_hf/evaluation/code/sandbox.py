@@ -27,7 +27,7 @@ class Limits:
     """What a program may use.
 
     Args:
-        seconds: of wall time, the start of the interpreter (some 50 ms) included; processor time gets a second more.
+        seconds: wall time, the start of the interpreter (some 50 ms) included; processor time gets a second more.
         memory: mebibytes of address space.
 
     Raises:
@@ -56,7 +56,7 @@ class Outcome:
 
 
 def check_platform() -> None:
-    """Raises OSError where there is no sandbox."""
+    """Raise OSError if this platform has no sandbox."""
     if sys.platform != "linux":
         raise OSError(f"The sandbox needs Linux, not `{sys.platform}`: run the evaluation in a Linux container.")
 
@@ -66,10 +66,10 @@ def run_program(program: str, limits: Limits) -> Outcome:
 
     Args:
         program: source text; it has passed if no exception leaves it.
-        limits: for this program.
+        limits: the limits of this program.
 
     Raises:
-        OSError: there is no sandbox on this platform, or no process can be started.
+        OSError: this platform has no sandbox, or no process can be started.
     """
     check_platform()
     folder = tempfile.TemporaryDirectory(prefix="relay-hf-", ignore_cleanup_errors=True)

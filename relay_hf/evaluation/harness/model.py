@@ -61,7 +61,7 @@ class RelayLM(HFLM):
     Args:
         pretrained: path or id of a checkpoint, or a `RelayForMaskedDiffusion`.
         mc_samples: masks drawn per block for a log-likelihood.
-        mc_seed: of those masks.
+        mc_seed: seed of those masks.
         kwargs: those of `GENERATION_OPTIONS` replace the model's own settings wherever it decodes, unless a task sets
             them itself. The rest is that of `HFLM`, which hands what it does not know (`mask_token_id`, `block_size`,
             ...) to `from_pretrained`.
@@ -80,7 +80,7 @@ class RelayLM(HFLM):
         use_relay = self.generation_options.get("use_relay", self.model.generation_config.use_relay)
         self.likelihood = LikelihoodBound(self.model, mc_samples, mc_seed, use_relay)
         self.generation_forwards: list[GenerationForwards] = []
-        # Contexts of the batch at hand, and what every decoded row cost, by its context.
+        # Contexts of the batch in work, and the costs of every decoded row, by its context.
         self._contexts: list[str] = []
         self._decoded: dict[str, list[dict[str, int]]] = defaultdict(list)
 
@@ -89,7 +89,7 @@ class RelayLM(HFLM):
         self._config = RelayConfig.from_pretrained(pretrained, revision=revision, subfolder=subfolder)
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the results say of the model; asked for when all requests have run."""
+        """The model's entry in the results; the harness asks for it when all requests have run."""
         by_task = defaultdict(list)
         for record in self.generation_forwards:
             costs = asdict(record)
@@ -222,7 +222,7 @@ class RelayLM(HFLM):
         return texts
 
     def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        # `_model_generate` is not told whose rows it gets.
+        # `_model_generate` does not get the requests of its rows.
         self._contexts = list(strings)
         return super().tok_batch_encode(strings, *args, **kwargs)
 

@@ -61,7 +61,7 @@ class BoardShape:
         grid = np.arange(self.cells).reshape(self.size, self.size)
         boxes = grid.reshape(self.size // self.box_height, self.box_height, self.size // self.box_width, self.box_width)
         units = np.concatenate([grid, grid.T, boxes.swapaxes(1, 2).reshape(self.size, self.size)])
-        units.flags.writeable = False  # shared by everyone who asks this shape
+        units.flags.writeable = False  # shared by all callers of this shape
         return units
 
 
@@ -82,7 +82,7 @@ def read_boards(texts: Sequence[str], shape: BoardShape) -> np.ndarray:
 
 
 def parse_boards(texts: Sequence[str], shape: BoardShape | None = None, solved: bool = False) -> np.ndarray:
-    """Read texts of digits and blanks; the shape is told by the first text if it is not given.
+    """Read texts of digits and blanks; without a shape, the length of the first text decides.
 
     Args: solved: refuse blanks, as in an answer.
     Returns: (N, cells) int8, 0 for a blank.

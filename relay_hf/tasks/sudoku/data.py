@@ -29,9 +29,9 @@ def load_sudoku(
     Args:
         source: a CSV file with the columns `question` and `answer`, or the id of a Hub dataset that has them. Other
             columns are dropped.
-        split: of the Hub dataset; a CSV file is one split, whatever this says.
+        split: split of the Hub dataset; ignored for a CSV file, which is one split.
         limit: take only the first rows.
-        size: of the boards that are expected (4, 6 or 9); by default the first question tells.
+        size: size of the expected boards (4, 6 or 9); by default the size of the first question.
         check_unique: also solve every puzzle, to see that the answer is the only one (slow for 9x9).
 
     Returns: a dataset with the strings `question`, its blanks all written ".", and `answer`.
@@ -170,7 +170,7 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, shape: BoardShape) -> np.ndar
     Raises: ValueError if the tokenizer has no mask token or lacks a digit.
     """
     if tokenizer.mask_token_id is None:
-        raise ValueError("The tokenizer has no mask token, which stands for a blank: use `make_sudoku_tokenizer`.")
+        raise ValueError("The tokenizer has no mask token for the blanks: use `make_sudoku_tokenizer`.")
     vocabulary = tokenizer.get_vocab()
     for digit in range(1, shape.size + 1):
         if str(digit) not in vocabulary:

@@ -17,7 +17,7 @@ class SudokuEvaluation:
     """One evaluation of a model at one threshold.
 
     Args:
-        threshold: of the unmasking policy.
+        threshold: the unmasking threshold.
         scores: fractions over the puzzles.
         denoise_forwards: mean number of denoise forwards per puzzle, counted per puzzle and not per batch. A model that
             fills in a canvas has no commit and no prefill forwards.
@@ -42,15 +42,16 @@ def evaluate_sudoku(
     """Solves `puzzles` (columns `question`, `answer`) with the confidence-budget policy at one threshold.
 
     Args:
-        model, tokenizer, puzzles: what is to be solved by what.
-        threshold: of the policy.
+        model, tokenizer: the solver.
+        puzzles: the puzzles to solve.
+        threshold: the unmasking threshold.
         use_relay: carry the state between denoising steps.
         batch_size: puzzles at a time.
         progress: show a bar.
         options: further ones of `generate`.
 
     Raises:
-        ValueError: there are no puzzles.
+        ValueError: `puzzles` is empty.
     """
     if len(puzzles) == 0:
         raise ValueError("There are no puzzles to evaluate: pass at least one.")

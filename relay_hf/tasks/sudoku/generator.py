@@ -21,7 +21,7 @@ def generate_puzzles(count: int, size: int = 6, seed: int = 0, progress: bool = 
     Args:
         count: number of puzzles.
         size: 4, 6 or 9 (about 0.2, 1 and 10 ms a puzzle).
-        seed: of the random boards and of the order in which clues go.
+        seed: seed of the random boards and of the order in which clues are removed.
         progress: show a progress bar.
         extra_clues: cells of the solution given back to every finished puzzle. With 0 a puzzle is minimal: without any
             one of its clues it has several solutions. With more it is easier, and no longer minimal.

@@ -38,7 +38,7 @@ def symmetry_signatures(questions: Sequence[str]) -> np.ndarray:
     grids = boards.reshape(-1, shape.size, shape.size)
     signatures = _refine(grids, shape)
     if shape.square_boxes:
-        signatures = signatures + _refine(grids.swapaxes(1, 2), shape)  # a sum does not tell which one came first
+        signatures = signatures + _refine(grids.swapaxes(1, 2), shape)  # a sum has no order
     return signatures
 
 

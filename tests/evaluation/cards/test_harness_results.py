@@ -146,6 +146,6 @@ def test_other_questions_and_mixed_evaluations_are_refused(
 ) -> None:
     other = write("b.json", lambda content: content["task_hashes"].update(gsm8k="other"))
     assert main(["card", str(checkpoint), write("a.json"), other]) == 2
-    assert "asked different questions in `gsm8k`" in capsys.readouterr().err
+    assert "hold different questions of `gsm8k`" in capsys.readouterr().err
     assert main(["card", str(checkpoint), write("a.json"), str(checkpoint)]) == 2
     assert "give folders of `relay-hf eval`, or files of the harness" in capsys.readouterr().err
