@@ -16,6 +16,7 @@ import torch
 from transformers import Qwen2Config
 
 from relay_hf import RelayCache, RelayConfig, RelayForMaskedDiffusion
+from relay_hf.modeling.prefix_relay import denoise
 from relay_hf.modeling.channel_relay import CHANNELS
 
 BLOCK, SUB_BLOCK = 32, 8
@@ -45,10 +46,7 @@ class Bench:
 
     @torch.no_grad()
     def step(self, state: torch.Tensor | None) -> torch.Tensor | None:
-        with self.cache.drafting():
-            output = self.model(
-                self.block, cache=self.cache, relay_state=state, logits_to_keep=self.candidates, unscored=True
-            )
+        output = denoise(self.model, self.block, self.cache.prefix(), state, self.candidates)
         self.model.best_tokens(output.head_inputs)
         return output.relay_state
 

@@ -13,7 +13,7 @@ from statistics import median
 import torch
 from transformers import Qwen2Config
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the published scheme, an oracle of the tests
 from relay_hf import RelayConfig, RelayForMaskedDiffusion
 from relay_hf.modeling import make_policy
 from relay_hf.trainers.denoiser import BlockDenoiser
