@@ -16,8 +16,8 @@ import torch
 from transformers import Qwen2Config
 
 from relay_hf import RelayCache, RelayConfig, RelayForMaskedDiffusion
-from relay_hf.modeling.prefix_relay import denoise
 from relay_hf.modeling.channel_relay import CHANNELS
+from relay_hf.modeling.prefix_relay import denoise
 
 BLOCK, SUB_BLOCK = 32, 8
 
