@@ -13,12 +13,11 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
 from transformers import initialization as init
 
-from .head_relay import is_plain
+from .head_relay import token_table
 from .registry_relay import Registry
 
 # Logits held at a time while states are made of them.
@@ -102,7 +101,9 @@ class Channel(ChannelPart):
 
     def initial_state(self, rows: int, length: int, device: torch.device) -> Tensor | None:
         """State of the first denoising step, (B, L, W) fp32, or None if nothing is to be injected."""
-        return torch.zeros(rows, length, self.width, device=device) if self.starts_from_zeros else None
+        if not (self.width and self.starts_from_zeros):
+            return None
+        return torch.zeros(rows, length, self.width, device=device)
 
     def forward(self, embeds: Tensor, receives: Tensor, state: Tensor) -> Tensor:
         """The embeddings of the next step: what `inject` makes of them where `receives`.
@@ -149,9 +150,6 @@ class NoChannel(Channel):
     def sentence(cls, config: PreTrainedConfig) -> str:
         return ""
 
-    def initial_state(self, rows: int, length: int, device: torch.device) -> None:
-        return None
-
     def forward(self, embeds: Tensor, receives: Tensor, state: Tensor) -> Tensor:
         raise ValueError(
             "A `relay_state` was given to a model with `relay_channel='none'`: leave it out, or use one with a channel."
@@ -164,8 +162,7 @@ class NoChannel(Channel):
 class RelayLayerNorm(ChannelPart, nn.LayerNorm):
     """A LayerNorm in fp32 whose weight starts at `initial_weight` (0 makes a fresh channel an exact no-op).
 
-    The initial values are written here because transformers builds models on the meta device and initialises later, and
-    then only modules that own parameters.
+    It writes its initial values itself: in code from the Hub, transformers initialises only what owns parameters.
     """
 
     def __init__(self, size: int, eps: float, initial_weight: float) -> None:
@@ -173,7 +170,6 @@ class RelayLayerNorm(ChannelPart, nn.LayerNorm):
         super().__init__(size, eps=eps, dtype=torch.float32)
 
     def reset_parameters(self) -> None:
-        """Writes the initial values; respects parameters that came from a checkpoint."""
         init.constant_(self.weight, self.initial_weight)
         init.zeros_(self.bias)
 
@@ -234,8 +230,8 @@ class DistributionChannel(Channel):
         raise NotImplementedError
 
     def share(self, number: Tensor) -> Tensor:
-        """(B, L, 1) numbers -> weight of the mean embedding against the embedding itself."""
-        raise NotImplementedError
+        """(B, L, 1) numbers -> weight of the mean embedding against the embedding itself: by default, the numbers."""
+        return number
 
     def inject(self, embeds: Tensor, state: Tensor) -> Tensor:
         """Interpolates between each embedding and the carried mean."""
@@ -287,8 +283,7 @@ class ResidualContextChannel(DistributionChannel):
                    and Keutzer, Kurt and Gholami, Amir and Xu, Chenfeng},
   year          = {2026},
   eprint        = {2601.22954},
-  archivePrefix = {arXiv},
-  url           = {https://arxiv.org/abs/2601.22954}
+  archivePrefix = {arXiv}
 }"""
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -311,9 +306,6 @@ class ResidualContextChannel(DistributionChannel):
         entropy = torch.special.entr((logits / self.temperature).softmax(-1)).sum(-1)
         return logits.softmax(-1).to(embeddings.dtype) @ embeddings, entropy / math.log(logits.shape[-1])
 
-    def share(self, number: Tensor) -> Tensor:
-        return number
-
 
 class SoftMaskChannel(DistributionChannel):
     """Soft-masking (arXiv 2510.17206): the surer, the more of the prediction is passed on.
@@ -332,8 +324,7 @@ class SoftMaskChannel(DistributionChannel):
   author        = {Hersche and Moor-Smith and Hofmann and Rahimi},
   year          = {2025},
   eprint        = {2510.17206},
-  archivePrefix = {arXiv},
-  url           = {https://arxiv.org/abs/2510.17206}
+  archivePrefix = {arXiv}
 }"""
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -352,13 +343,10 @@ class SoftMaskChannel(DistributionChannel):
 
     @classmethod
     def sentence(cls, config: PreTrainedConfig) -> str:
-        return (
-            f"the mean embedding of the {config.relay_top_k} likeliest tokens, mixed into the masks: the more, the "
-            "surer."
-        )
+        best = f"the {config.relay_top_k} likeliest tokens"
+        return f"the mean embedding of {best}, mixed into the masks: the more, the surer."
 
     def reset_parameters(self) -> None:
-        """Writes the initial values; respects parameters that came from a checkpoint."""
         init.copy_(self.weight, torch.tensor([0.0, 10.0 / 1.5, -0.75]))
 
     def summarise(self, logits: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
@@ -389,8 +377,8 @@ def register_channel(name: str, cls: type[Channel]) -> None:
     """
     if getattr(cls, "reads_distribution", False) and not hasattr(cls, "state_of"):
         raise ValueError(
-            f"`register_channel({name!r}, ...)` was given {cls!r}, which reads distributions, but has no `state_of` "
-            "for those of another model: inherit from `DistributionChannel`."
+            f"`register_channel({name!r}, ...)` was given {cls!r}, which reads distributions, but has no `state_of`: "
+            "inherit from `DistributionChannel`."
         )
     CHANNELS.add(name, cls)
 
@@ -404,17 +392,6 @@ register_channel("soft_mask", SoftMaskChannel)
 def in_scope(config: PreTrainedConfig, is_masked: Tensor) -> Tensor:
     """(B, L) bool, positions that the state enters under `config.relay_scope`, given those that are masked."""
     return torch.ones_like(is_masked) if config.relay_scope == "all" else is_masked
-
-
-def token_table(embeddings: nn.Module) -> Tensor:
-    """(V, D) what a module looks up of all tokens, also behind an adapter, a hook, a scale or a quantised weight."""
-    weight: Any = embeddings.weight
-    if isinstance(weight, DTensor):
-        # FSDP shards them again as soon as tokens are looked up. Gemma's module scales what it looks up.
-        return weight.full_tensor() * getattr(embeddings, "embed_scale", 1.0)
-    if is_plain(embeddings, nn.Embedding):
-        return weight
-    return embeddings(torch.arange(len(weight), device=weight.device))
 
 
 def at_least_single(tensor: Tensor) -> Tensor:

@@ -53,6 +53,17 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     return (gathers or untouched) and type(module.weight) in (nn.Parameter, Tensor, DTensor)
 
 
+def token_table(embeddings: nn.Module) -> Tensor:
+    """(V, D) what a module looks up of all tokens, also behind an adapter, a hook, a scale or a quantised weight."""
+    weight: Any = embeddings.weight
+    if isinstance(weight, DTensor):
+        # FSDP shards them again as soon as tokens are looked up. Gemma's module scales what it looks up.
+        return weight.full_tensor() * getattr(embeddings, "embed_scale", 1.0)
+    if is_plain(embeddings, nn.Embedding):
+        return weight
+    return embeddings(torch.arange(len(weight), device=weight.device))
+
+
 def score(head: nn.Module, hidden: Tensor, targets: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
     """What `score_positions` returns, of any head: one that is no plain `RelayHead` is asked for logits.
 

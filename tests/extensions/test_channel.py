@@ -162,9 +162,6 @@ class BestToken(DistributionChannel):
         probability, token = logits.softmax(-1).max(-1)
         return embeddings[token], probability
 
-    def share(self, number: Tensor) -> Tensor:
-        return number
-
 
 @pytest.mark.parametrize(
     ("objective", "is_given"), [("residual_context", False), ("residual_context", True), ("relay_sg", False)]

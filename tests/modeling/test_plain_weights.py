@@ -9,8 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from relay_hf import RelayForMaskedDiffusion
-from relay_hf.modeling.channel_relay import token_table
-from relay_hf.modeling.head_relay import RelayHead, is_plain, score
+from relay_hf.modeling.head_relay import RelayHead, is_plain, score, token_table
 
 from ..conftest import MASK
 
