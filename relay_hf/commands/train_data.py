@@ -1,4 +1,4 @@
-"""The data sets that the options of `relay-hf train` name: of the Hub, of a folder, of files, or a mixture."""
+"""The data sets that the options of `relay-hf train` name: on the Hub, in a folder, in files, or a mixture."""
 
 import json
 from pathlib import Path

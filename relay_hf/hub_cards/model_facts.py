@@ -51,12 +51,12 @@ def cite_model(config: "RelayConfig") -> list[str]:
 
 
 def plain_card(name: str, config: "RelayConfig", usage: str = "", base_model: str | None = None) -> RelayCardData:
-    """What can be said of a model that comes without a card.
+    """The card of a model that comes without one.
 
     Args:
-        name, config: of the model.
+        name, config: the model's name and configuration.
         usage: code, for instance of `usage_snippet`.
-        base_model: of an adapter.
+        base_model: the base of an adapter.
     """
     return RelayCardData(
         name=name,

@@ -14,9 +14,9 @@ def augment_puzzles(dataset: Dataset, rows: int, seed: int = 0) -> Dataset:
     The rows are twins of the given puzzles, so augment a training set only after the test set has been split off
     (`split_puzzles`).
 
-    Args: dataset: has the columns `question` and `answer`. rows: of the result. seed: of the order and the symmetries.
+    Args: dataset: has the columns `question` and `answer`. rows: rows to make. seed: seed of order and symmetries.
     Returns: a dataset with the columns `question` and `answer`.
-    Raises: ValueError if there are no rows, or for texts that are not boards of one size.
+    Raises: ValueError if the dataset is empty, or for texts that are not boards of one size.
     """
     if rows < 1:
         raise ValueError(f"`rows={rows}` asks for no puzzles: use 1 or more.")

@@ -27,7 +27,7 @@ class SudokuScores:
 def score_solutions(questions: Sequence[str], answers: Sequence[str], solutions: Sequence[str]) -> SudokuScores:
     """Compare the solutions of a model with the answers.
 
-    Args: questions, answers: boards of one size. solutions: of the same size; a character that is no digit is wrong.
+    Args: questions, answers: boards of one size. solutions: as long; a character that is no digit is wrong.
     Raises: ValueError if the three differ in number or size, if a question or answer is no board, or if there is
         nothing to score.
     """

@@ -48,7 +48,7 @@ def split_puzzles(dataset: Dataset, test_count: int, seed: int = 0) -> DatasetDi
     Puzzles with one signature go to the same side. Should the last ones chosen for the test not fit into `test_count`,
     those left over are dropped, since they could only be twins of test puzzles.
 
-    Args: dataset: has a column `question`. test_count: rows of `test`. seed: of the choice of test puzzles.
+    Args: dataset: has a column `question`. test_count: rows of `test`. seed: seed of the choice.
     Returns: a dictionary of the two datasets, both in shuffled order.
     Raises: ValueError if nothing would be left for one of the sides.
     """
