@@ -29,7 +29,8 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model = model
         self.decay = decay
-        self.restart()
+        self.updates = 0
+        self.average = self._weights()
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The followed parameters as they are now: sharding replaces them."""
@@ -41,8 +42,11 @@ class WeightAverage:
 
     def restart(self) -> None:
         """Forgets everything but the current weights."""
-        self.updates = 0
-        self.average = {name: _local(p).float().clone() for name, p in self.parameters().items()}
+        self.updates, self.average = 0, self._weights()
+
+    def _weights(self) -> dict[str, Tensor]:
+        """A copy of the current weights, in fp32."""
+        return {name: _local(p).float().clone() for name, p in self.parameters().items()}
 
     @torch.no_grad()
     def update(self) -> None:

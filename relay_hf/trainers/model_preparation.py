@@ -99,6 +99,7 @@ def keep_caches_under_checkpointing(model: nn.Module) -> None:
     replayed: one is read-only, the other is written once. There is no public switch; `test_denoiser.py` fails if this
     one moves. GPT-2 drops caches before its layers see them, if it is marked itself.
     """
+    module: Any
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module._can_checkpoint_with_cache = True

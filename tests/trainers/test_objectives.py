@@ -1,4 +1,5 @@
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from relay_hf.modeling import make_policy
+from relay_hf.trainers import RelayTrainerConfig
 from relay_hf.trainers.denoiser import make_denoiser
 from relay_hf.trainers.model_preparation import keep_caches_under_checkpointing
 from relay_hf.trainers.noise import mask_uniformly
@@ -15,7 +17,7 @@ from relay_hf.trainers.objectives import RECIPES, mean_of_positions, mean_of_row
 from relay_hf.trainers.rollout import Reveal, Rollout, complement, stay
 from relay_hf.trainers.rows import RolloutRows, fresh_rows
 
-from .conftest import begin_rollout, build_model, build_rows
+from .conftest import OBJECTIVES, begin_rollout, build_model, build_rows
 
 
 def random_rows(model: Any, count: int = 4, seed: int = 0, **options: Any) -> RolloutRows:
@@ -28,6 +30,17 @@ def gradients(model: Any, rollout: Rollout) -> dict[str, Tensor]:
     while rollout.windows_left:
         rollout.run_window().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_every_objective_of_the_library_is_documented() -> None:
+    ours = {name for name, recipe in RECIPES.items() if recipe.advances.__module__.startswith("relay_hf.")}
+    assert ours == set(OBJECTIVES)
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    (field,) = (field for field in fields(RelayTrainerConfig) if field.name == "objective")
+    for name in OBJECTIVES:
+        assert f"| `{name}` |" in page
+        assert f'`"{name}"`' in RelayTrainerConfig.__doc__
+        assert name in field.metadata["help"]
 
 
 def test_complementary_learns_every_position_once() -> None:
