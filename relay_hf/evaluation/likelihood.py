@@ -107,17 +107,17 @@ class LikelihoodBound:
     def _bound_of_block(self, cache: RelayCache, block: Tensor, scored: slice, generator: torch.Generator) -> float:
         """The bound of the `scored` positions of `block`, (S,), given the committed blocks."""
         masks, weights = draw_masks(scored.stop - scored.start, self.samples, generator)
-        hidden = torch.zeros(len(masks), len(block), dtype=torch.bool)
-        hidden[:, scored] = masks
+        masked = torch.zeros(len(masks), len(block), dtype=torch.bool)
+        masked[:, scored] = masks
         # Cut by size alone, so that the numbers do not depend on what else is evaluated.
         rows_at_once = max(1, LOGITS_AT_ONCE // (self.model.config.text_config.vocab_size * masks.shape[1]))
-        sums = [self._log_probabilities(cache, block, rows.to(block.device)) for rows in hidden.split(rows_at_once)]
+        sums = [self._log_probabilities(cache, block, rows.to(block.device)) for rows in masked.split(rows_at_once)]
         return float((weights * torch.cat(sums)).sum())
 
-    def _log_probabilities(self, cache: RelayCache, block: Tensor, hidden: Tensor) -> Tensor:
-        """(M,) fp64 log-probability of the tokens of `block`, (S,), that are `hidden`, (M, S), summed in each row."""
-        noisy = torch.where(hidden, self.mask_token_id, block)
-        row, place = hidden.nonzero().unbind(-1)  # (N,)
+    def _log_probabilities(self, cache: RelayCache, block: Tensor, masked: Tensor) -> Tensor:
+        """(M,) fp64 log-probability of the tokens of `block`, (S,), that are `masked`, (M, S), summed in each row."""
+        noisy = torch.where(masked, self.mask_token_id, block)
+        row, place = masked.nonzero().unbind(-1)  # (N,)
         state = None
         if self.carries_state:
             initial = self.model.initial_relay_state(*noisy.shape)
@@ -127,7 +127,7 @@ class LikelihoodBound:
         logits[:, self.mask_token_id] = -torch.inf
         # Summed on the CPU, because not every device has fp64.
         chosen = logits.log_softmax(-1).gather(-1, block[place][:, None])[:, 0].cpu().double()
-        return chosen.new_zeros(len(hidden)).index_add(0, row.cpu(), chosen)
+        return chosen.new_zeros(len(masked)).index_add(0, row.cpu(), chosen)
 
     def _commit(self, cache: RelayCache, tokens: Tensor) -> None:
         """Writes clean tokens, (n,), to the cache, without any relay state."""
@@ -157,6 +157,6 @@ def draw_masks(length: int, samples: int, generator: torch.Generator) -> tuple[T
     order = torch.rand(samples, length, generator=generator, dtype=torch.float64).argsort(-1)[sample - number]
     # Side by side, until a border is met again: then one further, so that no window comes twice.
     begin = number * size + number * torch.gcd(size, torch.tensor(length)) // length
-    hidden = (order - begin[:, None]) % length < size[:, None]
-    masks, counts = hidden.unique(dim=0, return_counts=True)
+    masked = (order - begin[:, None]) % length < size[:, None]
+    masks, counts = masked.unique(dim=0, return_counts=True)
     return masks, counts.double() / samples * length / masks.sum(-1)
