@@ -16,13 +16,13 @@ from transformers import Qwen2Config
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the published scheme, an oracle of the tests
 from relay_hf import RelayConfig, RelayForMaskedDiffusion
 from relay_hf.modeling import make_policy
-from relay_hf.trainers.denoiser import BlockDenoiser
 from relay_hf.trainers.model_preparation import keep_caches_under_checkpointing
-from relay_hf.trainers.noise import mask_uniformly
 from relay_hf.trainers.objectives import RECIPES, mean_of_positions
-from relay_hf.trainers.rollout import Reveal, Rollout
-from relay_hf.trainers.rows import RolloutRows, fresh_rows
-from tests.trainers.doubled import DoubledDenoiser, PublishedDenoiser
+from relay_hf.trainers.rollouts.denoiser import BlockDenoiser
+from relay_hf.trainers.rollouts.noise import mask_uniformly
+from relay_hf.trainers.rollouts.rollout import Reveal, Rollout
+from relay_hf.trainers.rollouts.rows import RolloutRows, fresh_rows
+from tests.trainers.rollouts.doubled import DoubledDenoiser, PublishedDenoiser
 
 DENOISERS = {
     "published": PublishedDenoiser,

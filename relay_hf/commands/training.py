@@ -14,8 +14,8 @@ from ..conversion.mask_token import choose_mask_token
 from ..hub_cards import CARD, set_usage
 from ..loading.checkpoint import read_diffusion_config, read_tokenizer
 from ..modeling import RelayForMaskedDiffusion
-from ..modeling.adapter_relay import ADAPTER_BASE_FIELD
 from ..modeling.configuration_relay import RELAY_FIELDS
+from ..modeling.loading_adapters_relay import ADAPTER_BASE_FIELD
 from ..trainers import RelayTrainer
 from ..trainers.card import TRAINING_PICTURE
 from ..trainers.interruption import SaveOnInterrupt

@@ -20,8 +20,8 @@ from ..loading.checkpoint import load_config
 from ..loading.tokenizer import load_tokenizer
 from ..modeling import RelayConfig, RelayForMaskedDiffusion
 from ..modeling.configuration_relay import RELAY_FIELDS
-from ..modeling.conversion_relay import FOREIGN_PARAMETER_NAMES, code_of_its_own
-from ..modeling.files_relay import check_json_files
+from ..modeling.loading_families_relay import FOREIGN_PARAMETER_NAMES, code_of_its_own
+from ..modeling.loading_files_relay import check_json_files
 from ..startup.one_line import one_line
 from .gguf_file import open_gguf, read_gguf_weights
 from .mask_token import add_rows, choose_mask_token

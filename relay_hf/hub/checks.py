@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 from ..loading.checkpoint import load_config
 from ..loading.tokenizer import load_tokenizer
 from ..modeling import RelayConfig
-from ..modeling.files_relay import check_json_files, explained
+from ..modeling.loading_files_relay import check_json_files, explained
 from .contents import ADAPTER_CONFIG, CONFIG, WEIGHTS, matches
 
 INDEX = "model.safetensors.index.json"

@@ -22,7 +22,7 @@ from ..hub_cards import (
 )
 from ..loading.tokenizer import load_tokenizer
 from ..modeling import RelayConfig, RelayForMaskedDiffusion
-from ..modeling.adapter_relay import ADAPTER_BASE_FIELD, complete_adapter
+from ..modeling.loading_adapters_relay import ADAPTER_BASE_FIELD, complete_adapter
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "adapter_model.safetensors")

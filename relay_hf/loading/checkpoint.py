@@ -10,8 +10,8 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..modeling import RelayConfig, RelayForMaskedDiffusion
-from ..modeling.files_relay import check_json_files, explained
-from ..modeling.options_relay import DecodingOptions, complete_generation_config
+from ..modeling.generation_options_relay import DecodingOptions, complete_generation_config
+from ..modeling.loading_files_relay import check_json_files, explained
 from ..startup.one_line import one_line
 from .gguf_sources import refuse_gguf
 from .tokenizer import load_tokenizer

@@ -7,7 +7,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import cached_file
 
 from ..modeling import RelayConfig
-from ..modeling.files_relay import explained, unreadable
+from ..modeling.loading_files_relay import explained, unreadable
 
 # A tokenizer that is saved at all has one of these.
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")

@@ -8,10 +8,17 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from .cache_relay import RelayCache
 from .channel_relay import Channel, DistributionChannel, Readings, register_channel
 from .configuration_relay import RelayConfig
+from .generation_options_relay import DecodingOptions
 from .modeling_relay import RelayForMaskedDiffusion
-from .options_relay import DecodingOptions
 from .outputs_relay import RelayGenerateHistory, RelayGenerateOutput, RelayOutput
-from .reveal_relay import Bounds, ConfidenceBudget, ConfidenceThreshold, UnmaskingPolicy, make_policy, register_policy
+from .unmasking_relay import (
+    Bounds,
+    ConfidenceBudget,
+    ConfidenceThreshold,
+    UnmaskingPolicy,
+    make_policy,
+    register_policy,
+)
 
 __all__ = [
     "Bounds",

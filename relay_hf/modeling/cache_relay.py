@@ -160,7 +160,8 @@ class BlockPrefix(Prefix):
         while len(self.layers) <= layer_idx:
             self.layers.append(RelayLayer())
         width = key_states.shape[-2] if self.width is None else self.width
-        return self.layers[layer_idx].write((key_states, value_states), self.rows, self.places, width)
+        layer: Any = self.layers[layer_idx]
+        return layer.write((key_states, value_states), self.rows, self.places, width)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return super().get_mask_sizes(query_length if self.width is None else self.width, layer_idx)

@@ -7,9 +7,9 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .backbone_relay import check_backbone
 from .channel_relay import CHANNELS, Channel
-from .conversion_relay import foreign_config_to_relay
+from .loading_backbones_relay import check_backbone
+from .loading_families_relay import foreign_config_to_relay
 from .versions_relay import BackboneHolderConfig
 
 # Fields of a backbone that count something it cannot be without.
@@ -216,7 +216,7 @@ class RelayConfig(BackboneHolderConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Reads `config.json`; translates that of plain decoders and other diffusion models (`conversion_relay`)."""
+        """Reads `config.json`; what plain decoders and other diffusion models say there is translated."""
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if config_dict and config_dict.get("model_type") != cls.model_type:
             config_dict = foreign_config_to_relay(config_dict)

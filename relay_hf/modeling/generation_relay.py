@@ -14,15 +14,15 @@ from transformers.generation import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
 from .cache_relay import RelayCache
-from .choice_relay import TokenChooser
 from .configuration_relay import RelayConfig
-from .decoding_relay import BlockDecoder
-from .grid_relay import DecodingGrid
-from .options_relay import DecodingOptions, complete_generation_config
+from .generation_blocks_relay import BlockDecoder
+from .generation_grid_relay import DecodingGrid
+from .generation_options_relay import DecodingOptions, complete_generation_config
+from .generation_processors_relay import check_counts, drop_empty
+from .generation_start_relay import make_start
+from .generation_stopping_relay import Stopping
+from .generation_tokens_relay import TokenChooser
 from .outputs_relay import RelayGenerateOutput
-from .start_relay import make_start
-from .stopping_relay import Stopping
-from .transformers_options_relay import check_counts, drop_empty
 from .versions_relay import CACHE_ARGUMENT, pop_cache
 
 # Arguments that users may pass to `generate` beside its options.

@@ -13,22 +13,22 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils.generic import can_return_tuple
 
-from .adapter_relay import complete_adapter, loaded_adapter, merge_adapter, put_adapter, split_adapter
-from .backbone_relay import check_attention, check_backbone, embedding_name, learned_positions
-from .cache_relay import RelayCache, prefix_of
-from .channel_relay import ChannelPart, Readings, in_scope
-from .configuration_relay import RelayConfig
-from .conversion_relay import FOREIGN_PARAMETER_NAMES, check_whole
-from .files_relay import check_json_files, explained
-from .generation_relay import RelayGenerationMixin
-from .head_relay import RelayHead, best_token, is_plain, score
-from .masks_relay import (
+from .attention_relay import (
     align_to_positions,
     attend_without_causality,
     block_attention_mask,
     full_attention,
     new_positions,
 )
+from .cache_relay import RelayCache, prefix_of
+from .channel_relay import ChannelPart, Readings, in_scope
+from .configuration_relay import RelayConfig
+from .generation_relay import RelayGenerationMixin
+from .head_relay import RelayHead, best_token, is_plain, score
+from .loading_adapters_relay import complete_adapter, loaded_adapter, merge_adapter, put_adapter, split_adapter
+from .loading_backbones_relay import check_attention, check_backbone, embedding_name, learned_positions
+from .loading_families_relay import FOREIGN_PARAMETER_NAMES, check_whole
+from .loading_files_relay import check_json_files, explained
 from .outputs_relay import RelayOutput
 from .prefix_relay import Prefix
 from .versions_relay import (

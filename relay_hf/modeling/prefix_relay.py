@@ -59,7 +59,7 @@ class Prefix(Cache):
         """Keys and values of the prefix and of the new positions, which are not kept."""
         if self.length == 0:
             return key_states, value_states
-        layer = self.layers[layer_idx]
+        layer: Any = self.layers[layer_idx]
         return self._joined(layer.keys, key_states), self._joined(layer.values, value_states)
 
     def _joined(self, held: Any, new: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from ..modeling.options_relay import option_names
+from ..modeling.generation_options_relay import option_names
 
 # What transformers' serving allows a request that does not say how long its reply may be.
 DEFAULT_NEW_TOKENS = 1024

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .objectives import Recipe, register_objective
     from .relay_config import RelayTrainerConfig
     from .relay_trainer import RelayTrainer
-    from .rows import RolloutRows
+    from .rollouts.rows import RolloutRows
 
 __all__ = ["Recipe", "RelayTrainer", "RelayTrainerConfig", "RolloutRows", "register_objective"]
 

@@ -23,9 +23,9 @@ from ..hub_cards import (
     versions,
 )
 from ..modeling import RelayConfig
-from ..modeling.reveal_relay import POLICIES
-from .reference import Reference
+from ..modeling.unmasking_relay import POLICIES
 from .relay_config import RelayTrainerConfig
+from .rollouts.reference import Reference
 
 # The arguments that decide what is learned, in the order in which a reader asks for them.
 ARGUMENTS = (

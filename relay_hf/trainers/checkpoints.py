@@ -14,10 +14,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import CONFIG_NAME, logging
 
 from ..modeling import RelayConfig
-from ..modeling.adapter_relay import complete_adapter
-from .buffer import RolloutBuffer
-from .data_preparation import DataCheckingTrainer
+from ..modeling.loading_adapters_relay import complete_adapter
+from .data.preparation import DataCheckingTrainer
 from .ema import WeightAverage
+from .rollouts.buffer import RolloutBuffer
 from .whole_checkpoints import begin_checkpoint, find_problem, finish_checkpoint
 
 WEIGHT_AVERAGE_FILE = "weight_average.safetensors"

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .channel_parameters import is_channel_parameter
-from .rollout import Rollout
+from .rollouts.rollout import Rollout
 
 Number = float | Tensor  # a tensor has no axes
 

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..modeling import RelayConfig, RelayForMaskedDiffusion
-from ..modeling.adapter_relay import check_adapter, loaded_adapter
 from ..modeling.configuration_relay import check_same_tokens
+from ..modeling.loading_adapters_relay import check_adapter, loaded_adapter
 from .adapter_targets import check_targets
 from .objectives import RECIPES
 from .relay_config import RelayTrainerConfig

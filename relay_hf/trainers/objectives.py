@@ -16,10 +16,10 @@ from torch import Tensor
 from ..hub_cards import FAST_DLLM_V2_CITATION
 from ..modeling import RelayConfig, make_policy
 from ..modeling.channel_relay import CHANNELS, Channel, NoChannel
-from ..modeling.reveal_relay import POLICIES
-from .noise import mask_uniformly
-from .rollout import Advance, Carry, Reveal, complement, stay
-from .rows import RolloutRows
+from ..modeling.unmasking_relay import POLICIES
+from .rollouts.noise import mask_uniformly
+from .rollouts.rollout import Advance, Carry, Reveal, complement, stay
+from .rollouts.rows import RolloutRows
 
 if TYPE_CHECKING:
     from .relay_config import RelayTrainerConfig

@@ -13,8 +13,8 @@ from ..hub_cards import save_card
 from ..pictures.training import logged, plot_training
 from .card import TRAINING_PICTURE, training_card
 from .checkpoints import ResumableTrainer
-from .reference import Reference
 from .relay_config import RelayTrainerConfig
+from .rollouts.reference import Reference
 
 
 class PublishingTrainer(ResumableTrainer):

@@ -6,7 +6,7 @@ import torch
 from trl import SFTConfig
 
 from ..modeling import make_policy
-from ..modeling.reveal_relay import POLICIES
+from ..modeling.unmasking_relay import POLICIES
 from .objectives import RECIPES, Recipe
 
 # TRL's name of an option -> that of transformers since 5.24.

@@ -11,10 +11,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from ..modeling import RelayConfig
-from .buffer import RolloutBuffer
 from .channel_parameters import keeps_channel_precise, separate_channel
-from .data_preparation import check_sources
-from .denoiser import make_denoiser
+from .data.preparation import check_sources
 from .ema import FollowWeights, WeightAverage
 from .metrics import ChannelNorms, RunningMeans, record_rollout
 from .model_checks import check_arguments, check_learning, check_special_tokens
@@ -23,10 +21,12 @@ from .non_finite import StopOnNonFiniteGradient, check_loss
 from .objectives import draw_masks, mean_of_positions, mean_of_rows
 from .processes import check_sharding, mean_over_processes, return_full_precision, without_exchange
 from .publishing import PublishingTrainer
-from .reference import Reference
 from .relay_config import RelayTrainerConfig
-from .rollout import Rollout
-from .rows import fresh_rows
+from .rollouts.buffer import RolloutBuffer
+from .rollouts.denoiser import make_denoiser
+from .rollouts.reference import Reference
+from .rollouts.rollout import Rollout
+from .rollouts.rows import fresh_rows
 from .samples import show_samples
 from .shortfall import ReportShortfall, check_loader
 from .summary import describe_run

@@ -8,7 +8,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
-from .buffer import RolloutBuffer
+from .rollouts.buffer import RolloutBuffer
 
 logger = logging.get_logger(__name__)
 

@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoTokenizer, Qwen2Tokenizer
 
 from relay_hf import RelayConfig, RelayForMaskedDiffusion, convert
 from relay_hf.loading.tokenizer import load_tokenizer
-from relay_hf.modeling.conversion_relay import foreign_config_to_relay
+from relay_hf.modeling.loading_families_relay import foreign_config_to_relay
 
 from ..conftest import text_config
 from .conftest import make_tokenizer

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from relay_hf import RelayConfig, register_objective
 from relay_hf.trainers import Recipe, RelayTrainerConfig, RolloutRows
-from relay_hf.trainers.rollout import Advance, stay
+from relay_hf.trainers.rollouts.rollout import Advance, stay
 
 
 def mask_every_other(rows: RolloutRows, config: RelayConfig, *_: object) -> RolloutRows:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from relay_hf import RelayConfig, RelayForMaskedDiffusion, register_policy
 from relay_hf.cli import main
 from relay_hf.modeling import Bounds, UnmaskingPolicy, make_policy
-from relay_hf.modeling.reveal_relay import POLICIES
+from relay_hf.modeling.unmasking_relay import POLICIES
 from relay_hf.testing import byte_tokenizer
 from relay_hf.trainers import RelayTrainerConfig
 

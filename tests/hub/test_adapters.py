@@ -14,7 +14,7 @@ from relay_hf import RelayConfig, RelayForMaskedDiffusion, push
 from relay_hf.cli import main
 from relay_hf.hub.contents import CODE
 from relay_hf.hub_cards import RelayCardData
-from relay_hf.modeling.adapter_relay import ADAPTER_BASE_FIELD, complete_adapter
+from relay_hf.modeling.loading_adapters_relay import ADAPTER_BASE_FIELD, complete_adapter
 
 from .conftest import MASK, generated
 from .hub_server import TOKEN, Commit, HubServer, Repository
@@ -151,7 +151,7 @@ def test_adapter_without_peft_says_what_to_install(
     adapter = make_adapter(str(tmp_path / "base"))
     adapter.save_pretrained(tmp_path / "adapter")
     complete_adapter(adapter.get_base_model(), tmp_path / "adapter")
-    monkeypatch.setattr("relay_hf.modeling.adapter_relay.is_peft_available", lambda: False)
+    monkeypatch.setattr("relay_hf.modeling.loading_adapters_relay.is_peft_available", lambda: False)
     with pytest.raises(ImportError, match="needs peft: run `pip install peft`"):
         RelayForMaskedDiffusion.from_pretrained(tmp_path / "adapter")
 

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from relay_hf import RelayForMaskedDiffusion, RelayGenerateOutput
 from relay_hf.modeling import make_policy
-from relay_hf.modeling.reveal_relay import Progress
+from relay_hf.modeling.unmasking_relay import Progress
 
 from ..conftest import MASK
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from relay_hf import RelayConfig, RelayForMaskedDiffusion
-from relay_hf.modeling.conversion_relay import foreign_config_to_relay
+from relay_hf.modeling.loading_families_relay import foreign_config_to_relay
 
 from ..conftest import MASK, VOCAB_SIZE
 

@@ -14,8 +14,8 @@ from transformers import GenerationConfig
 from relay_hf import RelayConfig, RelayForMaskedDiffusion
 from relay_hf.commands.decoding_arguments import DecodingArguments
 from relay_hf.evaluation.harness import GENERATION_OPTIONS
-from relay_hf.modeling import DecodingOptions, decoding_relay, generation_relay, options_relay
-from relay_hf.modeling.options_relay import GREEDY, default_options, option_names
+from relay_hf.modeling import DecodingOptions, generation_blocks_relay, generation_options_relay, generation_relay
+from relay_hf.modeling.generation_options_relay import GREEDY, default_options, option_names
 from relay_hf.serving.request_checks import RESULT_OPTIONS, read_options
 
 from ..conftest import MASK, text_config
@@ -104,7 +104,7 @@ def added(monkeypatch: pytest.MonkeyPatch) -> type[DecodingOptions]:
     """`DecodingOptions` with one field more; nothing else is changed."""
     option = ("brand_new", bool, dataclasses.field(default=False))
     more: Any = dataclasses.make_dataclass("MoreOptions", [option], bases=(DecodingOptions,), frozen=True)
-    for module in (options_relay, generation_relay):
+    for module in (generation_options_relay, generation_relay):
         monkeypatch.setattr(module, "DecodingOptions", more)
     return more
 
@@ -113,13 +113,13 @@ def test_added_option_has_default_reaches_decoder_and_is_saved(
     added: type[DecodingOptions], make_model: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     seen: list[bool] = []
-    decode = decoding_relay.BlockDecoder.run
+    decode = generation_blocks_relay.BlockDecoder.run
 
     def note(self: Any, *args: Any, **kwargs: Any) -> Any:
         seen.append(self.options.brand_new)
         return decode(self, *args, **kwargs)
 
-    monkeypatch.setattr(decoding_relay.BlockDecoder, "run", note)
+    monkeypatch.setattr(generation_blocks_relay.BlockDecoder, "run", note)
     model = make_model()
     run(model, prompt_of(5), max_new_tokens=2)
     run(model, prompt_of(5), max_new_tokens=2, brand_new=True)

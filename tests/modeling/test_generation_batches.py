@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from relay_hf import RelayConfig, RelayForMaskedDiffusion, RelayGenerateOutput
-from relay_hf.modeling.reveal_relay import ORDERS
+from relay_hf.modeling.unmasking_relay import ORDERS
 
 from ..conftest import MASK, text_config
 from .decoding import PAD, padded

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor
 
 from relay_hf import RelayCache, RelayForMaskedDiffusion
-from relay_hf.modeling.stopping_relay import padding_token
+from relay_hf.modeling.generation_stopping_relay import padding_token
 
 from ..conftest import MASK, VOCAB_SIZE
 from .decoding import PAD, padded, prompt_of, prompts_of, run

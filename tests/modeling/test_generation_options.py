@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 import relay_hf
 from relay_hf import RelayCache, RelayForMaskedDiffusion
-from relay_hf.modeling.reveal_relay import ORDERS
+from relay_hf.modeling.unmasking_relay import ORDERS
 
 from .decoding import STARTS, padded
 from .interruptions import check_interruption, check_out_of_time, last_turn

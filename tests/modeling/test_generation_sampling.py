@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from relay_hf import RelayForMaskedDiffusion
-from relay_hf.modeling.choice_relay import TokenChooser, uniform_numbers
+from relay_hf.modeling.generation_tokens_relay import TokenChooser, uniform_numbers
 
 from ..conftest import MASK, VOCAB_SIZE
 from .decoding import padded, prompt_of, prompts_of, run

@@ -13,10 +13,10 @@ from relay_hf import RelayConfig, RelayForMaskedDiffusion
 from relay_hf.modeling import UnmaskingPolicy
 from relay_hf.testing import byte_tokenizer
 from relay_hf.trainers import RelayTrainer, RelayTrainerConfig
-from relay_hf.trainers.denoiser import Denoiser, make_denoiser
 from relay_hf.trainers.objectives import RECIPES, mean_of_positions
-from relay_hf.trainers.rollout import Reveal, Rollout
-from relay_hf.trainers.rows import RolloutRows
+from relay_hf.trainers.rollouts.denoiser import Denoiser, make_denoiser
+from relay_hf.trainers.rollouts.rollout import Reveal, Rollout
+from relay_hf.trainers.rollouts.rows import RolloutRows
 
 from ..conftest import text_config
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from relay_hf import RelayForMaskedDiffusion
-from relay_hf.modeling.adapter_relay import loaded_adapter
+from relay_hf.modeling.loading_adapters_relay import loaded_adapter
 from relay_hf.trainers import RelayTrainer
 
 from .conftest import MASK, build_model

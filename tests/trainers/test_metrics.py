@@ -9,8 +9,8 @@ from datasets import Dataset
 
 from relay_hf.trainers import RelayTrainer
 from relay_hf.trainers.metrics import RunningMeans
-from relay_hf.trainers.rollout import loss_by_noise
-from relay_hf.trainers.rows import fresh_rows
+from relay_hf.trainers.rollouts.rollout import loss_by_noise
+from relay_hf.trainers.rollouts.rows import fresh_rows
 
 from .conftest import build_model, build_rows
 

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from relay_hf.modeling import make_policy
 from relay_hf.trainers import RelayTrainerConfig
-from relay_hf.trainers.denoiser import make_denoiser
 from relay_hf.trainers.model_preparation import keep_caches_under_checkpointing
-from relay_hf.trainers.noise import mask_uniformly
 from relay_hf.trainers.objectives import RECIPES, mean_of_positions, mean_of_rows
-from relay_hf.trainers.rollout import Reveal, Rollout, complement, stay
-from relay_hf.trainers.rows import RolloutRows, fresh_rows
+from relay_hf.trainers.rollouts.denoiser import make_denoiser
+from relay_hf.trainers.rollouts.noise import mask_uniformly
+from relay_hf.trainers.rollouts.rollout import Reveal, Rollout, complement, stay
+from relay_hf.trainers.rollouts.rows import RolloutRows, fresh_rows
 
 from .conftest import OBJECTIVES, begin_rollout, build_model, build_rows
 

@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 
 from ...modeling import Bounds
-from ...modeling.reveal_relay import POLICIES
+from ...modeling.unmasking_relay import POLICIES
 from ...pictures.timeline import Timeline
 from ...tasks.sudoku import generate_puzzles
 from ..arguments import DemoArguments

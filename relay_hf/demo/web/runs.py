@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer
 
 from ...modeling import RelayConfig, RelayForMaskedDiffusion
-from ...modeling.options_relay import GREEDY
+from ...modeling.generation_options_relay import GREEDY
 from ...pictures.timeline import Timeline, read_history
 from ...tasks.sudoku import BoardShape, is_legal, make_sudoku_tokenizer, parse_question, questions_to_ids
 from ...tasks.sudoku.board import read_boards

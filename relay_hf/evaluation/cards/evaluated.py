@@ -5,7 +5,7 @@ from pathlib import Path
 from ...hub_cards import EvaluationRow, has_card, plain_card, save_card, usage_snippet
 from ...loading.checkpoint import read_config, read_tokenizer
 from ...modeling import RelayForMaskedDiffusion
-from ...modeling.adapter_relay import ADAPTER_BASE_FIELD
+from ...modeling.loading_adapters_relay import ADAPTER_BASE_FIELD
 from ..weights import hash_weights
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 
 from ...loading.checkpoint import check_decoding
 from ...modeling import RelayForMaskedDiffusion
-from ...modeling.options_relay import GREEDY
+from ...modeling.generation_options_relay import GREEDY
 from ..forwards import count_costs
 from ..stop_texts import StopTexts
 from .chat_prompt import ChatPrompt

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, StoppingCriteriaList
 
 from ...modeling import RelayConfig, RelayForMaskedDiffusion
-from ...modeling.options_relay import GREEDY, option_names
+from ...modeling.generation_options_relay import GREEDY, option_names
 from ..forwards import count_costs
 from ..likelihood import LikelihoodBound, Request
 from ..stop_texts import StopTexts

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from relay_hf import RelayForMaskedDiffusion
 from relay_hf.cli import main
-from relay_hf.modeling.adapter_relay import complete_adapter
+from relay_hf.modeling.loading_adapters_relay import complete_adapter
 
 EVALUATION = ["--max_new_tokens", "16", "--thresholds", "0.3", "0.9", "--batch_size", "4", "--device", "cpu"]
 # Of a version that did not tell weights apart.

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from ..modeling.prefix_relay import Prefix
+from ...modeling.prefix_relay import Prefix
 
 
 class CleanText(Prefix):

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from relay_hf.modeling import ConfidenceBudget, ConfidenceThreshold, UnmaskingPolicy, make_policy
-from relay_hf.modeling.choice_relay import margins
+from relay_hf.modeling.generation_tokens_relay import margins
 from relay_hf.modeling.head_relay import best_token
-from relay_hf.modeling.reveal_relay import (
+from relay_hf.modeling.unmasking_relay import (
     POLICIES,
     EntropyBound,
     FixedCount,

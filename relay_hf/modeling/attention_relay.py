@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .backbone_relay import check_attention
+from .loading_backbones_relay import check_attention
 from .prefix_relay import Prefix
 from .versions_relay import as_cache_argument
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from relay_hf import RelayCache, RelayForMaskedDiffusion
+from relay_hf.modeling.attention_relay import align_to_positions, block_attention_mask, new_positions, positions_of
 from relay_hf.modeling.cache_relay import prefix_of
-from relay_hf.modeling.masks_relay import align_to_positions, block_attention_mask, new_positions, positions_of
 
 from ..conftest import MASK
 

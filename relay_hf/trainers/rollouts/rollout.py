@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..modeling.reveal_relay import UnmaskingPolicy, in_earliest_sub_block, sub_blocks_of
+from ...modeling.unmasking_relay import UnmaskingPolicy, in_earliest_sub_block, sub_blocks_of
 from .denoiser import Denoiser
 from .rows import RolloutRows
 

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 from relay_hf import RelayForMaskedDiffusion
 from relay_hf.modeling import make_policy
-from relay_hf.trainers.buffer import RolloutBuffer
+from relay_hf.trainers.rollouts.buffer import RolloutBuffer
 
-from .conftest import run_rollout
+from ..conftest import run_rollout
 
 PUBLISHED = Path(os.environ.get("RELAY_HF_REFERENCE", Path(__file__).parents[1] / "reference"))
 CASES = json.loads((PUBLISHED / "vectors.json").read_text())["rollout"]

@@ -1,8 +1,8 @@
 """How one denoising step of a rollout is computed. `rollout.py` knows only the protocol `Denoiser`.
 
 In block diffusion a noisy block sees itself and the CLEAN blocks before it, and clean text never looks at noisy text.
-The plain way to train that runs the doubled sequence [x_t ; x_0] in every step (`tests/trainers/doubled.py`). The block
-denoiser gives the same numbers for less:
+The plain way to train that runs the doubled sequence [x_t ; x_0] in every step (`tests/trainers/rollouts/doubled.py`).
+The block denoiser gives the same numbers for less:
 
 1. the clean text runs once per rollout, in its first window, and its embeddings, keys and values are kept with their
    gradient;
@@ -27,12 +27,12 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import create_bidirectional_mask
 
-from ..modeling import RelayConfig
-from ..modeling.channel_relay import in_scope
-from ..modeling.masks_relay import align_to_positions
-from ..modeling.outputs_relay import RelayOutput
-from ..modeling.prefix_relay import denoise
-from ..modeling.versions_relay import as_cache_argument
+from ...modeling import RelayConfig
+from ...modeling.attention_relay import align_to_positions
+from ...modeling.channel_relay import in_scope
+from ...modeling.outputs_relay import RelayOutput
+from ...modeling.prefix_relay import denoise
+from ...modeling.versions_relay import as_cache_argument
 from .clean_text import CleanPrefix, CleanText
 from .rows import RolloutRows, fit_positions
 

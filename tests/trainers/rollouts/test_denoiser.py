@@ -13,14 +13,14 @@ from transformers import GPT2Config
 from relay_hf import RelayConfig, RelayForMaskedDiffusion
 from relay_hf.modeling import make_policy
 from relay_hf.modeling.channel_relay import CHANNELS, LayerNormChannel, Readings
-from relay_hf.trainers.denoiser import BlockDenoiser
 from relay_hf.trainers.model_preparation import KeepCaches, keep_caches_under_checkpointing
-from relay_hf.trainers.noise import mask_uniformly
 from relay_hf.trainers.objectives import RECIPES
-from relay_hf.trainers.rollout import Rollout
-from relay_hf.trainers.rows import fresh_rows
+from relay_hf.trainers.rollouts.denoiser import BlockDenoiser
+from relay_hf.trainers.rollouts.noise import mask_uniformly
+from relay_hf.trainers.rollouts.rollout import Rollout
+from relay_hf.trainers.rollouts.rows import fresh_rows
 
-from .conftest import MASK, OBJECTIVES, VOCAB_SIZE, begin_rollout, build_model, build_rows, run_rollout
+from ..conftest import MASK, OBJECTIVES, VOCAB_SIZE, begin_rollout, build_model, build_rows, run_rollout
 from .doubled import DoubledDenoiser
 
 

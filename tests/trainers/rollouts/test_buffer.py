@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relay_hf.trainers import buffer as buffer_module
-from relay_hf.trainers.buffer import RolloutBuffer
-from relay_hf.trainers.rows import fresh_rows
+from relay_hf.trainers.rollouts.buffer import RolloutBuffer
+from relay_hf.trainers.rollouts.rows import fresh_rows
 
-from .conftest import MASK, build_model, build_rows
+from ..conftest import MASK, build_model, build_rows
 
 CONFIG = build_model().config
 

@@ -10,18 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .attention_relay import block_attention_mask
 from .cache_relay import RelayCache, rows_of
-from .choice_relay import Choice, TokenChooser, uniform_numbers
-from .grid_relay import DecodingGrid
-from .history_relay import RevealRecorder
-from .masks_relay import block_attention_mask
-from .options_relay import DecodingOptions
+from .generation_grid_relay import DecodingGrid, RevealRecorder
+from .generation_options_relay import DecodingOptions
+from .generation_shortcuts_relay import Part, SubBlockCache, state_of_part
+from .generation_start_relay import RelayStart
+from .generation_stopping_relay import Stopping
+from .generation_tokens_relay import Choice, TokenChooser, uniform_numbers
 from .outputs_relay import RelayGenerateOutput
 from .prefix_relay import Prefix, denoise
-from .reveal_relay import Progress, in_earliest_sub_block, sub_blocks_of
-from .shortcuts_relay import Part, SubBlockCache, state_of_part
-from .start_relay import RelayStart
-from .stopping_relay import Stopping
+from .unmasking_relay import Progress, in_earliest_sub_block, sub_blocks_of
 
 
 @dataclass
@@ -180,7 +179,7 @@ class BlockDecoder:
         if cached == 0:
             return 0
         width, length = self.grid.width, min(cached, self.grid.prefix)
-        is_same = self.cache.tokens[0, :length] == self.grid.tokens[0, :length]  # type: ignore[index]
+        is_same = self.cache.tokens[0, :length] == self.grid.tokens[0, :length]
         shared = int(is_same.long().cumprod(0).sum()) // width * width
         if shared < cached:
             if self.token_shift:
@@ -207,7 +206,7 @@ class BlockDecoder:
         if not (self.token_shift and bool(is_masked.any())):
             return
         rows = torch.arange(len(grid.rows), device=is_masked.device)
-        choice = self._choose(self.cache.last_hidden[:, 0], rows, column, torch.ones_like(rows))  # type: ignore[index]
+        choice = self._choose(self.cache.last_hidden[:, 0], rows, column, torch.ones_like(rows))
         grid.tokens[:, first] = torch.where(is_masked, choice.tokens[:, None], grid.tokens[:, first])
         if self.recorder is not None:
             self.recorder.record(grid.rows, first, is_masked, choice.confidence[:, None])

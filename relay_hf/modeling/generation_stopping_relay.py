@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, MaxTimeCriteria
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
-from .grid_relay import DecodingGrid
+from .generation_grid_relay import DecodingGrid
 
 
 class Stopping:
@@ -57,7 +57,7 @@ class Stopping:
         ends all rows with what is known by then."""
         if self.readers:
             self._apply_readers(grid, columns)
-        if any(bool(clock(grid.tokens, None).any()) for clock in self.clocks):  # type: ignore[arg-type]
+        if any(bool(clock(grid.tokens, None).any()) for clock in self.clocks):
             grid.end = grid.end.clamp(max=columns.stop)
 
     def _apply_readers(self, grid: DecodingGrid, columns: slice) -> None:

@@ -19,10 +19,10 @@ from transformers import (
 
 from .channel_relay import CHANNELS
 from .configuration_relay import RelayConfig, check_same_tokens
-from .conversion_relay import foreign_generation_to_relay
-from .reveal_relay import UnmaskingPolicy, make_policy
-from .start_relay import STARTS
-from .transformers_options_relay import AFTER_TEMPERATURE, check_transformers_options, fit_processors
+from .generation_processors_relay import AFTER_TEMPERATURE, check_transformers_options, fit_processors
+from .generation_start_relay import STARTS
+from .loading_families_relay import foreign_generation_to_relay
+from .unmasking_relay import UnmaskingPolicy, make_policy
 
 Subject = Literal["unmasking", "drawing", "result"]
 # Annotation of an option -> what `isinstance` accepts, and the sentence for everything else.

@@ -4,10 +4,10 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from ..modeling import RelayForMaskedDiffusion
-from ..modeling.channel_relay import DistributionChannel
-from ..modeling.outputs_relay import RelayOutput
-from ..modeling.prefix_relay import Prefix
+from ...modeling import RelayForMaskedDiffusion
+from ...modeling.channel_relay import DistributionChannel
+from ...modeling.outputs_relay import RelayOutput
+from ...modeling.prefix_relay import Prefix
 
 
 class Reference:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..modeling import RelayConfig
+from ...modeling import RelayConfig
 from .batches import TextBatch, TextRow, read_batch
 from .noise import stagger
 from .rows import FIELDS, RolloutRows, all_masked

@@ -7,9 +7,9 @@ import torch
 from datasets import Dataset
 
 from relay_hf.trainers import RelayTrainer
-from relay_hf.trainers.rows import fresh_rows
+from relay_hf.trainers.rollouts.rows import fresh_rows
 
-from .conftest import MASK, build_model, build_rows
+from ..conftest import MASK, build_model, build_rows
 
 
 def spoiled(kind: str) -> dict[str, torch.Tensor]:

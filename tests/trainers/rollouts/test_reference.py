@@ -17,16 +17,16 @@ from torch import Tensor
 
 from relay_hf import RelayForMaskedDiffusion
 from relay_hf.trainers import RelayTrainer
-from relay_hf.trainers.denoiser import SequenceDenoiser, make_denoiser
-from relay_hf.trainers.noise import mask_uniformly
 from relay_hf.trainers.objectives import RECIPES, mean_of_positions
-from relay_hf.trainers.reference import Reference
-from relay_hf.trainers.rollout import Rollout, stay
-from relay_hf.trainers.rows import RolloutRows, fresh_rows
+from relay_hf.trainers.rollouts.denoiser import SequenceDenoiser, make_denoiser
+from relay_hf.trainers.rollouts.noise import mask_uniformly
+from relay_hf.trainers.rollouts.reference import Reference
+from relay_hf.trainers.rollouts.rollout import Rollout, stay
+from relay_hf.trainers.rollouts.rows import RolloutRows, fresh_rows
 
-from .conftest import MASK, build_model, build_rows
+from ..conftest import MASK, build_model, build_rows
+from ..test_relay_trainer import logged, weights
 from .doubled import DoubledDenoiser
-from .test_relay_trainer import logged, weights
 
 RESIDUAL = {"relay_channel": "residual_context", "relay_temperature": 0.7}
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, stack
 from torch.nn.utils.rnn import pad_sequence
 
-from ..modeling import RelayConfig
+from ...modeling import RelayConfig
 
 TextRow = tuple[Tensor, Tensor]  # (L,) ids and (L,) bool, which of them are learned
 

@@ -6,8 +6,8 @@ from datasets import Dataset, IterableDataset
 from jinja2 import TemplateError
 from trl import SFTConfig, SFTTrainer
 
-from ..modeling import RelayConfig
-from .dataset_checks import check_prepared, check_rows, read_source, warn_of_dropped_rows
+from ...modeling import RelayConfig
+from .checks import check_prepared, check_rows, read_source, warn_of_dropped_rows
 
 # What `SFTTrainer` calls a data set -> what messages call it; of evaluation sets in a dictionary, the key.
 NAMES = {"train": "training set"}

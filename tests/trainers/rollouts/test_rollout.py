@@ -7,10 +7,10 @@ import torch
 
 from relay_hf import RelayCache
 from relay_hf.modeling import make_policy
-from relay_hf.trainers.rollout import Rollout
-from relay_hf.trainers.rows import fresh_rows
+from relay_hf.trainers.rollouts.rollout import Rollout
+from relay_hf.trainers.rollouts.rows import fresh_rows
 
-from .conftest import MASK, begin_rollout, build_model, build_rows, run_rollout
+from ..conftest import MASK, begin_rollout, build_model, build_rows, run_rollout
 
 WHOLE_SEQUENCE = {"block_size": None, "token_shift": False, "relay_scope": "all", "relay_readout": "pre_norm"}
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..modeling import RelayConfig
+from ...modeling import RelayConfig
 from .rows import RolloutRows
 
 # Keeps every mask probability away from 0, as in Fast-dLLM v2: p = (1 - eps) t + eps.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..modeling import RelayConfig
+from ...modeling import RelayConfig
 from .batches import TextBatch, read_batch
 
 

@@ -3,10 +3,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relay_hf.trainers.noise import mask_uniformly, stagger
-from relay_hf.trainers.rows import fresh_rows
+from relay_hf.trainers.rollouts.noise import mask_uniformly, stagger
+from relay_hf.trainers.rollouts.rows import fresh_rows
 
-from .conftest import MASK, build_model, build_rows
+from ..conftest import MASK, build_model, build_rows
 
 
 def seeded(seed: int, rows: int) -> list[torch.Generator]:

@@ -8,8 +8,8 @@ from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 from trl import SFTConfig
 
-from ..modeling import RelayConfig
-from .batches import labels_differ, mask_is_learned, token_is_unknown
+from ...modeling import RelayConfig
+from ..rollouts.batches import labels_differ, mask_is_learned, token_is_unknown
 from .text_rows import TextRows, text_rows
 from .token_rows import FOREIGN, TokenRows
 

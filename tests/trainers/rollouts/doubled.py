@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from transformers.masking_utils import create_bidirectional_mask
 
 from relay_hf import RelayConfig
-from relay_hf.trainers.denoiser import StepResult, receives_state
-from relay_hf.trainers.rows import RolloutRows
+from relay_hf.trainers.rollouts.denoiser import StepResult, receives_state
+from relay_hf.trainers.rollouts.rows import RolloutRows
 
 
 class DoubledDenoiser:
