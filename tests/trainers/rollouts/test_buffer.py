@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relay_hf.trainers import buffer as buffer_module
+from relay_hf.trainers.rollouts import buffer as buffer_module
 from relay_hf.trainers.rollouts.buffer import RolloutBuffer
 from relay_hf.trainers.rollouts.rows import fresh_rows
 

@@ -14,7 +14,7 @@ from relay_hf.trainers.rollouts.buffer import RolloutBuffer
 
 from ..conftest import run_rollout
 
-PUBLISHED = Path(os.environ.get("RELAY_HF_REFERENCE", Path(__file__).parents[1] / "reference"))
+PUBLISHED = Path(os.environ.get("RELAY_HF_REFERENCE", Path(__file__).parents[2] / "reference"))
 CASES = json.loads((PUBLISHED / "vectors.json").read_text())["rollout"]
 MODES = list(dict.fromkeys(case["mode"] for case in CASES))
 # Their names in the published code -> ours.
