@@ -1,4 +1,18 @@
-"""The model: configuration, channel, cache, decoding and the model class. Knows nothing of training.
+"""The model: configuration, channel, forward, cache and decoding. It knows nothing of training.
+
+The folder is flat, because the Hub copies its files next to a checkpoint: prefixes of file names are its folders.
+
+- `configuration`: every switch of a model. `registry`: names of channels and policies, also those of other packages.
+- `modeling`: one forward of backbone, `channel` (what is carried) and `head` (logits, losses, best tokens, in tiles),
+  with the pattern of `attention`. `prefix`: what the forward sees before its own positions; `cache`: committed text and
+  the block in work; `outputs`: what forward and `generate` return.
+- `generation`: `generate` of transformers with block diffusion. Its `options` are parsed once, with the `processors` of
+  transformers; the `grid` lines rows up; `blocks` is the loop, `tokens` what is chosen, `stopping` what ends a row.
+  `start` and `shortcuts` are options: the first state of a block, and the sub-block cache.
+- `unmasking`: policies, shared by decoding and training.
+- `loading_families`, `loading_adapters`, `loading_backbones`, `loading_files`: configurations and names of other
+  libraries, adapters, what a backbone must offer, damaged files.
+- `versions`: what differs between versions of transformers.
 
 Importing it registers `RelayConfig` and `RelayForMaskedDiffusion` with the Auto classes of transformers.
 """
