@@ -3,9 +3,11 @@
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from ..startup.options import option
 from .decoding_arguments import DecodingArguments, make_decoding_parser, parse_decoding
+from .parser import MODEL
 
 HELP = "/clear begins a new conversation, /exit or Ctrl-D ends it, Ctrl-C stops a reply."
 
@@ -14,24 +16,22 @@ HELP = "/clear begins a new conversation, /exit or Ctrl-D ends it, Ctrl-C stops 
 class ChatArguments(DecodingArguments):
     """Arguments of `relay-hf chat`."""
 
-    system: str | None = field(
-        default=None, metadata={"help": "the system's message, which begins a conversation", "metavar": "TEXT"}
-    )
+    system: str | None = option(None, "the system's message, which begins a conversation", "TEXT")
 
 
 def run(program: str, argv: Sequence[str]) -> None:
     """Talks with a model in the terminal; drafts are shown while they are denoised."""
-    parser = make_decoding_parser(program, "PATH_OR_REPO", ChatArguments, run.__doc__)
+    parser = make_decoding_parser(program, MODEL, ChatArguments, run.__doc__)
     arguments, given = parse_decoding(parser, argv)
     # Not above: `--help` and refused options would wait for torch.
     from ..loading.checkpoint import load_for_decoding
     from .conversation import Conversation
 
     model, tokenizer = load_for_decoding(
-        given.model, arguments.revision, arguments.device, arguments.dtype, arguments.options
+        given.path_or_repo, arguments.revision, arguments.device, arguments.dtype, arguments.options
     )
     if tokenizer.chat_template is None:
-        raise ValueError(f"`{given.model}` has no chat template: ask it with `relay-hf generate`.")
+        raise ValueError(f"`{given.path_or_repo}` has no chat template: ask it with `relay-hf generate`.")
     talk = Conversation(model, tokenizer, arguments.options(model.generation_config), arguments.system)
     if sys.stdin.isatty():
         with suppress(ImportError):

@@ -8,8 +8,6 @@ from .parser import make_parser, parse
 
 def run(program: str, argv: Sequence[str]) -> None:
     """Compares two evaluations problem by problem, and says whether chance explains the difference."""
-    parser = make_parser(program, "A B", CompareArguments, run.__doc__)
-    for name in ("a", "b"):
-        parser.add_argument(name, metavar=name.upper(), help="output folder of `relay-hf eval`, or a file in it")
-    arguments, where = parse(parser, argv)
+    positionals = dict.fromkeys("AB", "output folder of `relay-hf eval`, or a file in it")
+    arguments, where = parse(make_parser(program, positionals, CompareArguments, run.__doc__), argv)
     print(run_comparison(where.a, where.b, arguments))

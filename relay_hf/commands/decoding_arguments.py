@@ -1,12 +1,13 @@
 """What `relay-hf generate` and `relay-hf chat` let users choose about decoding."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from trl import TrlParser
 
+from ..startup.options import option, require_at_least
 from .parser import make_parser, unknown_option
 
 if TYPE_CHECKING:
@@ -17,10 +18,6 @@ if TYPE_CHECKING:
 NOT_OF_GENERATE = ("seed", "device", "dtype", "revision")
 
 
-def _option(purpose: str, metavar: str, default: Any = None) -> Any:
-    return field(default=default, metadata={"help": purpose, "metavar": metavar})
-
-
 @dataclass
 class DecodingArguments:
     """Options of `generate`, by default those of the model's `generation_config.json`.
@@ -28,31 +25,30 @@ class DecodingArguments:
     All options of `DecodingOptions` about unmasking are here, under the same names: that class would import torch.
     """
 
-    max_new_tokens: int = _option("tokens to write at most", "N", 256)
-    unmasking_policy: str | None = _option("which positions a step reveals, e.g. confidence_threshold", "NAME")
-    unmasking_threshold: float | None = _option("the number that the policy compares with", "X")
-    denoising_steps: int | None = _option("steps that a block, or a sub-block, takes", "N")
-    unmasking_order: str | None = _option("the order of fixed_count and time_schedule, e.g. margin", "NAME")
-    confidence_top_k: int | None = _option("count only so many tokens of each distribution", "K")
-    sub_block_size: int | None = _option("positions of a block that are revealed first", "N")
-    use_sub_block_cache: bool | None = _option("true: keep the keys and values outside the sub-block", "BOOL")
-    fuse_commits: bool | None = _option("true: commit a block in the first forward of the next one", "BOOL")
-    use_relay: bool | None = _option("false: do not carry the relay state from step to step", "BOOL")
-    relay_start: str | None = _option("self: start each block from a pass of the model itself", "NAME")
+    max_new_tokens: int = option(256, "tokens to write at most", "N")
+    unmasking_policy: str | None = option(None, "which positions a step reveals, e.g. confidence_threshold", "NAME")
+    unmasking_threshold: float | None = option(None, "the number that the policy compares with", "X")
+    denoising_steps: int | None = option(None, "steps that a block, or a sub-block, takes", "N")
+    unmasking_order: str | None = option(None, "the order of fixed_count and time_schedule, e.g. margin", "NAME")
+    confidence_top_k: int | None = option(None, "count only so many tokens of each distribution", "K")
+    sub_block_size: int | None = option(None, "positions of a block that are revealed first", "N")
+    use_sub_block_cache: bool | None = option(None, "true: keep the keys and values outside the sub-block", "BOOL")
+    fuse_commits: bool | None = option(None, "true: commit a block in the first forward of the next one", "BOOL")
+    use_relay: bool | None = option(None, "false: do not carry the relay state from step to step", "BOOL")
+    relay_start: str | None = option(None, "self: start each block from a pass of the model itself", "NAME")
     # The parser adds it itself: it would let the prompt be the value of a switch before it.
     do_sample: bool | None = field(default=None, init=False)
-    temperature: float | None = _option("temperature of the distribution that tokens are drawn from", "X")
-    top_p: float | None = _option("draw among the tokens that make up this probability", "P")
-    seed: int | None = _option("the same tokens are drawn whenever it is the same", "N")
-    device: str = _option(
-        "where the model runs, e.g. cuda:0; by default an accelerator, if there is one", "NAME", "auto"
+    temperature: float | None = option(None, "temperature of the distribution that tokens are drawn from", "X")
+    top_p: float | None = option(None, "draw among the tokens that make up this probability", "P")
+    seed: int | None = option(None, "the same tokens are drawn whenever it is the same", "N")
+    device: str = option(
+        "auto", "where the model runs, e.g. cuda:0; by default an accelerator, if there is one", "NAME"
     )
-    dtype: str = _option("dtype of the weights, e.g. bfloat16; default: as they were saved", "NAME", "auto")
-    revision: str | None = _option("branch, tag or commit of a model on the Hub", "NAME")
+    dtype: str = option("auto", "dtype of the weights, e.g. bfloat16; default: as they were saved", "NAME")
+    revision: str | None = option(None, "branch, tag or commit of a model on the Hub", "NAME")
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"`--max_new_tokens={self.max_new_tokens}` must be at least 1.")
+        require_at_least(1, self, "max_new_tokens")
 
     def options(self, defaults: "GenerationConfig") -> dict[str, Any]:
         """The given options as keyword arguments of `generate`.
@@ -63,7 +59,7 @@ class DecodingArguments:
         Raises:
             ValueError: an option about drawing tokens was given, but decoding is greedy.
         """
-        names = [option.name for option in fields(DecodingArguments) if option.name not in NOT_OF_GENERATE]
+        names = [field.name for field in fields(DecodingArguments) if field.name not in NOT_OF_GENERATE]
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         draws = defaults.do_sample if self.do_sample is None else self.do_sample
         for name in ("temperature", "top_p", "seed"):
@@ -78,7 +74,7 @@ class DecodingArguments:
 
 
 def make_decoding_parser(
-    program: str, positionals: str, arguments: type[DecodingArguments], description: str | None
+    program: str, positionals: Mapping[str, str], arguments: type[DecodingArguments], description: str | None
 ) -> TrlParser:
     """A parser for a model, its decoding, and what the caller adds.
 
@@ -86,7 +82,6 @@ def make_decoding_parser(
         program, positionals, arguments, description: as in `make_parser`.
     """
     parser = make_parser(program, positionals, arguments, description)
-    parser.add_argument("model", metavar="PATH_OR_REPO", help="the model: a folder, or a repository of the Hub")
     parser.add_argument(
         "--do_sample",
         "--do-sample",

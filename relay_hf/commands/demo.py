@@ -10,8 +10,7 @@ from .parser import make_parser, parse
 
 def run(program: str, argv: Sequence[str]) -> None:
     """Trains Relay and its baselines on Sudoku and shows the saved model at work; `--web` opens a page on it."""
-    parser = make_parser(program, "", [DemoArguments, WebArguments], run.__doc__)
-    arguments, web = parse(parser, argv)
+    arguments, web = parse(make_parser(program, {}, [DemoArguments, WebArguments], run.__doc__), argv)
     if web.web:
         run_page(_model_to_show(arguments, web), web)
     else:

@@ -3,12 +3,10 @@
 from collections.abc import Sequence
 
 from ..evaluation.code import CodeEvalArguments, run_evaluation
-from .parser import make_parser, parse
+from .parser import MODEL, make_parser, parse
 
 
 def run(program: str, argv: Sequence[str]) -> None:
     """Answers HumanEval or MBPP problems: accuracy, and the forwards it took, at one or more thresholds."""
-    parser = make_parser(program, "PATH_OR_REPO", CodeEvalArguments, run.__doc__)
-    parser.add_argument("model", metavar="PATH_OR_REPO", help="the model: a folder, or a repository of the Hub")
-    arguments, where = parse(parser, argv)
-    print(run_evaluation(where.model, arguments))
+    arguments, where = parse(make_parser(program, MODEL, CodeEvalArguments, run.__doc__), argv)
+    print(run_evaluation(where.path_or_repo, arguments))

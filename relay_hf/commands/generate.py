@@ -4,11 +4,13 @@ import contextlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..startup.options import option
 from .decoding_arguments import DecodingArguments, make_decoding_parser, parse_decoding
+from .parser import MODEL
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding
@@ -18,13 +20,13 @@ if TYPE_CHECKING:
 class GenerateArguments(DecodingArguments):
     """Arguments of `relay-hf generate`."""
 
-    prompt_file: str | None = field(default=None, metadata={"help": "file with the prompt", "metavar": "FILE"})
+    prompt_file: str | None = option(None, "file with the prompt", "FILE")
 
 
 def run(program: str, argv: Sequence[str]) -> None:
     """Answers a prompt: the text goes to stdout, the number of forwards it took to stderr."""
-    parser = make_decoding_parser(program, "PATH_OR_REPO [PROMPT]", GenerateArguments, run.__doc__)
-    parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="the prompt; by default what comes in on stdin")
+    positionals = {**MODEL, "[PROMPT]": "the prompt; by default what comes in on stdin"}
+    parser = make_decoding_parser(program, positionals, GenerateArguments, run.__doc__)
     parser.add_argument("--raw", action="store_true", help="give the prompt without the chat template")
     parser.add_argument(
         "--show_steps", "--show-steps", action="store_true", help="show on stderr what each forward reveals"
@@ -37,7 +39,7 @@ def run(program: str, argv: Sequence[str]) -> None:
     from ..pictures.timeline import show_denoising
 
     model, tokenizer = load_for_decoding(
-        given.model, arguments.revision, arguments.device, arguments.dtype, arguments.options
+        given.path_or_repo, arguments.revision, arguments.device, arguments.dtype, arguments.options
     )
     options = arguments.options(model.generation_config)
     inputs = _encode(tokenizer, prompt, given.raw).to(model.device)

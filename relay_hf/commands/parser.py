@@ -7,13 +7,15 @@ transformers and torch.
 import argparse
 import copy
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from trl import TrlParser
 
 # Type of a value -> its placeholder in the help.
 METAVARS = {"int": "N", "float": "X", "str": "TEXT", "string_to_bool": "BOOL"}
+# The positional argument of commands that read a model.
+MODEL = {"PATH_OR_REPO": "the model: a folder, or a repository of the Hub"}
 
 
 class _Parser(TrlParser):
@@ -37,17 +39,22 @@ class _HelpFormatter(argparse.HelpFormatter):
         return super()._format_action_invocation(shown)
 
 
-def make_parser(program: str, positionals: str, arguments: Any, description: str | None) -> TrlParser:
+def make_parser(program: str, positionals: Mapping[str, str], arguments: Any, description: str | None) -> TrlParser:
     """A parser for the fields of dataclasses.
 
     Args:
         program: the command, as the user typed it.
-        positionals: names of its positional arguments, for the help; the caller adds them.
+        positionals: positional arguments as the usage shows them, `[OTHER ...]` for instance -> what each is.
         arguments: the dataclass, or several.
         description: a sentence about the command.
     """
-    usage = " ".join(part for part in (program, positionals, "[--OPTION VALUE ...]" if arguments else "") if part)
-    return _Parser(arguments, prog=program, usage=usage, description=description, formatter_class=_HelpFormatter)
+    usage = " ".join([program, *positionals, *(["[--OPTION VALUE ...]"] if arguments else [])])
+    parser = _Parser(arguments, prog=program, usage=usage, description=description, formatter_class=_HelpFormatter)
+    for shown, purpose in positionals.items():
+        name = shown.strip("[ .]")
+        count = {"nargs": "*" if "..." in shown else "?"} if "[" in shown else {}
+        parser.add_argument(name.lower(), metavar=name, help=purpose, **count)
+    return parser
 
 
 def parse(parser: TrlParser, argv: Sequence[str]) -> tuple[Any, ...]:

@@ -2,8 +2,9 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
+from ..startup.options import option
 from .parser import make_parser, parse
 
 
@@ -11,22 +12,19 @@ from .parser import make_parser, parse
 class PushArguments:
     """Arguments of the push. The token is never one of them: other users of a machine can read its command lines."""
 
-    base_model: str | None = field(
-        default=None, metadata={"help": "Hub id of an adapter's base, where it was trained from a folder."}
-    )
-    private: bool | None = field(
-        default=None, metadata={"help": "Whether a new repository is private; by default as its owner has it."}
-    )
-    revision: str | None = field(default=None, metadata={"help": "Branch to commit to; default: main."})
-    commit_message: str | None = field(default=None, metadata={"help": "First line of the commit's message."})
+    base_model: str | None = option(None, "Hub id of an adapter's base, where it was trained from a folder.")
+    private: bool | None = option(None, "Whether a new repository is private; by default as its owner has it.")
+    revision: str | None = option(None, "Branch to commit to; default: main.")
+    commit_message: str | None = option(None, "First line of the commit's message.")
 
 
 def run(program: str, argv: Sequence[str]) -> None:
     """Uploads a relay model, or an adapter of one, to the Hub in one commit."""
-    parser = make_parser(program, "FOLDER REPO_ID", PushArguments, run.__doc__)
-    parser.add_argument("folder", metavar="FOLDER", help="what `save_pretrained` or a trainer wrote")
-    parser.add_argument("repo_id", metavar="REPO_ID", help="owner/name; made if it does not exist")
-    arguments, where = parse(parser, argv)
+    positionals = {
+        "FOLDER": "what `save_pretrained` or a trainer wrote",
+        "REPO_ID": "owner/name; made if it does not exist",
+    }
+    arguments, where = parse(make_parser(program, positionals, PushArguments, run.__doc__), argv)
     # Not above: `--help` and refused options would wait for torch.
     from ..hub import push
     from ..hub.contents import whole_model_beside

@@ -5,7 +5,7 @@ import re
 import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
@@ -18,6 +18,7 @@ from trl.scripts.utils import DatasetConfig
 from ..loading.gguf_sources import refuse_gguf
 from ..recipes import recipe_path
 from ..startup.one_line import one_line
+from ..startup.options import option
 from ..trainers import RelayTrainerConfig
 from .parser import unknown_option
 
@@ -32,26 +33,14 @@ class RelayModelConfig(ModelConfig):
     Everything else that `RelayConfig` takes goes into `model_init_kwargs`.
     """
 
-    mask_token_id: int | None = field(default=None, metadata={"help": "Id of [MASK]; `relay-hf convert` adds one."})
-    block_size: int | None = field(
-        default=None, metadata={"help": "Positions denoised together; 0: the whole sequence."}
-    )
-    token_shift: bool | None = field(default=None, metadata={"help": "Whether the raw head scores the next token."})
-    relay_channel: str | None = field(
-        default=None, metadata={"help": "Channel: what is carried between two steps, e.g. layer_norm, or none."}
-    )
-    reference_model: str | None = field(
-        default=None, metadata={"help": "Frozen model whose predictions `objective=residual_context` feeds."}
-    )
-    save_merged: bool = field(
-        default=True, metadata={"help": "With LoRA: also save the whole model, in `merged` inside the output."}
-    )
-    dry_run: bool = field(
-        default=False, metadata={"help": "Say what would be trained, time two steps, and write nothing."}
-    )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Replace the model and the checkpoints that are in the output."}
-    )
+    mask_token_id: int | None = option(None, "Id of [MASK]; `relay-hf convert` adds one.")
+    block_size: int | None = option(None, "Positions denoised together; 0: the whole sequence.")
+    token_shift: bool | None = option(None, "Whether the raw head scores the next token.")
+    relay_channel: str | None = option(None, "Channel: what is carried between two steps, e.g. layer_norm, or none.")
+    reference_model: str | None = option(None, "Frozen model whose predictions `objective=residual_context` feeds.")
+    save_merged: bool = option(True, "With LoRA: also save the whole model, in `merged` inside the output.")
+    dry_run: bool = option(False, "Say what would be trained, time two steps, and write nothing.")
+    overwrite_output_dir: bool = option(False, "Replace the model and the checkpoints that are in the output.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,10 +62,10 @@ class RelayModelConfig(ModelConfig):
         return next((name for name in ("load_in_4bit", "load_in_8bit") if getattr(self, name)), None)
 
     def _check_quantisation(self) -> None:
-        for option in (option for option in fields(ModelConfig) if option.name in OF_4_BITS):
-            if not self.load_in_4bit and (value := getattr(self, option.name)) != option.default:
+        for known in (known for known in fields(ModelConfig) if known.name in OF_4_BITS):
+            if not self.load_in_4bit and (value := getattr(self, known.name)) != known.default:
                 raise ValueError(
-                    f"`{option.name}={value}` has no effect without `load_in_4bit`: add it, or leave it out."
+                    f"`{known.name}={value}` has no effect without `load_in_4bit`: add it, or leave it out."
                 )
         if self.load_in_4bit and self.dtype in ("auto", None):
             raise ValueError(
@@ -160,7 +149,7 @@ def _check_mixture(sources: Any, path: Path) -> None:
             f"`datasets` in `{path}` is not a list of data sets with a `path`: write "
             "`[{path: json, data_files: a.jsonl}]`, for instance."
         )
-    known = {option.name for option in fields(DatasetConfig)}
+    known = {field.name for field in fields(DatasetConfig)}
     if unknown := sorted({str(name) for source in sources for name in source} - known):
         raise ValueError(f"`datasets` in `{path}` does not take {unknown}: a data set has {sorted(known)}.")
     for fraction in (source["fraction"] for source in sources if source.get("fraction") is not None):
@@ -218,7 +207,7 @@ def help_text(program: str, purpose: str, everything: bool) -> str:
 
 
 def _initialised(source: Any) -> Iterator[str]:
-    return (option.name for option in fields(source) if option.init)
+    return (field.name for field in fields(source) if field.init)
 
 
 def _option_lines(name: str) -> list[str]:

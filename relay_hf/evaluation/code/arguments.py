@@ -1,9 +1,10 @@
 """What can be chosen on the command lines of `relay-hf eval` and `relay-hf compare`."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from ...startup.options import option, require_at_least
 from .chat_prompt import ChatPrompt
 from .sandbox import Limits
 
@@ -18,38 +19,23 @@ DECIDED = {
 class CodeEvalArguments:
     """Arguments of an evaluation; 2048 new tokens are those of the published numbers."""
 
-    benchmark: str = field(
-        default="humaneval", metadata={"help": "humaneval, or a file in the format of HumanEval or MBPP."}
-    )
-    output_dir: str = field(
-        default="runs/eval", metadata={"help": "Where answers and results are written; the same again resumes."}
-    )
-    thresholds: list[float] = field(
-        default_factory=list, metadata={"help": "Unmasking thresholds to try; by default the model's own."}
-    )
-    max_new_tokens: int = field(default=2048, metadata={"help": "Longest answer."})
-    batch_size: int = field(default=8, metadata={"help": "Problems that are answered at once."})
-    limit: int | None = field(default=None, metadata={"help": "Only the first problems, for a quick look."})
-    stop_at_fence: bool = field(
-        default=False, metadata={"help": "End an answer with its first code block instead of the stop token."}
-    )
-    instruction: str = field(default=ChatPrompt.instruction, metadata={"help": "What the user says before a problem."})
-    answer_start: str = field(
-        default=ChatPrompt.answer_start, metadata={"help": "What the assistant says before its code block."}
-    )
-    generation_options: str = field(
-        default="{}", metadata={"help": """Further options of `generate` in JSON, e.g. '{"use_relay": false}'."""}
-    )
-    time_limit: float = field(default=Limits.seconds, metadata={"help": "Seconds that a program may run."})
-    memory_limit: int = field(default=Limits.memory, metadata={"help": "MiB of memory that a program may take."})
-    device: str = field(default="auto", metadata={"help": "Where the model runs, for instance cpu or cuda:0."})
-    dtype: str = field(default="auto", metadata={"help": "Its dtype, for instance bfloat16; auto is the saved one."})
+    benchmark: str = option("humaneval", "humaneval, or a file in the format of HumanEval or MBPP.")
+    output_dir: str = option("runs/eval", "Where answers and results are written; the same again resumes.")
+    thresholds: list[float] = option(list, "Unmasking thresholds to try; by default the model's own.")
+    max_new_tokens: int = option(2048, "Longest answer.")
+    batch_size: int = option(8, "Problems that are answered at once.")
+    limit: int | None = option(None, "Only the first problems, for a quick look.")
+    stop_at_fence: bool = option(False, "End an answer with its first code block instead of the stop token.")
+    instruction: str = option(ChatPrompt.instruction, "What the user says before a problem.")
+    answer_start: str = option(ChatPrompt.answer_start, "What the assistant says before its code block.")
+    generation_options: str = option("{}", """Further options of `generate` in JSON, e.g. '{"use_relay": false}'.""")
+    time_limit: float = option(Limits.seconds, "Seconds that a program may run.")
+    memory_limit: int = option(Limits.memory, "MiB of memory that a program may take.")
+    device: str = option("auto", "Where the model runs, for instance cpu or cuda:0.")
+    dtype: str = option("auto", "Its dtype, for instance bfloat16; auto is the saved one.")
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "batch_size", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`--{name}={value}` must be at least 1.")
+        require_at_least(1, self, "max_new_tokens", "batch_size", "limit")
         if not isinstance(self.options, dict):
             raise ValueError(f"`--generation_options={self.generation_options}` must be a JSON object.")
         if taken := sorted(DECIDED.intersection(self.options)):
@@ -81,6 +67,4 @@ class CodeEvalArguments:
 class CompareArguments:
     """Arguments of a comparison."""
 
-    picture: str | None = field(
-        default=None, metadata={"help": "PNG file to draw accuracy against forwards of both runs in."}
-    )
+    picture: str | None = option(None, "PNG file to draw accuracy against forwards of both runs in.")
