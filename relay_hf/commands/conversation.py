@@ -17,13 +17,7 @@ class Conversation:
         system: the message that begins it.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        options: dict[str, Any],
-        system: str | None = None,
-    ) -> None:
+    def __init__(self, model: Any, tokenizer: Any, options: dict[str, Any], system: str | None = None) -> None:
         self.model, self.tokenizer, self.options = model, tokenizer, options
         self.beginning: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
         self.clear()

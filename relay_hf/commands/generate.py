@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..evaluation.forwards import FORWARDS
 from ..startup.options import option
 from .decoding_arguments import DecodingArguments, make_decoding_parser, parse_decoding
 from .parser import MODEL
@@ -49,15 +50,14 @@ def run(program: str, argv: Sequence[str]) -> None:
         tokens = tokenizer.batch_decode(output.sequences[0][:, None])
         with contextlib.redirect_stdout(sys.stderr):
             show_denoising(output.history, tokens, skip_prompt=True)
-    counts = {kind: int(getattr(output, f"{kind}_forwards")[0]) for kind in ("denoise", "commit", "prefill")}
+    forwards = {name: int(getattr(output, name)[0]) for name in FORWARDS}
     text = tokenizer.decode(written, skip_special_tokens=True)
     if given.json:
-        forwards = {f"{kind}_forwards": count for kind, count in counts.items()}
         print(json.dumps({"text": text, "new_tokens": len(written), **forwards}, ensure_ascii=False))
-        return
-    print(text)
-    print(", ".join(f"{count} {kind}" for kind, count in counts.items()), end=" ", file=sys.stderr)
-    print(f"forwards for {len(written)} tokens", file=sys.stderr)
+    else:
+        print(text)
+        counts = ", ".join(f"{count} {name.removesuffix('_forwards')}" for name, count in forwards.items())
+        print(f"{counts} forwards for {len(written)} tokens", file=sys.stderr)
 
 
 def _read_prompt(given: str | None, file: str | None) -> str:

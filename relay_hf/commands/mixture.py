@@ -46,8 +46,9 @@ def prepare_data(output: str | Path, arguments: "PrepareArguments") -> dict[str,
     rows: list[dict[str, Any]] = []
     counts: dict[str, Counter[str]] = {}
     for index, (name, source) in enumerate({"code": CODE, "math": MATH}.items()):
-        options = (getattr(arguments, f"{name}{part}") for part in ("", "_split", "_rows", "_buffer"))
-        path, split, wanted, buffer = options
+        path, split, wanted, buffer = (
+            getattr(arguments, f"{name}{part}") for part in ("", "_split", "_rows", "_buffer")
+        )
         if wanted == 0:
             counts[name] = Counter(read=0, kept=0)
             continue
@@ -86,13 +87,7 @@ def _open(path: str, split: str, source: Source) -> Any:
 
 
 def _collect(
-    stream: Any,
-    name: str,
-    source: Source,
-    wanted: int,
-    tokenizer: Any,
-    max_tokens: int,
-    seen: set[str],
+    stream: Any, name: str, source: Source, wanted: int, tokenizer: Any, max_tokens: int, seen: set[str]
 ) -> tuple[list[dict[str, Any]], Counter[str]]:
     """The first good rows of a stream, and what happened to the others; `seen` grows by their prompts."""
     kept: list[dict[str, Any]] = []

@@ -4,7 +4,7 @@ import math
 import re
 import shutil
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
@@ -157,39 +157,40 @@ def _check_mixture(sources: Any, path: Path) -> None:
             raise ValueError(f"`fraction: {fraction}` of a data set in `{path}` is no share: give a number above 0.")
 
 
-# What most runs set, of the nearly two hundred options that come from the libraries.
-USUAL_MODEL = ("model_name_or_path", "model_revision", "dtype", "attn_implementation")
-USUAL_LORA = ("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit", "load_in_8bit")
-USUAL_DATA = (
-    "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "dataset_streaming",
-)  # fmt: skip
-USUAL_TRAINING = (
-    "output_dir", "max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "warmup_steps",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "bf16", "gradient_checkpointing",
-    "completion_only_loss", "assistant_only_loss", "logging_steps", "save_steps", "eval_strategy", "eval_steps",
-    "report_to", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "seed",
-)  # fmt: skip
+# What most runs set: our own options, and of the nearly two hundred that come from the libraries the usual ones.
+USUAL: dict[str, Sequence[str]] = {
+    "Relay": [*RelayTrainerConfig.__annotations__],
+    "Relay model": [*RelayModelConfig.__annotations__],
+    "Model (TRL)": ["model_name_or_path", "model_revision", "dtype", "attn_implementation"],
+    "LoRA (TRL)": [
+        "use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit", "load_in_8bit",
+    ],
+    "Data (TRL)": [
+        "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "dataset_streaming",
+        "datasets", "test_split_size",
+    ],
+    "Training (transformers and TRL)": [
+        "output_dir", "max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "warmup_steps",
+        "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "bf16", "gradient_checkpointing",
+        "completion_only_loss", "assistant_only_loss", "logging_steps", "save_steps", "eval_strategy", "eval_steps",
+        "report_to", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "seed",
+    ],
+}  # fmt: skip
+# What `--help_all` adds.
+SOURCES = {
+    "More of the data (TRL's DatasetMixtureConfig)": DatasetMixtureConfig,
+    "More of the model (TRL's ModelConfig)": ModelConfig,
+    "More of training (TRL's SFTConfig)": SFTConfig,
+    "More of training (transformers' TrainingArguments)": TrainingArguments,
+}
 
 
 def help_text(program: str, purpose: str, everything: bool) -> str:
     """What `--help` prints: relay_hf's own options first, then the usual ones of the libraries, or all of them."""
-    own = list(RelayTrainerConfig.__annotations__)
-    own_model = list(RelayModelConfig.__annotations__)
-    inherited: dict[str, list[str]] = {
-        "Model (TRL)": list(USUAL_MODEL),
-        "LoRA (TRL)": list(USUAL_LORA),
-        "Data (TRL)": [*USUAL_DATA, *(["streaming"] if everything else []), "datasets", "test_split_size"],
-        "Training (transformers and TRL)": list(USUAL_TRAINING),
-    }
-    if everything:
-        shown = {*own, *own_model, *(name for names in inherited.values() for name in names)}
-        for title, source in (
-            ("More of the model (TRL's ModelConfig)", ModelConfig),
-            ("More of training (TRL's SFTConfig)", SFTConfig),
-            ("More of training (transformers' TrainingArguments)", TrainingArguments),
-        ):
-            inherited[title] = [name for name in _initialised(source) if name not in shown]
-            shown |= set(inherited[title])
+    sections = dict(USUAL)
+    for title, source in SOURCES.items() if everything else ():
+        shown = {name for names in sections.values() for name in names}
+        sections[title] = [field.name for field in fields(source) if field.init and field.name not in shown]
     lines = [
         f"usage: {program} [--config FILE_OR_RECIPE] [--OPTION VALUE ...]",
         "",
@@ -201,13 +202,9 @@ def help_text(program: str, purpose: str, everything: bool) -> str:
         "  --config FILE_OR_RECIPE  YAML file with options",
         "  --help, --help_all       this list, or the whole of it",
     ]
-    for title, names in {"Relay": own, "Relay model": own_model, **inherited}.items():
+    for title, names in sections.items():
         lines += ["", f"{title}:", *(line for name in names for line in _option_lines(name))]
     return "\n".join(lines)
-
-
-def _initialised(source: Any) -> Iterator[str]:
-    return (field.name for field in fields(source) if field.init)
 
 
 def _option_lines(name: str) -> list[str]:
@@ -218,9 +215,8 @@ def _option_lines(name: str) -> list[str]:
     default = option.default_factory() if option.default_factory is not MISSING else option.default
     if default not in (None, MISSING, [], {}):
         text += f" [{getattr(default, 'value', default)}]"
-    width = min(shutil.get_terminal_size().columns, 120)
-    head = f"  --{name}"
+    width = max(min(shutil.get_terminal_size().columns, 120), 54)
+    head, column = f"  --{name}", " " * 34
     # A name longer than the column gets a line of its own.
-    begin = [f"{head:<34}"] if len(head) < 33 else [head, " " * 34]
-    wrapped = textwrap.wrap(text, max(width - 34, 20)) or [""]
-    return [*begin[:-1], begin[-1] + wrapped[0], *(" " * 34 + line for line in wrapped[1:])]
+    above, first = ([], head.ljust(34)) if len(head) < 33 else ([head], column)
+    return [*above, *(textwrap.wrap(text, width, initial_indent=first, subsequent_indent=column) or [first])]

@@ -1,6 +1,6 @@
 """The output folder of `relay-hf train`: whose it is, and how a training that left it goes on."""
 
-import os
+import argparse
 import shlex
 import shutil
 import sys
@@ -78,30 +78,23 @@ def leaves_no_empty_folder(folder: Path) -> Iterator[None]:
 
 def resume_command(program: str, argv: Sequence[str], checkpoint: Path) -> str:
     """The command that goes on from a checkpoint, as it can be typed into a shell in the same folder."""
-    option, kept, skips = "resume_from_checkpoint", [], False
-    for text in argv:
-        name = text.removeprefix("--").replace("-", "_") if text.startswith("--") else ""
-        if skips and not text.startswith("--"):
-            skips = False
-            continue
-        skips = name == option
-        if not skips and not name.startswith(f"{option}="):
-            kept.append(text)
-    return shlex.join([*_typed(program), *kept, f"--{option}", str(checkpoint)])
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume_from_checkpoint", "--resume-from-checkpoint", nargs="?")
+    _, others = parser.parse_known_args(argv)
+    return command(program, *others, "--resume_from_checkpoint", str(checkpoint))
 
 
 def command(program: str, *argv: str) -> str:
     """A command line, quoted for the shell."""
-    return shlex.join([*_typed(program), *argv])
-
-
-def _typed(program: str) -> list[str]:
-    """How this process was started: by the script on the path, by the script elsewhere, or as a module."""
     name, *rest = program.split()
+    return shlex.join([*_started_by(name), *rest, *argv])
+
+
+def _started_by(name: str) -> list[str]:
+    """How this process was started: by the script on the path, by the script elsewhere, or as a module."""
     script = Path(sys.argv[0])
     if (script.parent.name, script.name) == ("relay_hf", "__main__.py"):
-        return [sys.executable, "-m", "relay_hf", *rest]
+        return [sys.executable, "-m", "relay_hf"]
     found = shutil.which(name)
-    if script.name == name and not (found and os.path.exists(script) and os.path.samefile(found, script)):
-        return [str(script), *rest]
-    return [name, *rest]
+    is_elsewhere = script.name == name and not (found and script.exists() and script.samefile(found))
+    return [str(script) if is_elsewhere else name]

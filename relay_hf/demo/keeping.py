@@ -59,10 +59,6 @@ class KeptStudy:
         _write(self.folder / "plan.json", plan)
         self.plan = plan
 
-    def stage(self, name: str) -> Path:
-        """The folder of one training, where its checkpoint is if it was interrupted."""
-        return self.folder / name
-
     def trained(self, name: str, model: PreTrainedModel, train: Callable[..., float]) -> float:
         """Trains in place, or loads what was trained before; returns the seconds that training took.
 
@@ -71,7 +67,7 @@ class KeptStudy:
             model: model that receives the weights.
             train: trains in the stage's `folder`; returns the seconds.
         """
-        folder = self.stage(name)
+        folder = self.folder / name
         weights = folder / "model.safetensors"
         if not weights.exists():
             seconds = train(folder=folder)
@@ -85,7 +81,7 @@ class KeptStudy:
 
     def evaluated(self, name: str, evaluate: Callable[[], Any]) -> Any:
         """What `evaluate` gives, as JSON gives it back; or what it gave before."""
-        path = self.stage(name) / "evaluated.json"
+        path = self.folder / name / "evaluated.json"
         if not path.exists():
             _write(path, evaluate())
         return _read(path)

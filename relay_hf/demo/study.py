@@ -134,10 +134,7 @@ def new_model(
         eos_token_id=None,
     )
     config = RelayConfig(
-        text_config=text_config,
-        block_size=None,
-        mask_token_id=tokenizer.mask_token_id,
-        relay_channel=relay_channel,
+        text_config=text_config, block_size=None, mask_token_id=tokenizer.mask_token_id, relay_channel=relay_channel
     )
     model = RelayForMaskedDiffusion(config)
     model.generation_config.update(unmasking_threshold=DEFAULT_THRESHOLD)

@@ -7,19 +7,20 @@ plot_accuracy_against_forwards(curves, "accuracy.png", title="6x6 Sudoku", unit=
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from pathlib import Path
+from pathlib import Path as FilePath
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.path import Path
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import Bbox
 
 from .style import DPI, FAINT, INK, choose_styles, new_figure, save_figure
 
-NUMBER_SIZE = 7.0  # points, of the thresholds
+NUMBER_SIZE, MARKER_SIZE = 7.0, 6.5  # points, of the thresholds and of the points of a curve
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,12 @@ class CurvePoint:
 
 def plot_accuracy_against_forwards(
     curves: Mapping[str, Sequence[CurvePoint]],
-    path: str | Path,
+    path: str | FilePath,
     title: str = "Accuracy against denoise forwards",
     *,
     metric: str = "Exact match",
     unit: str = "puzzle",
-) -> Path:
+) -> FilePath:
     """Draw one curve per objective and write it as PNG (1280 x 880 pixels).
 
     Args:
@@ -111,8 +112,8 @@ def _draw_curve(axes: Axes, label: str, points: Sequence[CurvePoint], colour: st
     x = [point.forwards for point in points]
     y = [100 * point.accuracy for point in points]
     axes.plot(
-        x, y, label=label, color=colour, marker=marker, markersize=6.5, markeredgecolor="white", markeredgewidth=0.7,
-        linewidth=1.8, solid_capstyle="round", clip_on=False, zorder=3,
+        x, y, label=label, color=colour, marker=marker, markersize=MARKER_SIZE, markeredgecolor="white",
+        markeredgewidth=0.7, linewidth=1.8, solid_capstyle="round", clip_on=False, zorder=3,
     )  # fmt: skip
     if any(point.spread for point in points):
         spread = [100 * (point.spread or 0.0) for point in points]
@@ -154,58 +155,49 @@ def _small_print(axes: Axes) -> dict[str, Any]:
 
 def _write_thresholds(axes: Axes, curves: Mapping[str, Sequence[CurvePoint]], colours: Mapping[str, str]) -> None:
     """Write each threshold beside its point where it covers nothing; one that finds no room is left out."""
-    strokes = {label: _pixels_of_curve(axes, points) for label, points in curves.items()}
-    frame = axes.get_window_extent().get_points()  # (2, 2) low and high corner, pixels
-    boxes: list[np.ndarray] = []  # the same of each number written so far
+    strokes = {label: _strokes(axes, points) for label, points in curves.items()}
+    written: list[Bbox] = []
     for label, points in curves.items():
-        others = np.concatenate([np.empty((0, 2)), *(s for other, s in strokes.items() if other != label)])
-        for point in points:
-            text = "" if point.threshold is None else f"{point.threshold:g}"
-            here = axes.transData.transform((point.forwards, 100 * point.accuracy))
-            box = _find_room(here, len(text), strokes[label], others, boxes, frame) if text else None
+        others = [stroke for other in strokes if other != label for stroke in strokes[other]]
+        for point in [point for point in points if point.threshold is not None]:
+            text, place = f"{point.threshold:g}", (point.forwards, 100 * point.accuracy)
+            here = axes.transData.transform(place)
+            box = _find_room(here, len(text), strokes[label], others, written, axes.get_window_extent())
             if box is None:
                 continue
-            boxes.append(box)
+            written.append(box)
             axes.annotate(
-                text, (point.forwards, 100 * point.accuracy), xytext=(box.mean(0) - here) * 72 / DPI,
-                textcoords="offset points", ha="center", va="center", fontsize=NUMBER_SIZE, color=colours[label],
+                text, place, xytext=(box.get_points().mean(0) - here) * 72 / DPI, textcoords="offset points",
+                ha="center", va="center", fontsize=NUMBER_SIZE, color=colours[label],
                 path_effects=[withStroke(linewidth=1.5, foreground="white")], zorder=4,
             )  # fmt: skip
 
 
 def _find_room(
-    here: np.ndarray, characters: int, own: np.ndarray, others: np.ndarray, boxes: list[np.ndarray], frame: np.ndarray
-) -> np.ndarray | None:
-    """The first free place around a point for a number, as a (2, 2) box in pixels; None if every place is taken.
+    here: np.ndarray, characters: int, own: list[Path], others: list[Path], written: list[Bbox], frame: Bbox
+) -> Bbox | None:
+    """The first free place around a point for a number, in pixels; None if every place is taken.
 
-    Args: here: (2,) the point. own, others: (N, 2) what the point's curve and the other curves pass through. boxes:
-        numbers already written. frame: the box to stay in.
+    Args: here: (2,) the point. own, others: strokes of the point's curve and of the other curves. written: boxes of the
+        numbers so far. frame: the box to stay in.
     """
     pixels = DPI / 72  # per typographic point
     half = np.array([0.33 * characters + 0.15, 0.5]) * NUMBER_SIZE * pixels  # of the text, with some air
     for direction in ((1, -1), (-1, 1), (1, 0), (-1, 0), (0, -1), (0, 1), (1, 1), (-1, -1)):
         middle = here + np.array(direction) * (half + 4.2 * pixels)
-        box = np.stack([middle - half, middle + half])
+        box = Bbox([middle - half, middle + half])
         # Between a number and its point no other curve may pass, or it would seem to belong there.
-        reach = np.stack([np.minimum(box[0], here), np.maximum(box[1], here)])
-        inside = (box[0] >= frame[0]).all() and (box[1] <= frame[1]).all()
-        overlaps = any((box[0] < other[1]).all() and (box[1] > other[0]).all() for other in boxes)
-        if inside and not overlaps and not _any_inside(own, box) and not _any_inside(others, reach):
+        reach = Bbox.union([box, Bbox([here, here])])
+        is_inside = (box.min >= frame.min).all() and (box.max <= frame.max).all()
+        is_free = not box.count_overlaps(written) and not any(stroke.intersects_bbox(box, False) for stroke in own)
+        if is_inside and is_free and not any(stroke.intersects_bbox(reach, False) for stroke in others):
             return box
     return None
 
 
-def _pixels_of_curve(axes: Axes, points: Sequence[CurvePoint]) -> np.ndarray:
-    """(N, 2) positions along the curve's lines and error bars, close enough to each other to find what covers them."""
-    corners = [(point.forwards, 100 * point.accuracy) for point in points]
-    strokes = list(pairwise(corners))
-    for point in points:
-        low, high = _ends_of_bar(point)
-        strokes.append(((point.forwards, low), (point.forwards, high)))
-    ends = axes.transData.transform(np.reshape(strokes, (-1, 2))).reshape(-1, 2, 2)  # (strokes, start and end, x and y)
-    along = np.linspace(0, 1, 100)[None, :, None]
-    return (ends[:, :1] + along * (ends[:, 1:] - ends[:, :1])).reshape(-1, 2)
-
-
-def _any_inside(positions: np.ndarray, box: np.ndarray) -> bool:
-    return bool(((positions > box[0]) & (positions < box[1])).all(-1).any())
+def _strokes(axes: Axes, points: Sequence[CurvePoint]) -> list[Path]:
+    """What a curve covers, in pixels: its line, and at every point the error bar, at least as high as the marker."""
+    line = axes.transData.transform([(point.forwards, 100 * point.accuracy) for point in points])
+    marker = [(0, -MARKER_SIZE), (0, MARKER_SIZE)]
+    bars = [axes.transData.transform([(point.forwards, end) for end in _ends_of_bar(point)]) for point in points]
+    return [Path(line), *(Path(bar + marker) for bar in bars)]

@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+from dataclasses import asdict
 
 from .arguments import ServeArguments
 
@@ -30,14 +31,9 @@ def run_server(model: str, arguments: ServeArguments) -> None:
     from .server import build_app
 
     with _bind(arguments.host, arguments.port) as listener:
-        app = build_app(
-            model,
-            device=arguments.device,
-            dtype=arguments.dtype,
-            host=arguments.host,
-            allow_hosts=arguments.allow_hosts,
-            allow_origins=arguments.allow_origins,
-        )
+        options = asdict(arguments)
+        del options["port"]
+        app = build_app(model, **options)
         host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
         port = listener.getsockname()[1]
         print(f"relay-hf: serving `{model}` at http://{host}:{port}/v1 (Ctrl-C ends it)", flush=True)

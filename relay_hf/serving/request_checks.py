@@ -37,7 +37,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 TEXT_PARTS = ("text", "input_text", "output_text")
 # What a request may hand to a chat template are variables, not how it is applied.
-OF_TEMPLATING = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {
+OF_TEMPLATING = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters} - {
     "self",
     "kwargs",
     "documents",

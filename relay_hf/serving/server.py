@@ -58,7 +58,7 @@ def build_app(
         ValueError: the model is no relay model, or a device or dtype is unknown.
     """
     find_device(device)  # raises if the machine lacks it
-    manager, state = RelayModelManager(model, device, dtype), RelayGenerationState()
+    manager, state = RelayModelManager(device, dtype, force_model=model), RelayGenerationState()
     others: Any = OtherHandler()
     app = build_server(
         manager,
@@ -80,9 +80,6 @@ def build_app(
 
 class RelayModelManager(ModelManager):
     """Holds the one model of the server."""
-
-    def __init__(self, model: str, device: str, dtype: str) -> None:
-        super().__init__(device=device, dtype=dtype, force_model=model)
 
     def shutdown(self) -> None:
         """Keeps the model, which `/reset` would unload under running requests, and the next one load again."""

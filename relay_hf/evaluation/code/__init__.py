@@ -2,7 +2,7 @@
 
 from .arguments import CodeEvalArguments, CompareArguments
 
-__all__ = ["CodeEvalArguments", "CompareArguments", "run_comparison", "run_evaluation"]
+__all__ = ["CodeEvalArguments", "CompareArguments", "run_evaluation"]
 
 
 def run_evaluation(model: str, arguments: CodeEvalArguments) -> str:
@@ -20,9 +20,9 @@ def run_evaluation(model: str, arguments: CodeEvalArguments) -> str:
     import os
     from pathlib import Path
 
-    from ...loading.checkpoint import check_decoding, read_diffusion_config, read_generation_config, read_tokenizer
+    from ...loading.checkpoint import read_diffusion_config, read_generation_config, read_tokenizer
     from ...modeling import RelayForMaskedDiffusion
-    from .answers import decoding_options
+    from .answers import check_thresholds, decoding_options
     from .evaluate import evaluate_code
     from .problems import load_problems
     from .report import PICTURE, RESULTS, format_table
@@ -30,16 +30,8 @@ def run_evaluation(model: str, arguments: CodeEvalArguments) -> str:
     load_problems(arguments.benchmark)  # before the model, which takes longer to load
     config = read_diffusion_config(model)
     defaults = read_generation_config(model, config)
-    for threshold in arguments.thresholds or [defaults.unmasking_threshold]:
-        check_decoding(config, defaults, {**decoding_options(arguments.options), "unmasking_threshold": threshold})
+    check_thresholds(config, defaults, decoding_options(arguments.options), arguments.thresholds)
     tokenizer = read_tokenizer(model, config)
     weights = RelayForMaskedDiffusion.from_pretrained(model, dtype=arguments.dtype, device_map=arguments.device)
     results = evaluate_code(weights.eval(), tokenizer, arguments, Path(os.path.abspath(model)).name)
     return f"{format_table(results)}\n\nanswers, {RESULTS} and {PICTURE}: {arguments.output_dir}"
-
-
-def run_comparison(a: str, b: str, arguments: CompareArguments) -> str:
-    """Compares two evaluations; arguments, result and errors as in `compare_runs`."""
-    from .compare import compare_runs
-
-    return compare_runs(a, b, arguments.picture)

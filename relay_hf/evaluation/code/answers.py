@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 
 from ...loading.checkpoint import check_decoding
-from ...modeling import RelayForMaskedDiffusion
+from ...modeling import RelayConfig, RelayForMaskedDiffusion
 from ...modeling.generation_options_relay import GREEDY
 from ..forwards import count_costs
 from ..stop_texts import StopTexts
@@ -33,6 +33,16 @@ class Answer:
 def decoding_options(given: dict[str, Any]) -> dict[str, Any]:
     """The keyword arguments of `generate` that do not depend on the model, with those that were given."""
     return {**GREEDY, "return_dict_in_generate": True, **given}
+
+
+def check_thresholds(
+    config: RelayConfig, defaults: Any, options: dict[str, Any], thresholds: Sequence[float]
+) -> Sequence[float]:
+    """The thresholds, by default the model's own; raises ValueError if `generate` would refuse one, or an option."""
+    thresholds = thresholds or [defaults.unmasking_threshold]
+    for threshold in thresholds:
+        check_decoding(config, defaults, {**options, "unmasking_threshold": threshold})
+    return thresholds
 
 
 class Answerer:
@@ -81,17 +91,6 @@ class Answerer:
             {"role": "assistant", "content": f"{self.chat_prompt.answer_start}\n```python\n"},
         ]
         return self.tokenizer.apply_chat_template(chat, tokenize=False, continue_final_message=True)
-
-    @property
-    def default_threshold(self) -> float:
-        """What the model itself decodes with."""
-        return self.model.generation_config.unmasking_threshold
-
-    def check_thresholds(self, thresholds: Sequence[float]) -> None:
-        """Raise ValueError if `generate` would refuse a threshold, or another option."""
-        for threshold in thresholds:
-            options = {**self.options, "unmasking_threshold": threshold}
-            check_decoding(self.model.config, self.model.generation_config, options)
 
     def check_lengths(self, problems: Sequence[Problem]) -> None:
         """Raise if a problem does not fit.

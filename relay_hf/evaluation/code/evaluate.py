@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...modeling import RelayForMaskedDiffusion
 from ..weights import hash_weights
-from .answers import Answerer
+from .answers import Answerer, check_thresholds
 from .arguments import CodeEvalArguments
 from .extraction import extract_code
 from .problems import Problem, fingerprint, load_problems
@@ -53,15 +53,9 @@ def evaluate_code(
     check_platform()
     problems = load_problems(arguments.benchmark)[: arguments.limit]
     answerer = Answerer(
-        model,
-        tokenizer,
-        arguments.max_new_tokens,
-        arguments.stop_at_fence,
-        arguments.options,
-        arguments.chat_prompt,
+        model, tokenizer, arguments.max_new_tokens, arguments.stop_at_fence, arguments.options, arguments.chat_prompt
     )
-    thresholds = arguments.thresholds or [answerer.default_threshold]
-    answerer.check_thresholds(thresholds)
+    thresholds = check_thresholds(model.config, model.generation_config, answerer.options, arguments.thresholds)
     answerer.check_lengths(problems)
     settings = {
         "model": name,

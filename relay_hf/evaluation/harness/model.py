@@ -9,7 +9,7 @@ Legend: B rows of a batch, P columns of their prompts.
 
 import copy
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -127,15 +127,11 @@ class RelayLM(HFLM):
         pairs = [self._fit(context, continuation) for _, context, continuation in requests]
         greedy = self._continue_greedily({(tuple(context), len(continuation)) for context, continuation in pairs})
         answers: list[Any] = [None] * len(pairs)
-        progress = tqdm(
-            self.likelihood(pairs), "Bounding log-likelihoods", len(pairs), disable=self._quiet(disable_tqdm)
-        )
-        with self._autocast():
-            for index, bound in progress:
-                context, continuation = pairs[index]
-                written = greedy[tuple(context), len(continuation)]
-                answers[index] = (bound, written == list(continuation))
-                self.cache_hook.add_partial("loglikelihood", requests[index][0], answers[index])
+        for index, bound in self._bounds(pairs, "Bounding log-likelihoods", disable_tqdm):
+            context, continuation = pairs[index]
+            written = greedy[tuple(context), len(continuation)]
+            answers[index] = (bound, written == list(continuation))
+            self.cache_hook.add_partial("loglikelihood", requests[index][0], answers[index])
         return answers
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -151,19 +147,19 @@ class RelayLM(HFLM):
             )
             pairs += map(utils.make_disjoint_window, windows)
             owners += [owner] * (len(pairs) - len(owners))
-        bounds = [0.0] * len(pairs)
-        with self._autocast():
-            for index, bound in tqdm(
-                self.likelihood(pairs), "Bounding windows", len(pairs), disable=self._quiet(disable_tqdm)
-            ):
-                bounds[index] = bound
+        bounds = dict(self._bounds(pairs, "Bounding windows", disable_tqdm))
         # In the order of the text: floating-point sums depend on it.
         totals = [0.0] * len(requests)
-        for owner, bound in zip(owners, bounds, strict=True):
-            totals[owner] += bound
+        for index, owner in enumerate(owners):
+            totals[owner] += bounds[index]
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
+
+    def _bounds(self, pairs: Sequence[Request], title: str, disable_tqdm: bool) -> Iterator[tuple[int, float]]:
+        """The index of each pair, and its bound, as they come."""
+        with self._autocast():
+            yield from tqdm(self.likelihood(pairs), title, len(pairs), disable=disable_tqdm or self.rank != 0)
 
     def _fit(self, context: list[int], continuation: list[int]) -> Request:
         """Cuts the context on the left, so that both fit into the model's length."""
@@ -260,9 +256,6 @@ class RelayLM(HFLM):
     def _autocast(self) -> torch.autocast:
         dtype = self.mixed_precision_dtype
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
-
-    def _quiet(self, disable_tqdm: bool) -> bool:
-        return disable_tqdm or self.rank != 0
 
 
 def _without_empty_stops(request: Instance) -> Instance:
