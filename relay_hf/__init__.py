@@ -47,27 +47,7 @@ __all__ = [
 ]
 
 # The command line does not wait for torch, nor a program that only loads a model for TRL, PEFT and matplotlib.
-__getattr__ = lazy_names(
-    __name__,
-    {
-        "PushError": "hub",
-        "RelayCache": "modeling",
-        "RelayConfig": "modeling",
-        "RelayForMaskedDiffusion": "modeling",
-        "RelayGenerateHistory": "modeling",
-        "RelayGenerateOutput": "modeling",
-        "RelayOutput": "modeling",
-        "RelayTrainer": "trainers",
-        "RelayTrainerConfig": "trainers",
-        "convert": "conversion",
-        "plot_denoising": "pictures.denoising",
-        "push": "hub",
-        "register_channel": "modeling",
-        "register_objective": "trainers",
-        "register_policy": "modeling",
-        "show_denoising": "pictures.timeline",
-    },
-)
+__getattr__ = lazy_names(__name__)
 
 
 def __dir__() -> list[str]:

@@ -6,15 +6,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from ..evaluation.forwards import FORWARDS
 from ..startup.options import option
 from .decoding_arguments import DecodingArguments, make_decoding_parser, parse_decoding
 from .parser import MODEL
-
-if TYPE_CHECKING:
-    from transformers import BatchEncoding
 
 
 @dataclass
@@ -37,13 +33,14 @@ def run(program: str, argv: Sequence[str]) -> None:
     prompt = _read_prompt(given.prompt, arguments.prompt_file)
     # Not above: `--help` and refused options would wait for torch.
     from ..loading.checkpoint import load_for_decoding
+    from ..loading.tokenizer import encode_prompt
     from ..pictures.timeline import show_denoising
 
     model, tokenizer = load_for_decoding(
         given.path_or_repo, arguments.revision, arguments.device, arguments.dtype, arguments.options
     )
     options = arguments.options(model.generation_config)
-    inputs = _encode(tokenizer, prompt, given.raw).to(model.device)
+    inputs = encode_prompt(tokenizer, prompt, given.raw).to(model.device)
     output = model.generate(**inputs, **options, return_dict_in_generate=True, output_history=given.show_steps)
     written = output.sequences[0, inputs["input_ids"].shape[1] :]
     if given.show_steps:
@@ -78,11 +75,3 @@ def _read_prompt(given: str | None, file: str | None) -> str:
     if not text.strip():
         raise ValueError("The prompt is empty: give some text.")
     return text
-
-
-def _encode(tokenizer: Any, prompt: str, raw: bool) -> "BatchEncoding":
-    """The prompt's tokens, as a user's turn if the tokenizer has a chat template."""
-    if raw or tokenizer.chat_template is None:
-        return tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    turn = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)

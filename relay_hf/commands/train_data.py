@@ -32,24 +32,18 @@ def load_splits(
         OSError: a data set cannot be read.
     """
     _check(data, mixture, training)
+    evaluates = training.eval_strategy != "no"
+    mixed = DatasetMixtureConfig(datasets=mixture.datasets, streaming=mixture.streaming)
     try:
-        return _load_splits(data, mixture, training)
+        train = get_dataset(mixed)["train"] if mixture.datasets else _load(data, data.dataset_train_split)
+        if mixture.test_split_size is None:
+            return train, _load(data, data.dataset_test_split) if evaluates else None
     except DatasetsError as error:
         reason = one_line(error.__cause__ or error)
         raise ValueError(f"The data set cannot be read ({reason}): check its files.") from error
-
-
-def _load_splits(
-    data: ScriptArguments, mixture: DatasetMixtureConfig, training: RelayTrainerConfig
-) -> tuple[Any, Any | None]:
-    evaluates = training.eval_strategy != "no"
-    mixed = DatasetMixtureConfig(datasets=mixture.datasets, streaming=mixture.streaming)
-    train = get_dataset(mixed)["train"] if mixture.datasets else _load(data, data.dataset_train_split)
-    if mixture.test_split_size is not None:
-        # TRL would split without a seed, so that a resumed run had other rows.
-        parts = train.train_test_split(test_size=mixture.test_split_size, seed=training.seed)
-        return parts["train"], parts["test"] if evaluates else None
-    return train, _load(data, data.dataset_test_split) if evaluates else None
+    # TRL would split without a seed, so that a resumed run had other rows.
+    parts = train.train_test_split(test_size=mixture.test_split_size, seed=training.seed)
+    return parts["train"], parts["test"] if evaluates else None
 
 
 def names_for_card(data: ScriptArguments, mixture: DatasetMixtureConfig) -> list[str]:

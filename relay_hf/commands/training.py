@@ -88,9 +88,10 @@ def _train(arguments: TrainArguments, program: str, argv: Sequence[str]) -> None
     with SaveOnInterrupt(trainer) as interruption:
         trainer.train(resume_from_checkpoint=resume)
     if interruption.checkpoint is not None:
-        step, steps = trainer.state.global_step, trainer.state.max_steps
-        how = _how_to_go_on(program, argv, interruption.checkpoint, training.world_size)
-        say(f"relay-hf: step {step} of {steps} is saved; {how}", flush=True)
+        how = f"this goes on from there:\n{resume_command(program, argv, interruption.checkpoint)}"
+        if training.world_size > 1:
+            how = f"to go on, launch it as before with `--resume_from_checkpoint {interruption.checkpoint}`"
+        say(f"relay-hf: step {trainer.state.global_step} of {trainer.state.max_steps} is saved; {how}", flush=True)
         raise KeyboardInterrupt
     trainer.save_model()
     names = names_for_card(data, mixture)
@@ -126,12 +127,6 @@ def _save_merged(trainer: RelayTrainer, whole: Any, tokenizer: PreTrainedTokeniz
             shutil.copyfile(file, folder / name)
     set_usage(folder, str(folder.resolve()), "")
     return str(folder)
-
-
-def _how_to_go_on(program: str, argv: Sequence[str], checkpoint: Path, processes: int) -> str:
-    if processes > 1:
-        return f"to go on, launch it as before with `--resume_from_checkpoint {checkpoint}`"
-    return f"this goes on from there:\n{resume_command(program, argv, checkpoint)}"
 
 
 def _a_prompt(rows: Any) -> str:

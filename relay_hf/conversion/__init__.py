@@ -10,4 +10,4 @@ if TYPE_CHECKING:
 
 __all__ = ["ConversionReport", "convert"]
 
-__getattr__ = lazy_names(__name__, {"convert": "checkpoint"})
+__getattr__ = lazy_names(__name__)

@@ -23,18 +23,7 @@ from ..hub_cards import (
 )
 from ..pictures.accuracy import CurvePoint, plot_accuracy_against_forwards
 from .arguments import DemoArguments
-from .study import (
-    ADAPTATION_LEARNING_RATE,
-    CHANNEL_LEARNING_RATE,
-    DEFAULT_THRESHOLD,
-    EMA_DECAY,
-    ROLLOUT_STEPS,
-    THRESHOLD_JITTER,
-    THRESHOLDS,
-    TRAINING_THRESHOLD,
-    WARMUP_LEARNING_RATE,
-    Study,
-)
+from .study import DEFAULT_THRESHOLD, THRESHOLDS, WARMUP_LEARNING_RATE, Study, trainer_options
 
 PICTURE = "accuracy_against_forwards.png"
 METRICS = ("exact_match", "cell_accuracy", "legal")
@@ -154,17 +143,7 @@ def _card(
             recipe=f"{arguments.warmup_steps} `masked` steps from scratch at learning rate {WARMUP_LEARNING_RATE:g}, "
             f"then {arguments.steps} `relay` steps. The models it is compared with had the same start and as many "
             "steps with their own objective; a step of a rollout takes two forward passes, a `masked` step one.",
-            arguments={
-                "objective": "relay",
-                "rollout_steps": ROLLOUT_STEPS,
-                "learning_rate": ADAPTATION_LEARNING_RATE,
-                "relay_learning_rate": CHANNEL_LEARNING_RATE,
-                "unmasking_policy": "confidence_budget",
-                "unmasking_threshold": TRAINING_THRESHOLD,
-                "threshold_jitter": THRESHOLD_JITTER,
-                "per_device_train_batch_size": arguments.batch_size,
-                "ema_decay": EMA_DECAY,
-            },
+            arguments=trainer_options("relay", arguments),
             steps=arguments.warmup_steps + arguments.steps,
             seconds=(study.warmup_seconds + sum(run.seconds for run in study.runs if run.objective == "relay"))
             / arguments.seeds,

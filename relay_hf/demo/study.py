@@ -31,11 +31,8 @@ from .keeping import KeptStudy
 
 THRESHOLDS = (0.05, 0.15, 0.25, 0.5, 1.0)
 DEFAULT_THRESHOLD = THRESHOLDS[0]  # of the saved model: the surest
-WARMUP_LEARNING_RATE, ADAPTATION_LEARNING_RATE = 2e-3, 5e-4
-# A zero-initialised gate has to open within a few hundred steps.
-CHANNEL_LEARNING_RATE = 1e-2
-ROLLOUT_STEPS, TRAINING_THRESHOLD, THRESHOLD_JITTER = 2, 0.15, 0.1  # the published Sudoku recipe
-EMA_DECAY = 0.99
+WARMUP_LEARNING_RATE = 2e-3
+ROLLOUT_STEPS = 2
 
 
 @dataclass(frozen=True)
@@ -141,6 +138,22 @@ def new_model(
     return model
 
 
+def trainer_options(objective: str, arguments: DemoArguments, is_warmup: bool = False) -> dict[str, Any]:
+    """Options of the trainer that the card names, too; those of rollouts are the published Sudoku recipe's."""
+    return {
+        "objective": objective,
+        "rollout_steps": ROLLOUT_STEPS,
+        "learning_rate": WARMUP_LEARNING_RATE if is_warmup else 5e-4,
+        # A zero-initialised gate has to open within a few hundred steps.
+        "relay_learning_rate": None if RECIPES[objective].carry == "nothing" else 1e-2,
+        "unmasking_policy": "confidence_budget",
+        "unmasking_threshold": 0.15,
+        "threshold_jitter": 0.1,
+        "per_device_train_batch_size": arguments.batch_size,
+        "ema_decay": 0.99,
+    }
+
+
 def train_model(
     model: RelayForMaskedDiffusion,
     tokenizer: PreTrainedTokenizerBase,
@@ -175,22 +188,14 @@ def train_model(
     shown = augment_puzzles(puzzles, rows=steps * arguments.batch_size, seed=2 * seed + is_warmup)
     config = RelayTrainerConfig(
         str(folder or arguments.output_dir),  # written to by an interruption only
-        objective=objective,
-        rollout_steps=ROLLOUT_STEPS,
-        unmasking_policy="confidence_budget",
-        unmasking_threshold=TRAINING_THRESHOLD,
-        threshold_jitter=THRESHOLD_JITTER,
+        **trainer_options(objective, arguments, is_warmup),
         # As published, so that the demo stays comparable with the paper.
         buffer_queue_size=0,
         staggered_start=False,
-        learning_rate=WARMUP_LEARNING_RATE if is_warmup else ADAPTATION_LEARNING_RATE,
-        relay_learning_rate=None if RECIPES[objective].carry == "nothing" else CHANNEL_LEARNING_RATE,
         lr_scheduler_type="cosine",
         warmup_steps=steps // 20,
         weight_decay=0.01,
-        ema_decay=EMA_DECAY,
         max_steps=steps,
-        per_device_train_batch_size=arguments.batch_size,
         seed=seed,
         logging_steps=max(steps // 5, 1),
         save_strategy="no",

@@ -28,15 +28,4 @@ __all__ = [
     "format_table",
 ]
 
-__getattr__ = lazy_names(
-    __name__,
-    {
-        "CodeEvalArguments": "code.arguments",
-        "LikelihoodBound": "likelihood",
-        "add_results": "cards.harness_results",
-        "add_runs": "cards.code_runs",
-        "compare_runs": "code.compare",
-        "evaluate_code": "code.evaluate",
-        "format_table": "code.report",
-    },
-)
+__getattr__ = lazy_names(__name__)

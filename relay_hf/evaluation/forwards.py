@@ -3,6 +3,7 @@
 from typing import Any
 
 FORWARDS = ("denoise_forwards", "commit_forwards", "prefill_forwards")
+COSTS = (*FORWARDS, "new_tokens")
 
 
 def count_costs(output: Any, row: int) -> dict[str, int]:

@@ -10,4 +10,4 @@ if TYPE_CHECKING:
 
 __all__ = ["PushError", "push"]
 
-__getattr__ = lazy_names(__name__, {"PushError": "upload", "push": "pushing"})
+__getattr__ = lazy_names(__name__)

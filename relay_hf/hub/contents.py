@@ -38,14 +38,10 @@ KEPT = (
     *(CARD, "LICENSE*", "*.png", "*.svg", ".eval_results/*.yaml"),
 )
 # `modeling/__init__.py` stays at home: the modules import each other by name.
-CODE = sorted(path for path in Path(modeling.__file__).parent.glob("*_relay.py"))
-_MODEL = "modeling_relay.RelayForMaskedDiffusion"
-AUTO_MAP = {
-    "AutoConfig": "configuration_relay.RelayConfig",
-    "AutoModel": _MODEL,
-    "AutoModelForCausalLM": _MODEL,
-    "AutoModelForMaskedLM": _MODEL,
-}
+CODE = sorted(Path(modeling.__file__).parent.glob("*_relay.py"))
+AUTO_MAP = dict.fromkeys(
+    ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM"), "modeling_relay.RelayForMaskedDiffusion"
+) | {"AutoConfig": "configuration_relay.RelayConfig"}
 
 
 def matches(path: str, patterns: tuple[str, ...]) -> bool:
@@ -138,8 +134,12 @@ def _copy(folder: Path, scratch: Path) -> None:
         name = path.relative_to(folder).as_posix()
         is_kept = path.is_file() and matches(name, KEPT)
         # A linked folder is not looked into.
-        if is_kept or (path.is_symlink() and path.is_dir() and any(kept.startswith(f"{name}/") for kept in KEPT)):
-            _check_inside(path, folder)
+        is_folder = path.is_symlink() and path.is_dir() and any(kept.startswith(f"{name}/") for kept in KEPT)
+        # What others are to see lies in the folder.
+        if (is_kept or is_folder) and not (place := path.resolve()).is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"`{path}` is a link to `{place}`, out of the folder: put a copy there, or remove the link."
+            )
         if not is_kept:
             continue
         target = scratch / name
@@ -156,14 +156,6 @@ def _copy(folder: Path, scratch: Path) -> None:
                 f"`RelayTrainer`, or push {f'`{merged}`, which holds the whole model' if merged else 'the PeftModel'}."
             )
         raise FileNotFoundError(f"`{folder}` holds no `config.json`: give the folder of a saved relay model.")
-
-
-def _check_inside(path: Path, folder: Path) -> None:
-    """Raise if a file links out of the folder: only files inside may be published."""
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(
-            f"`{path}` is a link to `{path.resolve()}`, out of the folder: put a copy there, or remove the link."
-        )
 
 
 def _save(model: Any, scratch: Path) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import PreTrainedTokenizerBase
 
 from ..hub_cards import CARD, OWN_TAG, RelayCardData, is_hub_id, read_card
+from ..hub_cards.hub_ids import is_repo_id
 from ..modeling import RelayConfig
 from ..version import __version__
 from .checks import check_base, check_contents
@@ -52,7 +52,8 @@ def push(
         FileNotFoundError: the folder, or a file that it must have, does not exist.
         PushError: the Hub refused, or the connection was lost; an `OSError`.
     """
-    _check_repo_id(repo_id)
+    if not is_repo_id(repo_id):
+        raise ValueError(f"`repo_id={repo_id!r}` is no name of a repository: write it as `owner/name`.")
     api = HfApi(token=token, library_name="relay_hf", library_version=__version__)
     with tempfile.TemporaryDirectory(prefix="relay-hf-push-") as name:
         scratch = Path(name)
@@ -90,13 +91,3 @@ def _inherit_license(scratch: Path, token: str | None) -> None:
     for name in ("license", "license_name", "license_link"):
         setattr(card.data, name, getattr(base, name, None))
     card.save(scratch / CARD)
-
-
-def _check_repo_id(repo_id: str) -> None:
-    try:
-        validate_repo_id(repo_id)
-        is_valid = repo_id.count("/") == 1
-    except HFValidationError:
-        is_valid = False
-    if not is_valid:
-        raise ValueError(f"`repo_id={repo_id!r}` is no name of a repository: write it as `owner/name`.")

@@ -3,6 +3,7 @@
 import os
 import platform
 from collections import Counter
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 PACKAGES = (
@@ -22,10 +23,8 @@ def versions() -> dict[str, str]:
     """Package -> installed version, Python first; packages that are not installed are left out."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 

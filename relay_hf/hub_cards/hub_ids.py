@@ -7,13 +7,16 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 def is_hub_id(name: str | None) -> bool:
     """Whether a name is one of a model or data set on the Hub: "namespace/name", and no path of this machine."""
-    if name is None or name.count("/") != 1 or Path(name).exists():
-        return False
+    return name is not None and not Path(name).exists() and is_repo_id(name)
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether a name has the form "namespace/name" of the Hub."""
     try:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return True
+    return name.count("/") == 1
 
 
 def link_model(name: str) -> str:

@@ -13,9 +13,10 @@ def bullets(lines: Iterable[str]) -> str:
 
 
 def table(columns: Mapping[str, Sequence[str]], rule: str = "---") -> str:
-    """A table; `rule` aligns all columns but the first: "---" to the left, "---:" to the right."""
-    rows = [list(columns), ["---", *[rule] * (len(columns) - 1)], *zip(*columns.values(), strict=True)]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows)
+    """A table, "" without rows; `rule` aligns all columns but the first: "---" to the left, "---:" to the right."""
+    rows = list(zip(*columns.values(), strict=True))
+    lines = [list(columns), ["---", *[rule] * (len(columns) - 1)], *rows] if rows else []
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
 
 
 def paragraphs(text: str) -> str:

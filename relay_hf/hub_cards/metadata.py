@@ -10,11 +10,8 @@ from .card_data import Evaluation, EvaluationRow, RelayCardData
 from .hub_ids import is_hub_id
 from .markdown import slug
 
-LIBRARY_NAME = "transformers"
 OWN_TAG = "relay_hf"
 TAGS = (OWN_TAG, "masked-diffusion", "text-diffusion")
-CHANNEL_TAG = "relay"
-DEFAULT_TASK = "text-generation"
 
 
 def make_metadata(data: RelayCardData) -> ModelCardData:
@@ -24,9 +21,9 @@ def make_metadata(data: RelayCardData) -> ModelCardData:
     return ModelCardData(
         license=data.license,
         language=list(data.language) or None,
-        library_name=LIBRARY_NAME,
+        library_name="transformers",
         pipeline_tag=data.pipeline_tag,
-        tags=[*TAGS, *([CHANNEL_TAG] if data.channel else []), *data.tags],
+        tags=[*TAGS, *(["relay"] if data.channel else []), *data.tags],
         base_model=data.base_model if is_hub_id(data.base_model) else None,
         datasets=datasets or None,
         model_name=data.name,
@@ -39,7 +36,7 @@ def make_results(evaluation: Evaluation, task: str | None) -> list[EvalResult]:
     dataset = evaluation.dataset
     return [
         EvalResult(
-            task_type=task or DEFAULT_TASK,
+            task_type=task or "text-generation",
             dataset_type=dataset.hub_id or slug(dataset.name) or "unnamed",
             dataset_name=dataset.name,
             dataset_config=dataset.config,
@@ -60,11 +57,7 @@ def _metric_name(metric: str, row: EvaluationRow) -> str:
 
 
 def _metric_args(row: EvaluationRow) -> dict[str, float | int]:
-    arguments: dict[str, float | int] = {
-        "denoise_forwards": round(float(row.denoise_forwards), 6),
-        "commit_forwards": round(float(row.commit_forwards), 6),
-        "prefill_forwards": round(float(row.prefill_forwards), 6),
-        "samples": int(row.samples),
-        "seeds": int(row.seeds),
-    }
-    return arguments if row.threshold is None else {"unmasking_threshold": float(row.threshold), **arguments}
+    threshold = {} if row.threshold is None else {"unmasking_threshold": float(row.threshold)}
+    names = ("denoise_forwards", "commit_forwards", "prefill_forwards")
+    forwards = {name: round(float(getattr(row, name)), 6) for name in names}
+    return {**threshold, **forwards, "samples": int(row.samples), "seeds": int(row.seeds)}

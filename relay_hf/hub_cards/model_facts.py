@@ -15,16 +15,15 @@ def describe_model(config: "RelayConfig") -> dict[str, str]:
     shift = "token shift (the raw head scores the next token)" if config.token_shift else "no token shift"
     size = config.block_size
     denoises = "the whole sequence at once" if size is None else f"blocks of {size} position{'s' if size > 1 else ''}"
-    sizes = {
-        "layers": getattr(text, "num_hidden_layers", None),
-        "hidden size": getattr(text, "hidden_size", None),
-        "vocabulary": getattr(text, "vocab_size", None),
-        "positions": getattr(text, "max_position_embeddings", None),
+    fields = {
+        "layers": "num_hidden_layers",
+        "hidden size": "hidden_size",
+        "vocabulary": "vocab_size",
+        "positions": "max_position_embeddings",
     }
+    sizes = [f"{name} {value:,}" for name, field in fields.items() if (value := getattr(text, field, None)) is not None]
     return {
-        "Backbone": ", ".join(
-            [f"`{text.model_type}`", *(f"{name} {size:,}" for name, size in sizes.items() if size is not None)]
-        ),
+        "Backbone": ", ".join([f"`{text.model_type}`", *sizes]),
         "Denoises": f"{denoises}, {shift}",
         "Channel": f"`{config.relay_channel}`{_origin_of_channel(config)}",
         "[MASK]": f"token {config.mask_token_id}",

@@ -90,7 +90,7 @@ def _introduce(data: RelayCardData) -> str:
 
 
 def _training_parts(training: TrainingFacts) -> dict[str, str]:
-    arguments = {name: value for name, value in training.arguments.items() if value is not None}
+    arguments = {f"`{name}`": f"`{_value(value)}`" for name, value in training.arguments.items() if value is not None}
     run = {
         "Steps": None if training.steps is None else f"{training.steps:,}",
         "Wall time since the last start": None if training.seconds is None else _duration(training.seconds),
@@ -101,17 +101,10 @@ def _training_parts(training: TrainingFacts) -> dict[str, str]:
     parts = {
         "recipe": paragraphs(training.recipe),
         "datasets": bullets(describe_dataset(dataset) for dataset in training.datasets),
-        "arguments": table(
-            {
-                "Argument": [f"`{name}`" for name in arguments],
-                "Value": [f"`{_value(value)}`" for value in arguments.values()],
-            }
-        )
-        if arguments
-        else "",
+        "arguments": table({"Argument": [*arguments], "Value": [*arguments.values()]}),
         "run": bullets(f"{name}: {value}" for name, value in run.items() if value is not None),
         "picture": training.picture or "",
-        "log": _log(training.log) if training.log else "",
+        "log": _log(training.log),
     }
     return parts if any(parts.values()) else {}
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import cached_file
 
@@ -32,27 +32,28 @@ def load_tokenizer(
     Raises:
         OSError: the checkpoint has a tokenizer that cannot be read.
     """
+    options: dict[str, Any] = {"revision": revision}
+    optional = {"_raise_exceptions_for_missing_entries": False, **options}
     try:
         with explained(source, "tokenizer"):
-            return _load_tokenizer(source, config, revision, gguf_file)
+            if gguf_file is not None:
+                return AutoTokenizer.from_pretrained(source, gguf_file=gguf_file, **options)
+            if not any(cached_file(source, name, **optional) for name in TOKENIZER_FILES):
+                return None
+            if "auto_map" in get_tokenizer_config(source, **options):
+                # Its own class, for instance Dream's, is a copy of the one of its backbone.
+                options["tokenizer_type"] = config.text_config.model_type
+            tokenizer = AutoTokenizer.from_pretrained(source, config=config, **options)
     except ValueError as error:  # of libraries, which name no file
         raise unreadable(source, "tokenizer", error) from error
-
-
-def _load_tokenizer(
-    source: str, config: RelayConfig, revision: str | None, gguf_file: str | None
-) -> PreTrainedTokenizerBase | None:
-    options: dict[str, Any] = {"revision": revision}
-    if gguf_file is not None:
-        return AutoTokenizer.from_pretrained(source, gguf_file=gguf_file, **options)
-    if not any(
-        cached_file(source, name, _raise_exceptions_for_missing_entries=False, **options) for name in TOKENIZER_FILES
-    ):
-        return None
-    if "auto_map" in get_tokenizer_config(source, **options):
-        # Its own class, for instance Dream's, is a copy of the one of its backbone.
-        options["tokenizer_type"] = config.text_config.model_type
-    tokenizer = AutoTokenizer.from_pretrained(source, config=config, **options)
     # The copy that is saved needs no foreign code either.
     tokenizer.init_kwargs.pop("auto_map", None)
     return tokenizer
+
+
+def encode_prompt(tokenizer: Any, prompt: str, raw: bool = False) -> BatchEncoding:
+    """A prompt's tokens; unless `raw`, it is a user's turn if the tokenizer has a chat template."""
+    if raw or tokenizer.chat_template is None:
+        return tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    turn = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)

@@ -23,15 +23,4 @@ __all__ = [
     "show_denoising",
 ]
 
-__getattr__ = lazy_names(
-    __name__,
-    {
-        "CurvePoint": "accuracy",
-        "draw_accuracy_against_forwards": "accuracy",
-        "draw_denoising": "denoising",
-        "plot_accuracy_against_forwards": "accuracy",
-        "plot_denoising": "denoising",
-        "plot_training": "training",
-        "show_denoising": "timeline",
-    },
-)
+__getattr__ = lazy_names(__name__)

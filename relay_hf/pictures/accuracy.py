@@ -20,7 +20,7 @@ from matplotlib.transforms import Bbox
 
 from .style import DPI, FAINT, INK, choose_styles, new_figure, save_figure
 
-NUMBER_SIZE, MARKER_SIZE = 7.0, 6.5  # points, of the thresholds and of the points of a curve
+NUMBER_SIZE = 7.0  # points, of the thresholds
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ def _draw_curve(axes: Axes, label: str, points: Sequence[CurvePoint], colour: st
     x = [point.forwards for point in points]
     y = [100 * point.accuracy for point in points]
     axes.plot(
-        x, y, label=label, color=colour, marker=marker, markersize=MARKER_SIZE, markeredgecolor="white",
-        markeredgewidth=0.7, linewidth=1.8, solid_capstyle="round", clip_on=False, zorder=3,
+        x, y, label=label, color=colour, marker=marker, markersize=6.5, markeredgecolor="white", markeredgewidth=0.7,
+        linewidth=1.8, solid_capstyle="round", clip_on=False, zorder=3,
     )  # fmt: skip
     if any(point.spread for point in points):
         spread = [100 * (point.spread or 0.0) for point in points]
@@ -196,8 +196,7 @@ def _find_room(
 
 
 def _strokes(axes: Axes, points: Sequence[CurvePoint]) -> list[Path]:
-    """What a curve covers, in pixels: its line, and at every point the error bar, at least as high as the marker."""
+    """What a curve covers, in pixels: its line, and at every point the error bar, or a dot."""
     line = axes.transData.transform([(point.forwards, 100 * point.accuracy) for point in points])
-    marker = [(0, -MARKER_SIZE), (0, MARKER_SIZE)]
     bars = [axes.transData.transform([(point.forwards, end) for end in _ends_of_bar(point)]) for point in points]
-    return [Path(line), *(Path(bar + marker) for bar in bars)]
+    return [Path(line), *(Path(bar + [(0, -1), (0, 1)]) for bar in bars)]  # noqa: RUF005  (arrays are added)

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Colormap, Normalize, to_rgb
+from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
@@ -83,7 +82,8 @@ def draw_denoising(
     figure = new_figure(title, width, height)
     axes = figure.add_subplot()
     limits = (1, max(timeline.forwards, 1)) if color_by == "step" else (0, 1)
-    scale = ScalarMappable(Normalize(*limits), _colours(color_by))
+    # Even to the eye, also a colour-blind one, and never grey or white: dark is early, or sure.
+    scale = ScalarMappable(Normalize(*limits), "viridis" if color_by == "step" else "viridis_r")
     axes.imshow(_cells(timeline, scale, color_by), aspect="auto", interpolation="nearest")
     _dress_axes(axes, timeline, shape, cell_width=(width - MARGINS[0]) / shape[1])
     # A single step needs no scale.
@@ -100,11 +100,6 @@ def _add_colour_bar(axes: Axes, scale: ScalarMappable, color_by: str) -> None:
     if color_by == "step":
         bar.ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
         bar.ax.invert_yaxis()  # as the grid runs
-
-
-def _colours(color_by: str) -> Colormap:
-    """Even to the eye, also a colour-blind one, and never grey or white: dark is early, or sure."""
-    return colormaps["viridis" if color_by == "step" else "viridis_r"]
 
 
 def _cells(timeline: Timeline, scale: ScalarMappable, color_by: str) -> np.ndarray:
@@ -135,13 +130,8 @@ def _dress_axes(axes: Axes, timeline: Timeline, shape: tuple[int, int], cell_wid
         labels = [_label(token) for token in timeline.tokens]
         upright = all(len(label) == 1 for label in labels)
         # Dollars of a token are no mathematics.
-        style: dict[str, Any] = {
-            "family": "monospace",
-            "size": size,
-            "rotation": 0 if upright else 90,
-            "parse_math": False,
-        }
-        axes.set_xticks(range(len(labels)), labels, **style)
+        style: dict[str, Any] = {"family": "monospace", "size": size, "parse_math": False}
+        axes.set_xticks(range(len(labels)), labels, rotation=0 if upright else 90, **style)
     # White lines between the cells, where cells are large enough to show them.
     if max(shape) <= 130:
         axes.set_xticks(np.arange(shape[1] + 1) - 0.5, minor=True)

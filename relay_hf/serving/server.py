@@ -106,6 +106,8 @@ class RelayModelManager(ModelManager):
         ).eval()
 
 
+# How many requests are prepared at once; routes such as `/health` have threads of their own.
+PREPARING = anyio.CapacityLimiter(4)
 # The request in work, and the stream that it has started: the queue of its texts, and its streamer.
 _request: ContextVar[Request] = ContextVar("_request")
 _started_stream: ContextVar[tuple[asyncio.Queue, Any] | None] = ContextVar("_started_stream", default=None)
@@ -207,7 +209,7 @@ class RelayHandler(BaseHandler):
         _started_stream.set(None)
         # The Responses API streams only if asked to; transformers' handler streams by default.
         body = {"stream": False, **body}
-        answer = await anyio.to_thread.run_sync(self._prepare, body, request_id, limiter=_preparing())
+        answer = await anyio.to_thread.run_sync(self._prepare, body, request_id, limiter=PREPARING)
         response = answer()
         if inspect.isawaitable(response):
             response = await response
@@ -272,12 +274,6 @@ class RelayHandler(BaseHandler):
 def _by_name(function: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> functools.partial:
     """The call, for later, with every argument under its name."""
     return functools.partial(function, **inspect.signature(function).bind(*args, **kwargs).arguments)
-
-
-@functools.cache
-def _preparing() -> anyio.CapacityLimiter:
-    """How many requests are prepared at once; routes such as `/health` have threads of their own."""
-    return anyio.CapacityLimiter(4)
 
 
 @functools.cache

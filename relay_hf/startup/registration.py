@@ -8,7 +8,7 @@ imported and imports the model at once, or waits for it.
 import importlib
 import sys
 from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -34,29 +34,16 @@ class _Finder(MetaPathFinder):
             return None
         others = [finder for finder in sys.meta_path if finder is not self]
         spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self)
+        loader: Any = spec and spec.loader
+
+        def execute_and_register(module: ModuleType) -> None:
+            del loader.exec_module  # from now on as without us
+            loader.exec_module(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+            # If the model imports transformers, it is being imported already, and registers at its end.
+            importlib.import_module(MODELS)
+
+        if loader is not None:
+            loader.exec_module = execute_and_register
         return spec
-
-
-class _Loader(Loader):
-    """Loads transformers, whose submodules are imported later, and then the model.
-
-    Args:
-        loader: the loader of transformers.
-        finder: removed once transformers is loaded.
-    """
-
-    def __init__(self, loader: Any, finder: _Finder) -> None:
-        self.loader, self.finder = loader, finder
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        module.__spec__.loader = module.__loader__ = self.loader  # as without us
-        self.loader.exec_module(module)
-        if self.finder in sys.meta_path:
-            sys.meta_path.remove(self.finder)
-        # If the model imports transformers, it is being imported already, and registers at its end.
-        importlib.import_module(MODELS)

@@ -12,13 +12,4 @@ if TYPE_CHECKING:
 
 __all__ = ["Recipe", "RelayTrainer", "RelayTrainerConfig", "RolloutRows", "register_objective"]
 
-__getattr__ = lazy_names(
-    __name__,
-    {
-        "Recipe": "objectives",
-        "RelayTrainer": "relay_trainer",
-        "RelayTrainerConfig": "relay_config",
-        "RolloutRows": "rows",
-        "register_objective": "objectives",
-    },
-)
+__getattr__ = lazy_names(__name__)

@@ -19,8 +19,8 @@ PUZZLES = 12
 PUZZLE_SEED = 1
 # Seconds: a step is shown as long as the first, unless all of them would take longer than the second.
 PAUSE, REPLAY = 0.7, 12.0
-# Of a kind of page: the inputs, what computes the runs, what draws both sides after a step, the states of the legend.
-Parts = tuple[list[Any], Callable[..., Runs], Callable[[Runs, int], list[str]], tuple[str, ...]]
+# Of a kind of page: the inputs, what computes the runs, what draws a run after a step, the states of the legend.
+Parts = tuple[list[Any], Callable[..., Runs], Callable[[Run, int, str], str], tuple[str, ...]]
 ON, OFF = "Relay on", "Relay off"
 NO_CHANNEL = "This model has no relay channel: there is nothing to switch on."
 ABOUT = (
@@ -41,7 +41,7 @@ def build_page(runner: Runner, name: str) -> gr.Blocks:
     with gr.Blocks(title=f"relay_hf: {name}", analytics_enabled=False) as page:
         gr.Markdown(f"# {name}\n\n{ABOUT}")
         build = _add_text_inputs if runner.board_size is None else _add_board_inputs
-        inputs, compute, draw, states = build(runner)
+        inputs, compute, draw_run, states = build(runner)
         button = gr.Button("Run", variant="primary", elem_id="run")
         step = gr.Slider(0, 1, value=0, step=1, label="step: after this many denoise forwards", elem_id="step")
         with gr.Row():
@@ -50,6 +50,10 @@ def build_page(runner: Runner, name: str) -> gr.Blocks:
             _show_before_the_run(runner, inputs[0], sides)
         gr.HTML(render_legend(states), padding=True)
         shown = gr.State(None)
+
+        def draw(runs: Runs, step: int) -> list[str]:
+            on = render_side(ON, note=NO_CHANNEL) if runs.on is None else draw_run(runs.on, step, ON)
+            return [on, draw_run(runs.off, step, OFF)]
 
         def run(*values: Any, progress: Any = gr.Progress()) -> Iterator[list[Any]]:  # noqa: B008  (Gradio's own way)
             try:
@@ -122,7 +126,7 @@ def _add_board_inputs(runner: Runner) -> Parts:
         note = f"{verdict} after {last} denoise forwards" if step >= last else f"step {step} of {last}"
         return render_side(title, render_board(run.timeline, step), note, min(step, last))
 
-    return [question, threshold], runner.solve, _drawer(draw_run), ("given", "fresh", "known")
+    return [question, threshold], runner.solve, draw_run, ("given", "fresh", "known")
 
 
 def _show_before_the_run(runner: Runner, question: gr.Textbox, sides: list[gr.HTML]) -> None:
@@ -159,12 +163,7 @@ def _add_text_inputs(runner: Runner) -> Parts:
         note = f"whole run: {last} denoise, {run.commits} commit, {run.prefills} prefill forwards"
         return render_side(title, body, note, min(step, last))
 
-    return (
-        [prompt, new_tokens, threshold],
-        runner.write,
-        _drawer(draw_run),
-        ("given", "fresh", "free", "known", "masked"),
-    )
+    return [prompt, new_tokens, threshold], runner.write, draw_run, ("given", "fresh", "free", "known", "masked")
 
 
 def _add_threshold(runner: Runner) -> gr.Slider:
@@ -182,13 +181,3 @@ def _add_threshold(runner: Runner) -> gr.Slider:
         interactive=policy.bounds is not None,
         elem_id="threshold",
     )
-
-
-def _drawer(draw_run: Callable[[Run, int, str], str]) -> Callable[[Runs, int], list[str]]:
-    """Draws both runs of a pair after a step."""
-
-    def draw(runs: Runs, step: int) -> list[str]:
-        on = render_side(ON, note=NO_CHANNEL) if runs.on is None else draw_run(runs.on, step, ON)
-        return [on, draw_run(runs.off, step, OFF)]
-
-    return draw

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer
 
+from ...loading.tokenizer import encode_prompt
 from ...modeling import RelayConfig, RelayForMaskedDiffusion
 from ...modeling.generation_options_relay import GREEDY
 from ...pictures.timeline import Timeline, read_history
@@ -127,12 +128,7 @@ class Runner:
         """
         if not prompt:
             raise ValueError("The prompt is empty: write at least one character.")
-        if self.tokenizer.chat_template is None:
-            ids = self.tokenizer(prompt, return_tensors="pt")["input_ids"]
-        else:
-            chat = [{"role": "user", "content": prompt}]
-            text = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-            ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        ids = encode_prompt(self.tokenizer, prompt)["input_ids"]
         room = self.model.config.text_config.max_position_embeddings - ids.shape[1]
         if new_tokens > room:
             raise ValueError(

@@ -29,10 +29,6 @@ class _Results:
         return self.content["config"]
 
     @property
-    def model(self) -> str:
-        return Path(self.content["model_name"]).name
-
-    @property
     def tasks(self) -> list[str]:
         """Tasks that generate text; log-likelihood tasks have no forward counts."""
         return list(self.config["generation_forwards"])
@@ -41,9 +37,6 @@ class _Results:
         """Of decoding, the threshold among them; a task's own go before those of the model."""
         own = self.content["configs"][task].get("generation_kwargs") or {}
         return {name: own.get(name, value) for name, value in self.config["generation_options"].items()}
-
-    def threshold(self, task: str) -> float:
-        return self.options(task)["unmasking_threshold"]
 
     def metrics(self, task: str) -> dict[str, float]:
         """Fractions, without their standard errors; `strict-match` and the like stay with the name."""
@@ -122,7 +115,7 @@ def _labels(task: str, files: Sequence[_Results]) -> list[str]:
     known: dict[str, dict[str, Any]] = {}
     for results in files:
         facts = {**results.options(task), "unmasking_threshold": None, "weights": results.config["weights"]}
-        label = results.model
+        label = Path(results.content["model_name"]).name
         if known.setdefault(label, facts) != facts:
             label = f"{label} ({results.path.stem})"
         labels.append(label)
@@ -136,7 +129,7 @@ def _row(task: str, results: _Results, label: str) -> EvaluationRow:
         metrics=results.metrics(task),
         **{kind: costs[kind] for kind in FORWARDS},
         samples=results.content["n-samples"][task]["effective"],
-        threshold=results.threshold(task),
+        threshold=results.options(task)["unmasking_threshold"],
     )
 
 

@@ -10,7 +10,8 @@ Legend: B rows of a batch, P columns of their prompts.
 import copy
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from transformers import PreTrainedModel, StoppingCriteriaList
 
 from ...modeling import RelayConfig, RelayForMaskedDiffusion
 from ...modeling.generation_options_relay import GREEDY, option_names
-from ..forwards import count_costs
+from ..forwards import COSTS, count_costs
 from ..likelihood import LikelihoodBound, Request
 from ..stop_texts import StopTexts
 from ..weights import hash_weights
@@ -92,11 +93,10 @@ class RelayLM(HFLM):
         """The model's entry in the results; the harness asks for it when all requests have run."""
         by_task = defaultdict(list)
         for record in self.generation_forwards:
-            costs = asdict(record)
-            by_task[costs.pop("task_name")].append({name: costs[name] for name in costs if name != "doc_id"})
+            by_task[record.task_name].append(record)
         means = {
-            task: {"requests": len(costs), **{name: sum(c[name] for c in costs) / len(costs) for name in costs[0]}}
-            for task, costs in by_task.items()
+            task: {"requests": len(records), **{name: fmean(getattr(r, name) for r in records) for name in COSTS}}
+            for task, records in by_task.items()
         }
         model: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         return {

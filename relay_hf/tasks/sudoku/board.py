@@ -163,8 +163,6 @@ def _digit_bits(boards: np.ndarray, shape: BoardShape) -> np.ndarray:
 def _digit_of_code(size: int) -> np.ndarray:
     """(128,) int8: ASCII code -> digit, 0 for a blank, -1 for the rest."""
     table = np.full(128, -1, np.int8)
-    for blank in BLANKS:
-        table[ord(blank)] = 0
-    for digit in range(1, size + 1):
-        table[ord(str(digit))] = digit
+    table[ord("1") : ord("1") + size] = np.arange(1, size + 1)
+    table[[ord(blank) for blank in BLANKS]] = 0
     return table

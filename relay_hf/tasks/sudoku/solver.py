@@ -29,9 +29,7 @@ def count_solutions(question: str, limit: int = 2) -> int:
     """
     if limit < 1:
         raise ValueError(f"`limit={limit}` counts nothing: use 1 or more.")
-    board = parse_question(question).tolist()
-    shape = BoardShape.of_cells(len(board))
-    return sum(1 for _ in islice(search(candidates_of(board, shape), shape), limit))
+    return len(_solutions(question, limit))
 
 
 def solve(question: str) -> str:
@@ -39,13 +37,18 @@ def solve(question: str) -> str:
 
     Raises: ValueError for a question that `parse_question` refuses, or that has no solution or more than one.
     """
-    board = parse_question(question).tolist()
-    shape = BoardShape.of_cells(len(board))
-    solutions = list(islice(search(candidates_of(board, shape), shape), 2))
+    solutions = _solutions(question, limit=2)
     if len(solutions) != 1:
         found, fix = ("no solution", "correct its clues") if not solutions else ("more than one solution", "add clues")
         raise ValueError(f"The puzzle {question!r} has {found}, but a Sudoku has exactly one: {fix}.")
     return "".join(map(str, solutions[0]))
+
+
+def _solutions(question: str, limit: int) -> list[list[int]]:
+    """The first solutions of a puzzle."""
+    board = parse_question(question).tolist()
+    shape = BoardShape.of_cells(len(board))
+    return list(islice(search(candidates_of(board, shape), shape), limit))
 
 
 def candidates_of(board: Sequence[int], shape: BoardShape) -> list[int]:
