@@ -360,7 +360,7 @@ class SoftMaskChannel(DistributionChannel):
         return scale * torch.sigmoid(slope * (-number - shift))
 
 
-CHANNELS: Registry[Channel] = Registry("relay_channel", Channel, "relay_hf.register_channel")
+CHANNELS: Registry[type[Channel]] = Registry("relay_channel", Channel, "relay_hf.register_channel")
 
 
 def register_channel(name: str, cls: type[Channel]) -> None:

@@ -248,7 +248,7 @@ class EntropyBound(UnmaskingPolicy):
         return torch.zeros_like(masked).scatter(-1, order, before <= self.threshold) & masked
 
 
-POLICIES: Registry[UnmaskingPolicy] = Registry("unmasking_policy", UnmaskingPolicy, "relay_hf.register_policy")
+POLICIES: Registry[type[UnmaskingPolicy]] = Registry("unmasking_policy", UnmaskingPolicy, "relay_hf.register_policy")
 
 
 def register_policy(name: str, cls: type[UnmaskingPolicy]) -> None:

@@ -60,15 +60,13 @@ class SaveOnInterrupt(TrainerCallback):
         self._signalled = True
         os.write(2, NOTICE)  # a handler may run inside a `print`, which must not be entered twice
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Ends the training, unless this was its last step anyway."""
         if self._any_signalled() and state.global_step < state.max_steps:
             self._stops = control.should_training_stop = True
             control.should_log = True
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The Trainer comes here from whatever step ends the training, after the evaluation of that step."""
         if not self._stops:
             return
@@ -77,7 +75,7 @@ class SaveOnInterrupt(TrainerCallback):
         control.should_save = True
         args.save_only_model = False  # there would be nothing to go on from
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Notes the folder."""
         if self._stops:
             self.checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"

@@ -8,7 +8,7 @@ Legend: B rows, L positions, N masked positions, K steps.
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from ..hub_cards import FAST_DLLM_V2_CITATION
 from ..modeling import RelayConfig, make_policy
 from ..modeling.channel_relay import CHANNELS, Channel, NoChannel
+from ..modeling.registry_relay import Registry
 from ..modeling.unmasking_relay import POLICIES
 from .rollouts.noise import mask_uniformly
 from .rollouts.rollout import Advance, Carry, Reveal, complement, stay
@@ -115,7 +116,18 @@ def mask_and_complement(args: "RelayTrainerConfig", config: RelayConfig, is_rand
     return [complement, stay]
 
 
-RECIPES: dict[str, Recipe] = {
+class Recipes(Registry[Recipe]):
+    """Objective -> recipe. Its sentence shows whether a recipe is the same one, defined again."""
+
+    def problem(self, member: Any) -> str:
+        return "" if isinstance(member, Recipe) else "give a `Recipe`"
+
+    def identity(self, member: Recipe) -> str:
+        return f"({member.sentence})"
+
+
+RECIPES = Recipes("objective", Recipe, "relay_hf.register_objective")
+RECIPES |= {
     "relay": Recipe(
         "the state is carried between denoising steps, with back-propagation through them", reveals, carry="gradient"
     ),
@@ -139,25 +151,19 @@ RECIPES: dict[str, Recipe] = {
 
 
 def register_objective(name: str, recipe: Recipe) -> None:
-    """Makes an objective known, so that `RelayTrainerConfig(objective=name)` means it.
+    """Adds an objective, which `RelayTrainerConfig(objective=name)` then selects.
 
     An objective that is registered again with the same sentence, as in a notebook's cell that runs twice, replaces the
     former.
 
     Args:
-        name: as `objective` is to have it.
-        recipe: all about the objective.
+        name: value of `objective`.
+        recipe: description of the objective.
 
     Raises:
         ValueError: `name` is no text, or taken by another objective; or `recipe` is no `Recipe`.
     """
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"`register_objective` was given the name {name!r}: give a text, the `objective` to be.")
-    if not isinstance(recipe, Recipe):
-        raise ValueError(f"`register_objective({name!r}, ...)` was given {recipe!r}: give a `Recipe`.")
-    if name in RECIPES and RECIPES[name].sentence != recipe.sentence:
-        raise ValueError(f"`objective={name!r}` is taken ({RECIPES[name].sentence}): choose another name.")
-    RECIPES[name] = recipe
+    RECIPES.add(name, recipe)
 
 
 def draw_masks(args: "RelayTrainerConfig", config: RelayConfig, rows: RolloutRows, is_random: bool) -> RolloutRows:

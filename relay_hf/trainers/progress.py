@@ -25,14 +25,12 @@ class ReadableProgress(TrainerCallback):
         self._started = (0, 0.0)  # step and time after the first step, which pays for everything that is made once
         self._first_step = 0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._first_step = state.global_step
         if state.is_world_process_zero and sys.stderr.isatty() and not args.disable_tqdm:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step == self._first_step + 1:
             self._started = state.global_step, time.perf_counter()
         if self.bar is not None:
@@ -59,9 +57,7 @@ class ReadableProgress(TrainerCallback):
         tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None

@@ -1,6 +1,7 @@
 """RelayTrainerConfig: the training arguments of a relay model."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from trl import SFTConfig
@@ -13,6 +14,20 @@ from .objectives import RECIPES, Recipe
 CHECKPOINTING = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+NOT_NEGATIVE = "is not a number of at least 0: give one, or None"  # YAML, for one, takes 1e-3 for a text
+# Option -> its kind and least value, and what a message says of any other value.
+NUMBERS: dict[str, tuple[Any, int, str]] = {
+    "rollout_steps": (int, 1, "must be at least 1, and whole: a rollout has K >= 1 steps"),
+    "gradient_window": (int | None, 1, "must be at least 1, and whole; `None` differentiates all steps together"),
+    "sub_block_size": (int | None, 1, "must be at least 1, and whole; `None` takes blocks as a whole"),
+    "sample_rows": (int, 0, "is negative, or not whole: 0 means no samples"),
+    "buffer_queue_size": (int, 0, "is negative, or not whole: 0 means no queue"),
+    # TRL would take a negative one for a number of tokens to cut off at the end.
+    "max_length": (int | None, 1, "must be at least 1, and whole; `None` keeps texts whole"),
+    "threshold_jitter": (int | float, 0, "is a standard deviation: it must be a number of at least 0"),
+    "relay_learning_rate": (int | float | None, 0, NOT_NEGATIVE),
+    "relay_weight_decay": (int | float | None, 0, NOT_NEGATIVE),
 }
 
 
@@ -96,31 +111,16 @@ class RelayTrainerConfig(SFTConfig):
             if getattr(self, new, ...) is None:
                 setattr(self, new, getattr(self, old))
         super().__post_init__()
-        if self.objective not in RECIPES:
-            raise ValueError(
-                f"`objective={self.objective!r}` is unknown: choose one of {list(RECIPES)}, or first import the module "
-                "that registers it with `relay_hf.register_objective`."
-            )
-        if not isinstance(self.rollout_steps, int) or self.rollout_steps < 1:
-            raise ValueError(
-                f"`rollout_steps={self.rollout_steps}` must be at least 1, and whole: a rollout has K >= 1 steps."
-            )
-        for name in ("gradient_window", "sub_block_size"):
+        RECIPES.find(self.objective)
+        for name, (kind, least, problem) in NUMBERS.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}={value}` must be at least 1; `None` leaves it open.")
-        if self.sample_rows < 0:
-            raise ValueError(f"`sample_rows={self.sample_rows}` is negative: 0 means no samples.")
+            if not (isinstance(value, kind) and (value is None or value >= least)):
+                raise ValueError(f"`{name}={value!r}` {problem}.")
         if self.max_steps == 0 or (self.max_steps < 0 and self.num_train_epochs <= 0):
             raise ValueError(
                 f"`max_steps={self.max_steps}` with `num_train_epochs={self.num_train_epochs}` trains nothing: give a "
                 "positive number of one of them, and `max_steps=-1` to count epochs."
             )
-        if self.buffer_queue_size < 0:
-            raise ValueError(f"`buffer_queue_size={self.buffer_queue_size}` is negative: 0 means no queue.")
-        if self.max_length is not None and self.max_length < 1:
-            # TRL would take a negative one for a number of tokens to cut off at the end.
-            raise ValueError(f"`max_length={self.max_length}` must be at least 1; `None` keeps texts whole.")
         rule = POLICIES.find(self.unmasking_policy)
         if rule.needs_steps:
             raise ValueError(
@@ -133,8 +133,6 @@ class RelayTrainerConfig(SFTConfig):
                 f"`unmasking_policy={self.unmasking_policy!r}` reads the {policy.reads} of distributions, which "
                 "training does not compute: keep it for decoding, and choose one that reads probabilities."
             )
-        if not self.threshold_jitter >= 0:
-            raise ValueError(f"`threshold_jitter={self.threshold_jitter}` is a standard deviation: it must be >= 0.")
         if self.threshold_jitter and (rule.bounds is None or rule.bounds.is_whole):
             raise ValueError(
                 f"`threshold_jitter={self.threshold_jitter}` would make a fraction of the threshold, but that of "
@@ -156,11 +154,6 @@ class RelayTrainerConfig(SFTConfig):
             raise ValueError(
                 f"`label_smoothing_factor={self.label_smoothing_factor}` has no effect on these losses: leave it out."
             )
-        for name in ("relay_learning_rate", "relay_weight_decay"):
-            value = getattr(self, name)
-            # YAML, for one, takes 1e-3 for a text.
-            if value is not None and not (isinstance(value, int | float) and value >= 0):
-                raise ValueError(f"`{name}={value!r}` is not a number of at least 0: give one, or None.")
         if self.loss_type != "nll":
             raise ValueError(
                 f"`loss_type={self.loss_type!r}` has no meaning here: `objective` names the loss; leave it out."

@@ -101,7 +101,7 @@ def test_channel_that_cannot_serve_it_raises(tmp_path: Path, channel: str) -> No
             Recipe("another", one_step),
             r"`objective='relay'` is taken \(the state is.*: choose another",
         ),
-        ("mine", "masked", r"`register_objective\('mine', ...\)` was given 'masked': give a `Recipe`"),
+        ("mine", "masked", r"`relay_hf.register_objective\('mine', ...\)` was given 'masked': give a `Recipe`"),
         ("", Recipe("mine", one_step), "was given the name '': give a text, the `objective` to be"),
     ],
 )

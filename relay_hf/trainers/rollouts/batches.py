@@ -1,54 +1,23 @@
-"""Batches of a data collator, which may be the user's: checked, and with labels turned into what is learned.
+"""Batches of a data collator, which the user may have written: checked, and cut into rows of text.
 
 Legend: B rows, L positions.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, stack
-from torch.nn.utils.rnn import pad_sequence
 
 from ...modeling import RelayConfig
 
-TextRow = tuple[Tensor, Tensor]  # (L,) ids and (L,) bool, which of them are learned
+TextRow = tuple[Tensor, Tensor]  # (L,) ids, and (L,) bool, which of them are learned; without padding
 
 
-class TextBatch(NamedTuple):
-    """Rows of text, padded on the right.
-
-    Args:
-        ids: (B, L) the text.
-        learned: (B, L) bool, positions that are learned; the others are always visible.
-        is_text: (B, L) bool, False at padding.
-    """
-
-    ids: Tensor
-    learned: Tensor
-    is_text: Tensor
-
-    @classmethod
-    def of_rows(cls, rows: Sequence[TextRow], device: torch.device) -> "TextBatch":
-        """Pads the rows to the longest of them."""
-        ids, learned = (pad_sequence(list(column), batch_first=True) for column in zip(*rows, strict=True))
-        lengths = torch.tensor([len(row) for row, _ in rows])
-        is_text = torch.arange(ids.shape[1]) < lengths[:, None]
-        return cls(ids.to(device), learned.to(device), is_text.to(device))
-
-    def rows(self) -> list[TextRow]:
-        """The rows that have something to learn, in main memory and without padding."""
-        ids, learned, is_text = (tensor.cpu() for tensor in self)
-        kept = learned.any(-1).nonzero()[:, 0].tolist()
-        return [(ids[row, is_text[row]], learned[row, is_text[row]]) for row in kept]
-
-
-def read_batch(batch: dict[str, Tensor], config: RelayConfig) -> TextBatch:
-    """Checks a batch and reads it.
+def read_batch(batch: dict[str, Tensor], config: RelayConfig) -> list[TextRow]:
+    """Checks a batch and returns its rows, in main memory.
 
     Args:
-        batch: `input_ids` (B, L), `labels` (B, L) with -100 outside the response, `attention_mask` (B, L) or nothing.
-        config: the model's configuration.
+        batch: `input_ids` (B, L), `labels` (B, L) with -100 outside the response, and optionally `attention_mask`
+            (B, L).
+        config: configuration of the model.
 
     Raises:
         ValueError: there are no labels, or tensors that are not read; all labels are -100, one is at padding, differs
@@ -60,19 +29,24 @@ def read_batch(batch: dict[str, Tensor], config: RelayConfig) -> TextBatch:
         raise ValueError("The batch has no `labels`: mark what to learn, with -100 everywhere else.")
     if unread := sorted(batch.keys() - {"input_ids", "labels", "attention_mask"}):
         raise ValueError(f"The batch has {unread}, which the rollout does not read: leave them out in `data_collator`.")
-    text = TextBatch(ids, labels != -100, batch.get("attention_mask", torch.ones_like(ids)).bool())
-    if not ids.shape == labels.shape == text.is_text.shape:
+    is_text = batch.get("attention_mask", torch.ones_like(ids)).bool()
+    if not ids.shape == labels.shape == is_text.shape:
         raise ValueError(
             f"The batch has `input_ids` of shape {tuple(ids.shape)}, `labels` of {tuple(labels.shape)} and an "
-            f"`attention_mask` of {tuple(text.is_text.shape)}: give three of one shape."
+            f"`attention_mask` of {tuple(is_text.shape)}: give three of one shape."
         )
-    _check_values(text, labels, config)
-    return text
+    _check_values(ids, labels, is_text, config)
+    return cut_padding(ids, labels != -100, is_text)
 
 
-def _check_values(text: TextBatch, labels: Tensor, config: RelayConfig) -> None:
-    ids, learned, is_text = text
-    outside = (ids < 0) | (ids >= config.text_config.vocab_size)
+def cut_padding(ids: Tensor, learned: Tensor, is_text: Tensor) -> list[TextRow]:
+    """The rows of three (B, L) tensors in main memory, without the positions at which `is_text` is False."""
+    rows = zip(ids.cpu(), learned.cpu(), is_text.cpu(), strict=True)
+    return [(text[seen], marks[seen]) for text, marks, seen in rows]
+
+
+def _check_values(ids: Tensor, labels: Tensor, is_text: Tensor, config: RelayConfig) -> None:
+    learned, outside = labels != -100, (ids < 0) | (ids >= config.text_config.vocab_size)
     found = (
         ~learned.any(),
         ~is_text[:, 0].all(),
@@ -82,7 +56,7 @@ def _check_values(text: TextBatch, labels: Tensor, config: RelayConfig) -> None:
         (learned & (ids != labels)).any(),
         (learned & (ids == config.mask_token_id)).any(),
     )
-    # One answer for all, since an accelerator is waited for each time.
+    # One answer for all checks, since each answer waits for the accelerator.
     if not stack(found).any():
         return
     unknown = int(ids[outside][0]) if found[4] else -1
@@ -99,7 +73,7 @@ def _check_values(text: TextBatch, labels: Tensor, config: RelayConfig) -> None:
 
 
 def token_is_unknown(where: str, token_id: int, config: RelayConfig) -> str:
-    """The message about a token outside the vocabulary; `where` starts the sentence, as in the two below."""
+    """The message about a token outside the vocabulary; `where` is the subject of the sentence."""
     return (
         f"{where} has the token id {token_id}, but the model has {config.text_config.vocab_size} tokens: tokenize with "
         "the model's own tokenizer, or call `model.resize_token_embeddings`."
@@ -107,7 +81,7 @@ def token_is_unknown(where: str, token_id: int, config: RelayConfig) -> str:
 
 
 def labels_differ(where: str) -> str:
-    """The message about labels that are not the tokens at their positions."""
+    """The message about labels that differ from the tokens at their positions."""
     return (
         f"{where} has labels that differ from the `input_ids` at their positions: give the clean text as `input_ids`, "
         "the same as `labels`, and -100 where nothing is learned; masks are put in by the trainer."

@@ -4,29 +4,29 @@ import torch
 from torch import Tensor
 
 from ...modeling import RelayConfig
-from .batches import TextBatch, TextRow, read_batch
+from .batches import TextRow, cut_padding, read_batch
 from .noise import stagger
-from .rows import FIELDS, RolloutRows, all_masked
+from .rows import FIELDS, RolloutRows, all_masked, blank_rows
 
 COUNTS = "counts"  # in the state dictionary
-# Names in checkpoints of earlier versions -> today's.
+# Name in checkpoints of earlier versions -> name today.
 RENAMED = {"maskable": "learned", "queue_maskable": "queue_learned"}
 
 
 class RolloutBuffer:
-    """A fixed number of rows, each replaced when it is finished by the one that has waited longest.
+    """A fixed number of rows in slots; the row that has waited longest replaces a finished one.
 
-    A row needs many rollouts, and every batch brings new rows: those that find no place wait in a queue of bounded
-    length. Rows in the buffer are padded on the right to the longest; rows in the queue have no padding and stay in
+    A row needs many rollouts, and every batch brings new rows: rows that find no free slot wait in a queue of bounded
+    length. Rows in slots are padded on the right to the longest row; rows in the queue have no padding and stay in
     main memory.
 
     Args:
-        config: the model's configuration.
+        config: configuration of the model.
         keeps_state: whether the rows keep the state that a step leaves.
-        queue_size: rows that may wait; what comes when the queue is full is dropped. 0 drops every incoming row that
-            finds no place, as the published code does.
-        staggered: the first rows start with different fractions of their positions revealed, so that they do not all
-            finish together.
+        queue_size: number of rows that may wait; rows that arrive when the queue is full are dropped. 0 drops every
+            row that finds no free slot, as the published code does.
+        staggered: whether the first rows start with different fractions of their positions revealed, so that they do
+            not all finish together.
     """
 
     def __init__(self, config: RelayConfig, keeps_state: bool, queue_size: int = 0, staggered: bool = False) -> None:
@@ -42,25 +42,26 @@ class RolloutBuffer:
         """Queues the rows of `batch` and replaces finished rows.
 
         Args:
-            batch: what `read_batch` takes, of any shape.
-            slots: rows to hold from now on; None = as before, at first as many as `batch` has.
+            batch: tensors as `read_batch` takes them, of any shape.
+            slots: number of slots from now on; None = unchanged, and at first the number of rows of `batch`.
 
         Returns:
-            How many rows were replaced.
+            Number of rows that were replaced.
 
         Raises:
-            ValueError: those of `read_batch`.
+            ValueError: `read_batch` refuses the batch.
         """
-        incoming = read_batch(batch, self.config)
-        self.queue += incoming.rows()
+        incoming, device = read_batch(batch, self.config), batch["input_ids"].device
+        self.queue += [row for row in incoming if row[1].any()]
         is_cold = self.rows is None
         if is_cold:
-            self.rows = self._blank(slots or len(incoming.ids), incoming.ids.device)
+            self.rows = blank_rows(self.config, slots or len(incoming), self.keeps_state, device)
         elif slots is not None and slots != len(self.rows):
             self._resize(slots)
         free = self.rows.is_finished.nonzero()[: len(self.queue), 0]
         if len(free):
-            fresh = self._take(len(free))
+            fresh = all_masked(self.config, self.queue[: len(free)], self.keeps_state, device)
+            del self.queue[: len(free)]
             self._put(stagger(fresh) if is_cold and self.staggered else fresh, free)
         self.entered += len(free)
         self.dropped += len(self.queue[self.queue_size :])
@@ -68,7 +69,7 @@ class RolloutBuffer:
         return len(free)
 
     def store(self, rows: RolloutRows) -> None:
-        """Keeps the rows as the rollout left them."""
+        """Stores the rows as the rollout left them."""
         self.rows = rows
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -84,11 +85,11 @@ class RolloutBuffer:
         return {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores what `state_dict` returned, also that of an earlier version.
+        """Restores a dictionary that `state_dict` returned, in this version or an earlier one.
 
         Raises:
-            ValueError: it is of an objective that carries a state where this one does not, or the other way round, of
-                another model or tokenizer, or damaged.
+            ValueError: exactly one of the two objectives, of the checkpoint and of this run, keeps a state; or the
+                checkpoint is of another model or tokenizer, or damaged.
         """
         state = {RENAMED.get(name, name): tensor for name, tensor in state.items()}
         if state and self.keeps_state != ("relay_state" in state):
@@ -122,31 +123,20 @@ class RolloutBuffer:
             )
 
     def _resize(self, slots: int) -> None:
-        """The batch has another size after a resume: rows too many begin again later, missing ones are free."""
+        """Changes the number of slots after a resume with another batch size: surplus rows go back into the queue."""
         surplus = self.rows.map(lambda tensor: tensor[slots:])
         unfinished = surplus.map(lambda tensor: tensor[~surplus.is_finished])
-        again = TextBatch(unfinished.clean_ids, unfinished.learned, unfinished.attention_mask).rows()
+        again = cut_padding(unfinished.clean_ids, unfinished.learned, unfinished.attention_mask)
         self.queue[:0] = again
         self.entered -= len(again)
-        kept, device = self.rows.map(lambda tensor: tensor[:slots]), self.rows.clean_ids.device
-        blank = self._blank(slots - len(kept), device).fit(kept.clean_ids.shape[1])
-        self.rows = kept.map(lambda *tensors: torch.cat(tensors), blank)
-
-    def _blank(self, count: int, device: torch.device) -> RolloutRows:
-        """Rows without text, which count as finished."""
-        ids, flags = torch.zeros(count, 0, dtype=torch.long, device=device), torch.zeros(count, 0, device=device).bool()
-        state = torch.zeros(count, 0, self.config.relay_state_width, device=device)
-        has_state = torch.zeros(count, device=device).bool()
-        return RolloutRows(ids, flags, flags, flags, state if self.keeps_state else None, has_state)
-
-    def _take(self, count: int) -> RolloutRows:
-        """The rows that have waited longest, out of the queue."""
-        taken, self.queue = self.queue[:count], self.queue[count:]
-        text = TextBatch.of_rows(taken, self.rows.clean_ids.device)
-        return all_masked(self.config, text, self.keeps_state)
+        self.rows = self.rows.map(lambda tensor: tensor[:slots])
+        if missing := slots - len(self.rows):
+            length, device = self.rows.clean_ids.shape[1], self.rows.clean_ids.device
+            blank = blank_rows(self.config, missing, self.keeps_state, device).fit(length)
+            self.rows = self.rows.map(lambda *tensors: torch.cat(tensors), blank)
 
     def _put(self, fresh: RolloutRows, slots: Tensor) -> None:
         length = max(self.rows.clean_ids.shape[1], fresh.clean_ids.shape[1])
         rows = self.rows.fit(length).map(lambda kept, new: kept.index_copy(0, slots, new), fresh.fit(length))
-        # Without this the longest row ever seen would set the cost of every later step.
+        # Without trimming, the longest row ever seen would set the cost of every later step.
         self.rows = rows.fit(int(rows.attention_mask.sum(-1).max()))

@@ -1,6 +1,6 @@
 """Rows of training text in the middle of being denoised. Legend: B rows, L positions, D hidden size."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...modeling import RelayConfig
-from .batches import TextBatch, read_batch
+from .batches import TextRow, read_batch
 
 
 def fit_positions(tensor: Tensor, length: int) -> Tensor:
-    """Pads with zeros or trims the second axis, the positions, on the right; a (B,) tensor has none and stays equal."""
+    """Pads the second axis (the positions) with zeros on the right, or trims it; returns a (B,) tensor unchanged."""
     if tensor.ndim == 1 or tensor.shape[1] == length:
         return tensor
     features = (0, 0) * (tensor.ndim - 2)
@@ -25,11 +25,11 @@ class RolloutRows:
     """Rows in the middle of being denoised; every tensor has the rows as first axis.
 
     Args:
-        clean_ids: (B, L) the text.
+        clean_ids: (B, L) tokens of the text.
         learned: (B, L) bool, positions that are learned; the others are always visible.
         attention_mask: (B, L) bool, False at padding, which is on the right.
         masked: (B, L) bool, positions that are still masked, a subset of `learned`.
-        relay_state: (B, L, D) fp32, detached state of the last step, or None if the objective carries none.
+        relay_state: (B, L, D) fp32, detached state of the last step; None if the objective carries no state.
         has_state: (B,) bool, False for rows that have not been denoised yet.
     """
 
@@ -53,7 +53,7 @@ class RolloutRows:
         return torch.where(self.masked, mask_token_id, self.clean_ids)
 
     def map(self, function: Callable[..., Tensor], *others: "RolloutRows") -> "RolloutRows":
-        """Applies `function` to each tensor that is not None, together with that of every other rows."""
+        """Applies `function` to each tensor that is not None, together with the same tensor of each of `others`."""
         tensors: dict[str, Any] = {}
         for name in FIELDS:
             first, *rest = (getattr(rows, name) for rows in (self, *others))
@@ -70,40 +70,47 @@ FIELDS = tuple(field.name for field in fields(RolloutRows))
 
 def fresh_rows(config: RelayConfig, batch: dict[str, Tensor], keeps_state: bool) -> RolloutRows:
     """The rows of a batch, all masked; arguments and errors are those of `read_batch` and `all_masked`."""
-    return all_masked(config, read_batch(batch, config), keeps_state)
+    return all_masked(config, read_batch(batch, config), keeps_state, batch["input_ids"].device)
 
 
-def all_masked(config: RelayConfig, text: TextBatch, keeps_state: bool) -> RolloutRows:
-    """Rows in which everything to be learned is masked.
+def blank_rows(config: RelayConfig, count: int, keeps_state: bool, device: torch.device) -> RolloutRows:
+    """Rows without text, which count as finished; arguments as in `all_masked`."""
+    no_text = torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.bool)
+    return all_masked(config, [no_text] * count, keeps_state, device)
+
+
+def all_masked(config: RelayConfig, texts: Sequence[TextRow], keeps_state: bool, device: torch.device) -> RolloutRows:
+    """Rows in which every learned position is masked, padded on the right to the longest row.
 
     The last block of a row is filled up with [MASK]s that are seen but not learned: decoding has them there too, and
-    without them their number would show the model where the text ends.
+    without them the number of [MASK]s would show the model where the text ends.
 
     Args:
-        config: the model's configuration.
-        text: the rows.
+        config: configuration of the model.
+        texts: B >= 1 texts.
         keeps_state: whether the rows keep the state that a step leaves.
+        device: where the rows are put.
     """
-    clean_ids, learned, attention_mask = text
-    if config.block_size is not None:
-        blocks = -(-text.is_text.sum(-1) // config.block_size)  # (B,)
-        length = max(int(blocks.max()) * config.block_size, clean_ids.shape[1])
-        clean_ids, learned, is_text = (fit_positions(tensor, length) for tensor in text)
-        clean_ids = clean_ids.where(is_text, config.mask_token_id)
-        # Not beyond the positions that the model has.
-        filled = blocks * config.block_size
-        filled = filled.clamp(max=config.positions).maximum(is_text.sum(-1)) if config.positions else filled
-        attention_mask = torch.arange(length, device=blocks.device) < filled[:, None]
-    rows, length = clean_ids.shape
+    lengths = torch.tensor([len(ids) for ids, _ in texts])
+    size = config.block_size or 1
+    filled = -(-lengths // size) * size
+    padding = 0 if config.block_size is None else config.mask_token_id
+    clean_ids = torch.full((len(texts), int(filled.max())), padding)
+    learned = torch.zeros(clean_ids.shape, dtype=torch.bool)
+    for row, (ids, marks) in enumerate(texts):
+        clean_ids[row, : len(ids)], learned[row, : len(ids)] = ids, marks
+    if config.positions:  # [MASK]s at positions that the model does not have are not seen
+        filled = filled.clamp(max=config.positions).maximum(lengths)
     state = None
     if keeps_state:
         # Zeros also mean "no state yet": `has_state` distinguishes the two.
-        state = torch.zeros(rows, length, config.relay_state_width, device=clean_ids.device)
-    return RolloutRows(
+        state = torch.zeros(*clean_ids.shape, config.relay_state_width, device=device)
+    rows = RolloutRows(
         clean_ids=clean_ids,
         learned=learned,
-        attention_mask=attention_mask,
+        attention_mask=torch.arange(clean_ids.shape[1]) < filled[:, None],
         masked=learned,
         relay_state=state,
-        has_state=torch.zeros(rows, dtype=torch.bool, device=clean_ids.device),
+        has_state=torch.zeros(len(texts), dtype=torch.bool),
     )
+    return rows.map(lambda tensor: tensor.to(device))
