@@ -27,59 +27,25 @@ from ..modeling.unmasking_relay import POLICIES
 from .relay_config import RelayTrainerConfig
 from .rollouts.reference import Reference
 
-# The arguments that decide what is learned, in the order in which a reader asks for them.
+# The arguments that decide what is learned, a topic a line, in the order in which a reader asks for them.
 ARGUMENTS = (
-    "objective",
-    "rollout_steps",
-    "gradient_window",
-    "unmasking_policy",
-    "unmasking_threshold",
-    "sub_block_size",
-    "clean_block_starts",
-    "threshold_jitter",
-    "learning_rate",
-    "relay_learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "optim",
-    "weight_decay",
-    "relay_weight_decay",
-    "max_grad_norm",
-    "ema_decay",
-    "buffer_queue_size",
-    "staggered_start",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "world_size",
-    "max_length",
-    "assistant_only_loss",
-    "completion_only_loss",
-    "gradient_checkpointing",
-    "bf16",
-    "seed",
-)
-# Those that are shown only if changed from the library's default.
+    "objective", "rollout_steps", "gradient_window",
+    "unmasking_policy", "unmasking_threshold", "sub_block_size", "clean_block_starts", "threshold_jitter",
+    "learning_rate", "relay_learning_rate", "lr_scheduler_type", "warmup_steps",
+    "optim", "weight_decay", "relay_weight_decay", "max_grad_norm", "ema_decay",
+    "buffer_queue_size", "staggered_start",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "world_size",
+    "max_length", "assistant_only_loss", "completion_only_loss",
+    "gradient_checkpointing", "bf16", "seed",
+)  # fmt: skip
+# Arguments that are shown only if changed from the library's default.
 RARER_ARGUMENTS = (
-    "num_train_epochs",
-    "max_steps",
-    "lr_scheduler_kwargs",
-    "optim_args",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "average_tokens_across_devices",
-    "fp16",
-    "tf32",
-    "neftune_noise_alpha",
-    "router_aux_loss_coef",
-    "train_sampling_strategy",
-    "shuffle_dataset",
-    "data_seed",
-    "dataloader_drop_last",
-    "truncation_mode",
-    "load_best_model_at_end",
-    "metric_for_best_model",
-)
+    "num_train_epochs", "max_steps",
+    "lr_scheduler_kwargs", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "average_tokens_across_devices", "fp16", "tf32", "neftune_noise_alpha", "router_aux_loss_coef",
+    "train_sampling_strategy", "shuffle_dataset", "data_seed", "dataloader_drop_last", "truncation_mode",
+    "load_best_model_at_end", "metric_for_best_model",
+)  # fmt: skip
 ADAPTER_ARGUMENTS = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules")
 TRAINING_PICTURE = "training.png"  # beside the card
 LOOKED_AT = 1000  # rows sampled for the length statistics
@@ -87,13 +53,13 @@ LOGGED = 40  # rows of the table of losses
 
 
 def training_card(trainer: Any, name: str, dataset_names: Sequence[str], picture: str | None) -> RelayCardData:
-    """What a card can say of a run: everything but an evaluation, which training does not make.
+    """Everything that a card says about a run; the card has no evaluation, because training makes none.
 
     Args:
         trainer: a `RelayTrainer`.
-        name: the model's.
-        dataset_names: of the data, Hub ids or others; without, what the data set itself knows.
-        picture: name of an image of the losses beside the card, or None.
+        name: name of the model.
+        dataset_names: Hub ids or other names of the data sets; if empty, the Hub id that the data set was loaded from.
+        picture: file name of a plot of the losses, beside the card; None = no plot.
     """
     args, config, state, tokenizer = trainer.args, trainer.relay_config, trainer.state, trainer.processing_class
     model, rows = trainer.model, _describe_rows(trainer.train_dataset, state.epoch)
@@ -133,7 +99,7 @@ def _arguments(args: RelayTrainerConfig) -> dict[str, Any]:
 
 
 def _adapter_arguments(model: Any) -> dict[str, Any]:
-    """The arguments of LoRA or the like, if there is one, by names such as "adapter.r"."""
+    """The arguments of the adapters, by names such as "adapter.r"; empty if there is no adapter."""
     adapters = getattr(model, "peft_config", {}).values()
     values = {name: getattr(adapter, name, None) for adapter in adapters for name in ADAPTER_ARGUMENTS}
     return {
@@ -143,7 +109,7 @@ def _adapter_arguments(model: Any) -> dict[str, Any]:
 
 
 def _hub_ids(dataset: Any) -> list[str]:
-    """Where a data set of the Hub was loaded from; nothing for others, and for mixtures, which do not remember."""
+    """Hub ids that a data set was loaded from; empty for local data sets and for mixtures, which do not record them."""
     files = getattr(getattr(dataset, "info", None), "download_checksums", None) or {}
     return sorted(
         {found[1] for file in files if (found := re.match(r"hf://datasets/([^/@]+(?=@)|[^/@]+/[^/@]+)", file))}
@@ -151,14 +117,14 @@ def _hub_ids(dataset: Any) -> list[str]:
 
 
 def _dataset(name: str) -> DatasetFacts:
-    """With a link, if it is on the Hub; of a path only the last part, because the rest means nothing elsewhere."""
+    """A link for a Hub id; for a path only its last part, because the rest means nothing on another machine."""
     if is_hub_id(name):
         return DatasetFacts(name, hub_id=name)
     return DatasetFacts(Path(name).name if Path(name).exists() else name)
 
 
 def _describe_rows(dataset: Any, epochs: float | None) -> str:
-    """How many rows there are, how long, and how often they were read; of streams nothing is known."""
+    """Number and length of the rows, and how often they were read; empty for streams, whose size is unknown."""
     if "input_ids" not in (getattr(dataset, "column_names", None) or []) or not hasattr(dataset, "num_rows"):
         return ""
     lengths = [len(ids) for ids in dataset[:LOOKED_AT]["input_ids"]]
@@ -172,7 +138,7 @@ def _describe_rows(dataset: Any, epochs: float | None) -> str:
 
 
 def _losses(log_history: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
-    """Step -> name -> loss: everything that was logged."""
+    """Step -> name -> loss, for every loss in the log."""
     losses: dict[int, dict[str, float]] = {}
     for entry in log_history:
         for name, value in entry.items():
@@ -192,7 +158,7 @@ def _thin(losses: Mapping[int, Mapping[str, float]]) -> dict[int, Mapping[str, f
 
 
 def _citations(args: RelayTrainerConfig, config: RelayConfig) -> list[str]:
-    """The model's, and those of the objective and of the policy of its rollouts."""
+    """Citations of the model, of the objective and of the unmasking policy."""
     of_policy = POLICIES.find(args.unmasking_policy).citation if args.recipe.uses_buffer else ""
     citations = [*cite_model(config), args.recipe.citation, of_policy]
     return [citation for citation in dict.fromkeys(citations) if citation]

@@ -1,4 +1,4 @@
-"""Numbers that show what is learned, and whether the relay channel is used."""
+"""Metrics of training: losses, masks and reveals of the rollouts, and norms of the relay channel."""
 
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
@@ -22,20 +22,20 @@ class RunningMeans:
         self._sums: dict[str, tuple[Number, Number]] = {}  # name -> sum of weight * value, sum of weights
 
     def add(self, values: Mapping[str, Number]) -> None:
-        """Takes in one number of each name."""
+        """Adds one number for each name."""
         for name, value in values.items():
             self.add_sum(name, value, 1.0)
 
     def add_sum(self, name: str, total: Number, count: Number) -> None:
-        """Takes in `count` numbers of one name, whose sum is `total`."""
+        """Adds `count` numbers of one name, whose sum is `total`."""
         before, weight = self._sums.get(name, (0.0, 0.0))
         self._sums[name] = before + total, weight + count
 
     def pop(self) -> dict[str, float]:
-        """The means since the last call, by name; names without a single number are left out."""
+        """The means since the last call, by name; names without a number are left out."""
         flat = [number for pair in self._sums.values() for number in pair]
         on_device = [number.float() for number in flat if isinstance(number, Tensor)]
-        # One transfer from the device for all.
+        # One transfer from the device for all numbers.
         fetched = iter(torch.stack(on_device).tolist() if on_device else [])
         numbers = [next(fetched) if isinstance(number, Tensor) else number for number in flat]
         means = {
@@ -48,15 +48,15 @@ class RunningMeans:
 
 
 def record_rollout(means: RunningMeans, rollout: Rollout, reveals: bool) -> None:
-    """Takes in what one micro-batch of this process showed.
+    """Adds the numbers of one micro-batch of this process.
 
-    That is the fraction of the learned positions that was masked first, the loss per step, the mean loss of positions
-    by how much of their block was masked, and the positions revealed per step and row.
+    They are the fraction of the learned positions that was masked before the first step, the loss per step, the mean
+    loss of positions by the masked fraction of their block, and the positions revealed per step and row.
 
     Args:
-        means: where it goes.
-        rollout: when its last window has run.
-        reveals: whether its steps reveal positions.
+        means: receives the numbers.
+        rollout: a rollout whose last window has run.
+        reveals: whether the steps of the rollout reveal positions.
     """
     rows = rollout.rows
     values: dict[str, Number] = {
@@ -72,10 +72,10 @@ def record_rollout(means: RunningMeans, rollout: Rollout, reveals: bool) -> None
 
 
 class ChannelNorms(TrainerCallback):
-    """Measures the channel's weights and gradients just before the optimizer steps that are logged, so after clipping.
+    """Measures weights and gradients of the channel after clipping, in the optimizer steps that are logged.
 
     Args:
-        means: where they go; emptied by the trainer when it logs.
+        means: receives the norms; the trainer empties it when it logs.
     """
 
     def __init__(self, means: RunningMeans) -> None:
@@ -84,7 +84,7 @@ class ChannelNorms(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        # Unlike that of the arguments, the state's interval is never a fraction of the run.
+        # `args.logging_steps` may be a fraction of the run, `state.logging_steps` is a number of steps.
         if not state.logging_steps or (state.global_step + 1) % state.logging_steps:
             return
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -103,7 +103,7 @@ class ChannelNorms(TrainerCallback):
 
 
 def total_norm(tensors: Iterable[Tensor | None]) -> float:
-    """Norm of all tensors that are there, taken as one vector; 0 if none is."""
+    """Norm of all tensors that are not None, taken as one vector; 0 if all are None."""
     present = [tensor.detach() for tensor in tensors if tensor is not None]
     norm = torch.nn.utils.get_total_norm(present)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

@@ -18,13 +18,13 @@ def check_arguments(args: Any, others: dict[str, Any]) -> None:
         others: the trainer's other keyword arguments.
 
     Raises:
-        ValueError: an argument has none.
+        ValueError: an argument has no meaning.
     """
     for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"):
         if others.get(name) is not None:
             raise ValueError(f"`{name}` is not supported: a rollout has no single set of logits; leave it out.")
     if not isinstance(args, RelayTrainerConfig):
-        raise ValueError(f"`args` is a {type(args).__name__}, which names no objective: pass a RelayTrainerConfig.")
+        raise ValueError(f"`args` is a {type(args).__name__}, which has no `objective`: pass a RelayTrainerConfig.")
     if args.activation_offloading and args.device.type == "cpu":
         raise ValueError(
             "`activation_offloading=True` moves activations from an accelerator to main memory, where a CPU has them "
@@ -38,12 +38,12 @@ def check_arguments(args: Any, others: dict[str, Any]) -> None:
 
 
 def check_learning(model: nn.Module, args: RelayTrainerConfig) -> None:
-    """Raise if what the objective trains is frozen; called with the model as `SFTTrainer` has prepared it.
+    """Raise if the parameters that the objective trains are frozen; `model` is already prepared by `SFTTrainer`.
 
     Raises:
         ValueError: the channel or the adapter is frozen.
     """
-    channel = [p for name, p in model.named_parameters() if is_channel_parameter(name)]  # none for a residual context
+    channel = [p for name, p in model.named_parameters() if is_channel_parameter(name)]  # empty for a residual context
     if args.recipe.uses_channel and channel and not any(parameter.requires_grad for parameter in channel):
         raise ValueError(
             f"`objective={args.objective!r}` trains the relay channel, but it is frozen: pass the plain model with "
@@ -58,7 +58,7 @@ def check_learning(model: nn.Module, args: RelayTrainerConfig) -> None:
 
 
 def check_special_tokens(tokenizer: Any, config: RelayConfig) -> None:
-    """Raise if the tokenizer's ids, which the trainer writes into the model, would keep a saved model from loading.
+    """Raise if a special token of the tokenizer, which the trainer writes into the model, is not in its vocabulary.
 
     Raises:
         ValueError: an id is outside the model's vocabulary.

@@ -16,12 +16,12 @@ ADVICE = (
 
 
 def check_loss(loss: Tensor, step_losses: list[Tensor], global_step: int) -> None:
-    """Called before the loss is differentiated.
+    """Raise if a loss is not finite; called before the loss is differentiated.
 
     Args:
-        loss: of a window.
-        step_losses: of each denoising step so far.
-        global_step: optimizer steps made so far.
+        loss: loss of a window.
+        step_losses: loss of each denoising step so far.
+        global_step: number of optimizer steps so far.
 
     Raises:
         FloatingPointError: the loss is infinite or NaN.
@@ -35,17 +35,17 @@ def check_loss(loss: Tensor, step_losses: list[Tensor], global_step: int) -> Non
 
 
 class StopOnNonFiniteGradient(TrainerCallback):
-    """A finite loss can still have an infinite gradient, and gradient clipping would spread it to every weight."""
+    """Ends training before an infinite gradient, which a finite loss can have, reaches every weight by clipping."""
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Looks at the gradients before the optimizer does.
+        """Checks the gradients before the optimizer step.
 
         Raises:
-            FloatingPointError: one is infinite or NaN.
+            FloatingPointError: a gradient is infinite or NaN.
         """
-        if args.fp16:  # its loss scaling tries for such gradients, and skips the step by itself
+        if args.fp16:  # the loss scaling of fp16 expects such gradients, and skips the step
             return
         norm = total_norm(parameter.grad for parameter in model.parameters())
         if not math.isfinite(norm):

@@ -25,7 +25,7 @@ from .rollouts.rows import RolloutRows
 if TYPE_CHECKING:
     from .relay_config import RelayTrainerConfig
 
-# What a mean is taken over, (B, L) bool of some rows.
+# The positions of rows that a mean is taken over, (B, L) bool.
 MASKED, LEARNED = attrgetter("masked"), attrgetter("learned")
 
 
@@ -48,17 +48,18 @@ NEEDS: dict[Carry, tuple[str, Callable[[type[Channel]], bool]]] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that is to be known about an objective.
+    """Description of an objective.
 
     Args:
         sentence: how a card describes it, without a full stop.
-        advances: of the training arguments, the model's configuration and whether random numbers may be drawn (they are
-            not in evaluation): K changes of the rows, one after each of the K steps.
-        carry: what goes from one step to the next, see `Rollout`. It decides what the objective needs of a channel.
-        start: masks fresh rows before the first step; None = rows start with everything masked and live on in the
-            rollout buffer until all of it is revealed.
-        counted: (B, L) bool, the positions that a step's sum of losses is divided by.
-        citation: BibTeX of its source, for cards.
+        advances: function of the training arguments, the model's configuration and whether random numbers may be drawn
+            (False in evaluation); returns K changes of the rows, one after each of the K steps.
+        carry: what one step passes to the next, see `Rollout`. It decides what the objective needs of a channel.
+        start: masks fresh rows before the first step; None = every learned position is masked at first, and rows stay
+            in the rollout buffer until all of them are revealed.
+        counted: function of the rows; returns the (B, L) bool positions by whose number the sum of a step's losses is
+            divided.
+        citation: BibTeX of the objective's source, for cards.
     """
 
     sentence: str
@@ -70,7 +71,7 @@ class Recipe:
 
     @property
     def uses_buffer(self) -> bool:
-        """Whether rows live on in the rollout buffer."""
+        """Whether rows stay in the rollout buffer between optimizer steps."""
         return self.start is None
 
     @property
@@ -84,7 +85,7 @@ class Recipe:
         return self.carry in ("gradient", "state")
 
     def check_channel(self, name: str, channel: str) -> None:
-        """Raise a ValueError if the `relay_channel` of a model lacks what the objective, called `name`, needs."""
+        """Raise a ValueError if the `relay_channel` of a model cannot serve the objective, whose name is `name`."""
         phrase, is_met = NEEDS[self.carry]
         if not is_met(CHANNELS[channel]):
             channels = sorted(other for other, kind in CHANNELS.items() if is_met(kind))
@@ -96,7 +97,7 @@ class Recipe:
 
 
 def reveals(args: "RelayTrainerConfig", config: RelayConfig, is_random: bool) -> list[Advance]:
-    """`args.rollout_steps` reveals by the unmasking policy; with jitter, each has its own valid threshold."""
+    """`args.rollout_steps` reveals by the unmasking policy; with jitter, each reveal draws its own threshold."""
     thresholds = [args.unmasking_threshold] * args.rollout_steps
     bounds = POLICIES.find(args.unmasking_policy).bounds
     if is_random and args.threshold_jitter and bounds is not None:
@@ -112,7 +113,7 @@ def one_step(args: "RelayTrainerConfig", config: RelayConfig, is_random: bool) -
 
 
 def mask_and_complement(args: "RelayTrainerConfig", config: RelayConfig, is_random: bool) -> list[Advance]:
-    """Two steps, of which the second masks what the first one shows."""
+    """Two steps; the second step masks the positions that are visible in the first."""
     return [complement, stay]
 
 
@@ -186,9 +187,9 @@ def mean_of_positions(recipe: Recipe, share: Callable[[Tensor], Tensor]) -> Call
     """The mean of training: a step's losses over the positions counted in the whole micro-batch.
 
     Args:
-        recipe: the objective's.
-        share: turns this process's count into the mean over processes, so that the mean of their losses is that of all
-            rows.
+        recipe: recipe of the objective.
+        share: turns the count of this process into the mean over processes, so that the mean of the processes' losses
+            is the mean over all rows.
     """
 
     def reduce_loss(token_losses: Tensor, rows: RolloutRows) -> Tensor:
@@ -199,7 +200,7 @@ def mean_of_positions(recipe: Recipe, share: Callable[[Tensor], Tensor]) -> Call
 
 
 def mean_of_rows(recipe: Recipe) -> Callable[[Tensor, RolloutRows], Tensor]:
-    """The mean of evaluation: every row counts the same, so that batches can be cut in any way."""
+    """The mean of evaluation: every row has the same weight, so that the batch size does not change the result."""
 
     def reduce_loss(token_losses: Tensor, rows: RolloutRows) -> Tensor:
         row = rows.masked.nonzero()[:, 0]  # (N,)

@@ -1,4 +1,4 @@
-"""What training adds to Accelerate for several processes."""
+"""Training on several processes: checks of arguments, precision, and exchange of gradients."""
 
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -19,7 +19,7 @@ def check_sharding(trainer: Any, reads_distribution: bool) -> None:
         reads_distribution: whether the objective uses a channel that reads distributions.
 
     Raises:
-        ValueError: an argument needs what the processes divide.
+        ValueError: an argument needs whole weights, or single backward passes, that sharding does not offer.
     """
     if trainer.is_deepspeed_enabled:
         _check_deepspeed(trainer.args, reads_distribution, trainer.accelerator.state.deepspeed_plugin.zero_stage)
@@ -57,5 +57,5 @@ def without_exchange(accelerator: Accelerator, model: Any) -> AbstractContextMan
 
 
 def mean_over_processes(accelerator: Accelerator, count: Tensor) -> Tensor:
-    """The mean of a number over processes."""
+    """The mean of a count over processes."""
     return count if accelerator.num_processes == 1 else accelerator.reduce(count, reduction="mean")

@@ -10,11 +10,6 @@ from ..modeling import make_policy
 from ..modeling.unmasking_relay import POLICIES
 from .objectives import RECIPES, Recipe
 
-# TRL's name of an option -> that of transformers since 5.24.
-CHECKPOINTING = {
-    "gradient_checkpointing": "activation_checkpointing",
-    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
-}
 NOT_NEGATIVE = "is not a number of at least 0: give one, or None"  # YAML, for one, takes 1e-3 for a text
 # Option -> its kind and least value, and what a message says of any other value.
 NUMBERS: dict[str, tuple[Any, int, str]] = {
@@ -106,10 +101,10 @@ class RelayTrainerConfig(SFTConfig):
             # The libraries' defaults expect a GPU; a plain configuration should run on a laptop, and quietly.
             self.bf16 = False if self.bf16 is None else self.bf16
             self.dataloader_pin_memory = False
-        for old, new in CHECKPOINTING.items():
-            # transformers 5.24 warns where only the old name is set, as TRL's defaults do.
-            if getattr(self, new, ...) is None:
-                setattr(self, new, getattr(self, old))
+        for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+            # transformers 5.24 has new names, and warns if only the old ones are set, as TRL's defaults do.
+            if getattr(self, new := name.replace("gradient", "activation"), ...) is None:
+                setattr(self, new, getattr(self, name))
         super().__post_init__()
         RECIPES.find(self.objective)
         for name, (kind, least, problem) in NUMBERS.items():

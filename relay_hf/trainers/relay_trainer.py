@@ -1,4 +1,4 @@
-"""RelayTrainer: TRL's SFTTrainer with the loss of a relay model. Wiring only; the work is in its siblings."""
+"""RelayTrainer: TRL's SFTTrainer with the loss of a relay model. It connects the other modules of this folder."""
 
 from contextlib import nullcontext
 from functools import partial
@@ -31,27 +31,30 @@ from .samples import show_samples
 from .shortfall import ReportShortfall, check_loader
 from .summary import describe_run
 
+NO_LOGITS = "A rollout has no single set of logits: call `evaluate`, or `generate` of the model."
+
 
 class RelayTrainer(PublishingTrainer):
     r"""Trains masked diffusion models with a relay channel (arXiv 2605.22967).
 
-    Data sets are those of `SFTTrainer`: prompt-completion, conversational, plain text or pre-tokenised; what has a
-    label is masked and learned, everything else stays visible.
+    Data sets are those of `SFTTrainer`: prompt-completion, conversational, plain text or pre-tokenised. Tokens with a
+    label are masked and learned, all others stay visible.
 
     Args:
         model: a `RelayForMaskedDiffusion`, a `PeftModel` around one whose `modules_to_save` has `"relay"`, or a path or
             Hub id.
-        args: training arguments; `objective` and its neighbours choose what is learned.
+        args: training arguments; `objective` chooses what is learned.
         reference_model: for `objective="residual_context"`: a frozen relay model, or its path or Hub id, whose
-            predictions the trained one gets (it may be smaller); None = the trained model's own. Checkpoints do not
-            hold it.
-        peft_config: train adapters instead of the whole model; the channel is always trained in full.
-        kwargs: everything else that `SFTTrainer` takes (`train_dataset`, `processing_class`, `callbacks`, ...).
+            predictions the trained model receives; it may be smaller, and checkpoints do not hold it. None = the
+            trained model's own predictions.
+        peft_config: configuration of adapters, which are trained instead of the whole model; the channel is always
+            trained in full.
+        kwargs: all other arguments of `SFTTrainer` (`train_dataset`, `processing_class`, `callbacks`, ...).
 
     Raises:
-        ValueError: `model` or `args` is not of this library, the objective needs a channel that the model lacks or that
-            is frozen, no position of the data set has a label, or an argument of `SFTTrainer` was given that has no
-            meaning here.
+        ValueError: `model` or `args` is not of this library, the channel that the objective needs is missing or frozen,
+            no position of the data set has a label, or an argument of `SFTTrainer` was given that has no meaning
+            here.
 
     Example:
 
@@ -85,15 +88,15 @@ class RelayTrainer(PublishingTrainer):
         check_sources(args, kwargs)
         base, config, recipe = prepared.base, prepared.base.config, args.recipe
         if not recipe.uses_channel and config.relay_channel != "none" and args.ddp_find_unused_parameters is None:
-            # The channel gets no gradient then, and DDP must not wait for one.
+            # The channel gets no gradient, and DDP must not wait for one.
             args.ddp_find_unused_parameters = True
         train_set = kwargs.get("train_dataset")
-        self.rows_given = len(train_set) if hasattr(train_set, "__len__") else None  # before any was left out
+        self.rows_given = len(train_set) if hasattr(train_set, "__len__") else None  # before rows were left out
         self.relay_config: RelayConfig = config
         self.recipe = recipe
         self.buffer = RolloutBuffer(config, recipe.keeps_state, args.buffer_queue_size, args.staggered_start)
         self.means, self.eval_means = RunningMeans(), RunningMeans()
-        self._eval_prefix: str | None = None  # of an evaluation's metrics, while it runs
+        self._eval_prefix: str | None = None  # prefix of the metrics while an evaluation runs
 
         used_up = without_init_kwargs(args) if isinstance(model, str) else nullcontext()
         with keeps_forward(base), keeps_channel_precise(base), used_up:
@@ -116,7 +119,7 @@ class RelayTrainer(PublishingTrainer):
             self.add_callback(FollowWeights(self.weight_average))
 
     def summary(self) -> str:
-        """What training would do, a fact a line: rows, objective, steps, parameters, memory, and the first row."""
+        """The training, one fact a line: rows, objective, steps, parameters, memory, and the first row."""
         return describe_run(self)
 
     # -- loss -------------------------------------------------------------------------------------------------------
@@ -128,18 +131,18 @@ class RelayTrainer(PublishingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
-        """The objective's loss on one micro-batch; in training, rollouts go on from the buffer.
+        """The objective's loss on one micro-batch; in training, rollouts continue with the rows of the buffer.
 
-        All windows of the rollout but the last are differentiated here, which leaves one to the Trainer. Evaluation
-        starts every row from all masks, draws no random thresholds and gives every row the same weight, so that two
-        evaluations of the same weights give the same number, whatever the batch size.
+        This method differentiates all windows of the rollout but the last, which the Trainer differentiates. Evaluation
+        masks the learned positions of every row at first, draws no random thresholds and gives every row the same
+        weight, so that two evaluations of the same weights give the same number for any batch size.
 
         Raises:
-            ValueError: outputs were asked for, as `predict` does.
+            ValueError: `return_outputs` is True.
             FloatingPointError: the loss is infinite or NaN.
         """
         if return_outputs:
-            raise ValueError("A rollout has no single set of logits: call `evaluate`, or `generate` of the model.")
+            raise ValueError(NO_LOGITS)
         is_training = model.training
         rollout = self._begin_rollout(model, inputs, is_training)
         earlier = torch.zeros((), device=self.args.device)
@@ -177,14 +180,14 @@ class RelayTrainer(PublishingTrainer):
         return Rollout(make(model, config), rows, advances, recipe.carry, reduce_loss, window, reference)
 
     def _share(self, count: Tensor) -> Tensor:
-        """This process's share of a count over all processes, which makes the mean of their losses exact."""
+        """The mean of a count over processes: losses divided by it have as their mean that of all rows."""
         return mean_over_processes(self.accelerator, count) if self.args.average_tokens_across_devices else count
 
     def get_train_dataloader(self) -> DataLoader:
         """As in SFTTrainer.
 
         Raises:
-            ValueError: it has no batch.
+            ValueError: the loader has no batch.
         """
         loader = super().get_train_dataloader()
         check_loader(loader, self.args)
@@ -193,7 +196,7 @@ class RelayTrainer(PublishingTrainer):
     # -- optimizer and averages ---------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The Trainer's optimizer, with a channel that is treated in its own way, or not used, kept apart."""
+        """The Trainer's optimizer; a channel with its own learning rate gets a group; an unused one is left out."""
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if is_new and (self.args.has_channel_groups or not self.recipe.uses_channel):
@@ -203,17 +206,17 @@ class RelayTrainer(PublishingTrainer):
     # -- evaluation and logging ---------------------------------------------------------------------------------------
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused, whatever the data set.
+        """Not supported.
 
         Raises:
             ValueError: always.
         """
-        raise ValueError("A rollout has no single set of logits: call `evaluate`, or `generate` of the model.")
+        raise ValueError(NO_LOGITS)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """As in SFTTrainer, with the averaged weights if there are any; all metrics of a data set have its prefix."""
+        """As in SFTTrainer, with the averaged weights if there are any; all metrics have the prefix of the data set."""
         outer, self._eval_prefix = self._eval_prefix, metric_key_prefix
         try:
             with nullcontext() if self.weight_average is None else self.weight_average.applied():
@@ -223,7 +226,7 @@ class RelayTrainer(PublishingTrainer):
             self._eval_prefix = outer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in SFTTrainer, with what the rollouts showed since the last time."""
+        """As in SFTTrainer, with the means of the rollouts since the last call."""
         if self._eval_prefix is None:
             logs.update(self.means.pop())
         else:

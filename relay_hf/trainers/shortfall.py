@@ -1,4 +1,4 @@
-"""Says when a run trained nothing, or less than its epochs promise."""
+"""Errors and warnings about runs that train nothing, or fewer rows than their epochs draw."""
 
 from math import ceil
 from typing import Any
@@ -14,10 +14,10 @@ logger = logging.get_logger(__name__)
 
 
 def check_loader(loader: DataLoader, args: TrainingArguments) -> None:
-    """Called before the first step.
+    """Raise if the training set has no batch, because the Trainer would then end without an error.
 
     Raises:
-        ValueError: not one batch would come: the Trainer would end at once, and call that a success.
+        ValueError: the loader has no batch.
     """
     if has_length(loader) and len(loader) == 0:
         rows = args.per_device_train_batch_size * args.world_size
@@ -28,10 +28,10 @@ def check_loader(loader: DataLoader, args: TrainingArguments) -> None:
 
 
 class ReportShortfall(TrainerCallback):
-    """Compares what was trained with what was asked for, when training ends.
+    """Compares the rows that were trained with the rows that were drawn, when training ends.
 
     Args:
-        buffer: the rows of this process.
+        buffer: the rollout buffer of this process.
     """
 
     def __init__(self, buffer: RolloutBuffer) -> None:
@@ -42,10 +42,10 @@ class ReportShortfall(TrainerCallback):
         self.first_step = state.global_step
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Warns of rows that an epoch has drawn and that were not trained.
+        """Warns of rows that were drawn but not trained.
 
         Raises:
-            ValueError: there was no batch at all.
+            ValueError: there was no batch.
         """
         if state.global_step == self.first_step < state.max_steps:
             raise ValueError(

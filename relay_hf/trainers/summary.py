@@ -1,4 +1,4 @@
-"""What a training is about to do, in a few lines that can be read before it does it."""
+"""Describes a training run in a few lines, before it starts."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from ..modeling import RelayConfig
 from .channel_parameters import is_channel_parameter
@@ -20,17 +21,17 @@ BATCH = 10_000
 
 
 def describe_run(trainer: Any) -> str:
-    """The summary of a `RelayTrainer`, one fact a line; nothing is trained, drawn or written for it."""
+    """The summary of a `RelayTrainer`, one fact a line; nothing is trained, drawn or written."""
     args, config = trainer.args, trainer.relay_config
-    lines = [
-        *_lines("data", _describe_rows(trainer.train_dataset, trainer.rows_given, args.max_length)),
-        *_lines("objective", [_describe_objective(args, config)]),
-        *_lines("steps", [_describe_steps(trainer)]),
-        *_lines("parameters", [_describe_parameters(trainer.model)]),
-        *_lines("memory", [_describe_memory(trainer)]),
-        *_lines("one row", _describe_row(trainer.train_dataset, trainer.processing_class, config)),
-    ]
-    return "\n".join(lines)
+    facts = {
+        "data": _describe_rows(trainer.train_dataset, trainer.rows_given, args.max_length),
+        "objective": [_describe_objective(args, config)],
+        "steps": [_describe_steps(trainer)],
+        "parameters": [_describe_parameters(trainer.model)],
+        "memory": [_describe_memory(trainer)],
+        "one row": _describe_row(trainer.train_dataset, trainer.processing_class, config),
+    }
+    return "\n".join(line for label, lines in facts.items() for line in _lines(label, lines))
 
 
 def _lines(label: str, lines: list[str]) -> Iterator[str]:
@@ -92,7 +93,7 @@ def _describe_parameters(model: Any) -> str:
 
 
 def _describe_memory(trainer: Any) -> str:
-    """What can be counted; activations depend on how many positions a step denoises."""
+    """Memory of weights, gradients, optimizer and average; activations depend on the positions that a step denoises."""
     model, args = trainer.model, trainer.args
     trained = [p for p in model.parameters() if p.requires_grad]
     counted: dict[str, int | None] = {
@@ -109,7 +110,7 @@ def _describe_memory(trainer: Any) -> str:
 
 
 def optimizer_bytes(trainer: Trainer, parameters: list[nn.Parameter]) -> int | None:
-    """Size of the optimizer's state, from a step on parameters without storage; None if it needs real ones."""
+    """Bytes of the optimizer's state, from a step on meta tensors; None if the optimizer needs real tensors."""
     if trainer.optimizer is not None:
         return None  # given by the user
     try:
@@ -133,7 +134,7 @@ def _mebibytes(count: int) -> str:
 
 
 def _describe_row(dataset: Any, tokenizer: Any, config: RelayConfig) -> list[str]:
-    """The first row: what stays visible, and what is masked and learned."""
+    """The first row, with its visible and its learned parts."""
     row = next(iter(dataset), None)
     if row is None or not {"input_ids", "labels"} <= set(row):
         return ["is made by the data collator, batch by batch"]
@@ -162,7 +163,7 @@ def _shorten(tokenizer: Any, tokens: list[int]) -> str:
 
 
 class _TimeTwoSteps(TrainerCallback):
-    """Ends the training after its second step, which is timed: the first one pays for everything that is made once."""
+    """Ends the training after its second step and times this step: the first one includes one-time costs."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -175,10 +176,6 @@ class _TimeTwoSteps(TrainerCallback):
         _wait()
         self.seconds += time.perf_counter()
         control.should_training_stop = control.should_training_stop or state.global_step >= 2
-        control.should_log = control.should_evaluate = control.should_save = False
-
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        control.should_log = control.should_evaluate = control.should_save = False
 
 
 def _wait() -> None:
@@ -187,17 +184,19 @@ def _wait() -> None:
 
 
 def time_two_steps(trainer: Trainer) -> str:
-    """Trains two steps, of which nothing is saved, and says how long all of them would take.
+    """Trains two steps without saving anything; returns a line with the estimated time of the whole training.
 
-    The trainer is used up: its weights have moved.
+    The trainer cannot be used afterwards: its weights have changed.
     """
     timer = _TimeTwoSteps()
     trainer.add_callback(timer)
-    trainer.args.load_best_model_at_end = False
+    args = trainer.args
+    args.load_best_model_at_end = False
+    args.logging_strategy = args.eval_strategy = args.save_strategy = IntervalStrategy.NO
     trainer.train()
     minutes = timer.seconds * trainer.state.max_steps / 60
     text = f"{timer.seconds:.2f} s for a step, measured here: {minutes:,.1f} min for {trainer.state.max_steps:,} steps"
     text += " like it, without evaluation and saving"
-    if trainer.args.device.type == "cuda":
+    if args.device.type == "cuda":
         text += f"; {_mebibytes(torch.cuda.max_memory_allocated())} at most, activations included"
     return "\n".join(_lines("time", [text]))

@@ -1,4 +1,4 @@
-"""Where data sets are read: `SFTTrainer` prepares them, each is checked before and after."""
+"""Prepares data sets with `SFTTrainer`, and checks each one before and after."""
 
 from typing import Any
 
@@ -9,31 +9,27 @@ from trl import SFTConfig, SFTTrainer
 from ...modeling import RelayConfig
 from .checks import check_prepared, check_rows, read_source, warn_of_dropped_rows
 
-# What `SFTTrainer` calls a data set -> what messages call it; of evaluation sets in a dictionary, the key.
-NAMES = {"train": "training set"}
-
 
 def check_sources(args: SFTConfig, others: dict[str, Any]) -> None:
-    """Looks at the first rows of all data sets, which `SFTTrainer` needs before it prepares them.
+    """Checks the first row of each data set, because `SFTTrainer` reads it before it prepares the data set.
 
     Args:
         args: training arguments.
         others: the other arguments of `SFTTrainer`.
 
     Raises:
-        ValueError: those of `read_source`.
+        ValueError: `read_source` refuses a data set.
     """
     evaluated = others.get("eval_dataset")
     named = evaluated if isinstance(evaluated, dict) else {} if evaluated is None else {"eval": evaluated}
-    sources = {"training set": others.get("train_dataset"), **{_name(key): value for key, value in named.items()}}
-    for name, dataset in sources.items():
-        read_source(dataset, name, args, others.get("processing_class"), others.get("formatting_func"))
+    for key, dataset in {"train": others.get("train_dataset"), **named}.items():
+        read_source(dataset, _name(key), args, others.get("processing_class"), others.get("formatting_func"))
 
 
 class DataCheckingTrainer(SFTTrainer):
     """Checks the rows of all data sets, whether they come with the trainer or with a call of `evaluate`.
 
-    The one method that all data sets pass has an underscore; `tests/trainers/test_bad_input.py` fails if it moves.
+    The only method that all data sets pass through is private; `tests/trainers/test_bad_input.py` fails if it moves.
     """
 
     relay_config: RelayConfig
@@ -62,4 +58,5 @@ class DataCheckingTrainer(SFTTrainer):
 
 
 def _name(key: str) -> str:
-    return NAMES.get(key, f"data set `{key}`")
+    """What messages call a data set; `key` is what `SFTTrainer` calls it, or the key of an evaluation set."""
+    return "training set" if key == "train" else f"data set `{key}`"

@@ -1,11 +1,11 @@
 """Denoising steps on training text, differentiated in windows. `denoiser.py` computes a single step.
 
-Legend: B rows, L positions, N masked positions, K steps.
+Legend: B rows, L positions, S positions of a block, N masked positions, K steps.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,25 +17,19 @@ from .rows import RolloutRows
 
 NOISE_BINS = 4
 Carry = Literal["gradient", "state", "prediction", "nothing"]
-
-
-class Advance(Protocol):
-    """What changes between two steps."""
-
-    def __call__(self, rows: RolloutRows, confidence: Tensor) -> RolloutRows:
-        """Rows after a step, given the (B, L) probability of the best token at masked positions."""
-        ...
+# Changes the masks after a step, given the rows and the (B, L) probability of the best token at masked positions.
+Advance = Callable[[RolloutRows, Tensor], RolloutRows]
 
 
 @dataclass(frozen=True)
 class Reveal:
-    """Ground truth is revealed where decoding would reveal its own token (teacher forcing).
+    """Reveals the true token where decoding would reveal its own token (teacher forcing).
 
     Args:
-        policy: the rule; it decides for each block by itself.
-        block_size: of the model.
-        sub_block_size: only the first such part of a block that holds a mask takes part, as in decoding (the
-            published code calls this "decode_aligned"); None = the whole block does.
+        policy: the reveal rule; it decides for each block separately.
+        block_size: block size of the model; None = a row is one block.
+        sub_block_size: only the first sub-block of this size that holds a mask takes part, as in decoding (the
+            published code calls this "decode_aligned"); None = the whole block takes part.
     """
 
     policy: UnmaskingPolicy
@@ -59,7 +53,7 @@ def complement(rows: RolloutRows, confidence: Tensor) -> RolloutRows:
 
 
 def stay(rows: RolloutRows, confidence: Tensor) -> RolloutRows:
-    """Changes nothing, after a last step."""
+    """Changes nothing; used after the last step."""
     return rows
 
 
@@ -67,13 +61,13 @@ def loss_by_noise(token_losses: Tensor, rows: RolloutRows, block_size: int | Non
     """Sums the losses of positions at comparable noise, without waiting for the device.
 
     Args:
-        token_losses: (N,) of the masked positions, row by row.
-        rows: as they were when the losses were computed.
-        block_size: of the model; None = a row is one block.
+        token_losses: (N,) losses of the masked positions, row by row.
+        rows: the rows before the step that computed the losses.
+        block_size: block size of the model; None = a row is one block.
 
     Returns:
-        (2, 4): sum of losses, and number of positions, by the quarter of the learned positions of their block that is
-        masked.
+        (2, 4): sum of losses and number of positions, by the fraction of the learned positions of a block that is
+        masked: up to 25 %, 50 %, 75 % or all.
     """
     losses = torch.zeros(rows.masked.shape, device=token_losses.device).masked_scatter(
         rows.masked, token_losses.float()
@@ -85,7 +79,7 @@ def loss_by_noise(token_losses: Tensor, rows: RolloutRows, block_size: int | Non
 
 
 def _blocks(tensor: Tensor, block_size: int | None) -> Tensor:
-    """(B, L) as one row per block, the last of each row filled up with zeros."""
+    """(B, L) -> (blocks, S); zeros fill up the last block of each row."""
     width = block_size or tensor.shape[1]
     return F.pad(tensor, (0, -tensor.shape[1] % width)).view(-1, width)
 
@@ -107,14 +101,13 @@ class Rollout:
             gives each step the state that a first pass over the same rows makes, `"nothing"` carries no state.
         reduce_loss: the scalar loss of a step, from its (N,) losses and the rows before it.
         window: steps per window; None = K. The last window may be shorter.
-        reference: the denoiser of the model that makes that first pass; None = `denoiser` itself.
+        reference: the denoiser of the model that makes the first pass of `"prediction"`; None = `denoiser` itself.
 
     Attributes:
-        rows: as the last step left them, state detached.
-        step_losses: detached scalars, one for each step so far.
-        step_masked: (B, L) bool, what was masked in each step.
-        loss_by_noise: (2, 4), sum of the losses of positions, and their number, of all steps so far, by which quarter
-            of what is learned of their block was masked: up to 25 %, 50 %, 75 % or all.
+        rows: the rows as the last step left them, with a detached state.
+        step_losses: detached scalar loss of each step so far.
+        step_masked: for each step so far, the (B, L) bool positions that were masked.
+        loss_by_noise: (2, 4), the sum of the results of `loss_by_noise` over all steps so far.
     """
 
     def __init__(
@@ -173,5 +166,5 @@ class Rollout:
     def _predicted_state(self) -> Tensor:
         if self.reference is None:
             return self.denoiser.predicted_state(self.rows)
-        self.reference.begin_window(is_last=True)  # nothing of it is differentiated
+        self.reference.begin_window(is_last=True)  # the reference is not differentiated
         return self.reference.predicted_state(self.rows)
