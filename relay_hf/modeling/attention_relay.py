@@ -5,6 +5,7 @@ are counted in each row's own positions, so padding never moves a block border.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,9 +25,18 @@ def positions_of(attention_mask: Tensor) -> Tensor:
 
 
 def new_positions(attention_mask: Tensor | None, cached: int, length: int, device: torch.device) -> Tensor:
-    """Positions of the `length` tokens behind `cached` ones: (B, L), or (1, L) if there is no padding."""
-    if attention_mask is None:
+    """Positions of the `length` tokens behind `cached` ones: (B, L), or (1, L) if no (B, K) mask is given.
+
+    Raises:
+        ValueError: a mask covers another number of positions.
+    """
+    if attention_mask is None or attention_mask.ndim != 2:
         return torch.arange(cached, cached + length, device=device)[None]
+    if attention_mask.shape[-1] != cached + length:
+        raise ValueError(
+            f"`attention_mask` covers {attention_mask.shape[-1]} positions, but there are {cached} cached and {length} "
+            "new ones: pass the mask of both."
+        )
     return positions_of(attention_mask)[:, -length:]
 
 
@@ -40,17 +50,17 @@ def block_attention_mask(
     """The attention pattern of block diffusion: a position sees its own block and every block before it.
 
     Args:
-        config: the backbone's configuration (it names the attention implementation).
+        config: configuration of the backbone, which names the attention implementation.
         embeds: (B, L, D).
         attention_mask: (B, K) with 0 at padding; or a prepared 4-D mask, which is returned as it is; or None.
-        prefix: P positions that the new ones see, a whole number of blocks.
-        block_size: None = one block, everything sees everything.
+        prefix: the P positions before the new ones, a whole number of blocks.
+        block_size: positions of a block; None = one block, in which every position sees every other.
 
     Returns:
-        What the attention implementation takes; None means "no mask", that is full attention.
+        A mask in the form that the attention implementation takes; None = no mask, that is, full attention.
 
     Raises:
-        ValueError: the attention implementation takes no such pattern.
+        ValueError: transformers makes no such mask for the attention implementation.
     """
     check_attention(config._attn_implementation)
     if attention_mask is not None and len(attention_mask.shape) == 4:
@@ -74,6 +84,38 @@ def block_attention_mask(
     )
 
 
+@dataclass
+class BlockAttention:
+    """Attention masks of the forwards over one block of padded rows; each is prepared once, because to prepare one,
+    transformers waits for the device.
+
+    Args:
+        model: the `RelayForMaskedDiffusion`.
+        visible: (B, K) bool, False at padding, up to the end of the block; None = there is no padding.
+        prepared: masks of all rows, by the number of positions that a forward runs.
+    """
+
+    model: Any
+    visible: Tensor | None
+    prepared: dict[int, Any] = field(default_factory=dict)
+
+    def mask(self, prefix: Prefix, length: int, rows: Tensor | None) -> Any:
+        """The mask of a forward over `length` positions behind a prefix, of all rows or of the (n,) given ones."""
+        if self.visible is None:
+            return None
+        if length not in self.prepared:
+            self.prepared[length] = self._prepare(self.visible, prefix, length)
+        mask = self.prepared[length]
+        if mask is None or rows is None:
+            return mask
+        # Flex attention's masks are functions of a row's number, and cannot be indexed.
+        return mask[rows] if isinstance(mask, Tensor) else self._prepare(self.visible[rows], prefix, length)
+
+    def _prepare(self, visible: Tensor, prefix: Prefix, length: int) -> Any:
+        like = torch.empty(len(visible), length, 0, dtype=self.model.dtype, device=visible.device)
+        return block_attention_mask(self.model.model.config, like, visible, prefix, self.model.config.block_size)
+
+
 def _no_later_block(blocks: Tensor) -> Callable[..., Tensor]:
     """Mask function of transformers that hides every block behind a position's own; (B, K) block of every position."""
 
@@ -84,18 +126,18 @@ def _no_later_block(blocks: Tensor) -> Callable[..., Tensor]:
 
 
 def full_attention(embeds: Tensor) -> Tensor:
-    """Stands for "no mask" on its way through a backbone, which would make a causal mask of None; (1, 1, 0, 0)."""
+    """A mask, (1, 1, 0, 0), that means "no mask" inside a backbone, which would replace None by a causal mask."""
     return embeds.new_empty(1, 1, 0, 0)
 
 
 def attend_without_causality(backbone: nn.Module) -> None:
-    """Lets the layers of a backbone attend as the mask that they are given says, and fully if it is `full_attention`.
+    """Makes the layers of a backbone follow the given mask alone; `full_attention` means that there is none.
 
-    This is set up once, and kept by the layers. The argument `is_causal=False` of a backbone's forward would be written
-    to its configuration for the length of the forward, where other threads read and restore it.
+    The layers keep this setting. The argument `is_causal=False` of a backbone's forward would be written to its
+    configuration for the length of the forward, where other threads read and restore it.
     """
     for module in backbone.modules():
-        # What kernels go by when there is no mask; a module without it counts as causal.
+        # Kernels read it when there is no mask; a module without it counts as causal.
         vars(module)["is_causal"] = False
         if isinstance(module, GradientCheckpointingLayer):
             module.register_forward_pre_hook(_drop_full_attention, with_kwargs=True)
@@ -116,8 +158,8 @@ def align_to_positions(
     Args:
         raw: (B, L, D) outputs in the order of the network.
         position_ids: (B or 1, L). Position 0 has nothing before it and keeps its own output, as in Fast-dLLM v2.
-        before: (B, 1 or L, D) output of the position before each one whose predecessor is not in the column before,
-            for instance because it is cached. None: such positions keep their own output.
+        before: (B, 1 or L, D) outputs of the predecessors that are not in the column before, for instance because
+            they are cached. None: positions with such a predecessor keep their own output.
         takes_before: (B, L) bool, positions that use `before` although their predecessor is in the column before.
 
     Returns:

@@ -220,6 +220,28 @@ class RelayCache(DynamicCache):
             is_one_block=True,
         )
 
+    def keep_shared(self, tokens: Tensor, block: int, recommitted: int) -> int:
+        """Crops the text of the only row to the whole blocks that it shares with another text.
+
+        Args:
+            tokens: (1, L) the other text.
+            block: positions of a block.
+            recommitted: how many shared positions to forget as well whenever something is cropped.
+
+        Returns:
+            Positions that are kept.
+        """
+        cached = self.get_seq_length()
+        if self.tokens is None:
+            return 0
+        length = min(cached, tokens.shape[1])
+        is_same = self.tokens[0, :length] == tokens[0, :length]
+        shared = int(is_same.long().cumprod(0).sum()) // block * block
+        if shared < cached:
+            shared = max(shared - recommitted, 0)
+            self.crop(shared - cached)
+        return shared
+
     def commit(self, prefix: Prefix, input_ids: Tensor) -> None:
         """Commits the first positions of a forward over all rows, and forgets the block in work.
 

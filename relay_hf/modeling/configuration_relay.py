@@ -12,7 +12,7 @@ from .loading_backbones_relay import check_backbone
 from .loading_families_relay import foreign_config_to_relay
 from .versions_relay import BackboneHolderConfig
 
-# Fields of a backbone that count something it cannot be without.
+# Fields of a backbone that must be at least 1.
 COUNTS = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
           "num_key_value_heads", "max_position_embeddings"}  # fmt: skip
 
@@ -32,10 +32,11 @@ class RelayConfig(BackboneHolderConfig):
             its logits and states are position-aligned either way.
         tie_word_embeddings: share the embedding and the head; `None` follows `text_config`.
         relay_channel: what is carried from one denoising step to the next. `"none"`: nothing. `"layer_norm"`: a hidden
-            state, added to the embeddings through a LayerNorm (Relay). `"residual_context"`: the mean embedding of what
-            was predicted, the more the less sure (RCD, arXiv 2601.22954). `"soft_mask"`: that of the best predictions,
-            the more the surer (arXiv 2510.17206). Or the name of a channel of yours, see `register_channel`. The fields
-            below that speak of a hidden state or a LayerNorm are those of `"layer_norm"` alone.
+            state, added to the embeddings through a LayerNorm (Relay). `"residual_context"`: the expected embedding
+            under the prediction, weighted by its normalised entropy (RCD, arXiv 2601.22954). `"soft_mask"`: the expected
+            embedding of the best predictions, weighted by their certainty (arXiv 2510.17206). Or the name of a channel
+            that was added by `register_channel`. The fields about a hidden state or a LayerNorm concern `"layer_norm"`
+            alone.
         relay_layer: decoder layer whose output is carried; negative counts from the end, -1 = last.
         relay_readout: `"post_norm"` carries the output of the final norm (needs the last layer), `"pre_norm"` the raw
             residual stream.
@@ -44,11 +45,11 @@ class RelayConfig(BackboneHolderConfig):
         relay_initial_state: state of the first denoising step, in training and in decoding alike. `"zeros"`: the
             channel applied to zeros. `"none"`: nothing is added; `"soft_mask"` has no other.
         relay_norm_eps: epsilon of the channel's LayerNorm.
-        relay_temperature: of the distribution whose entropy weighs the residual, with `"residual_context"`.
+        relay_temperature: temperature of the distribution whose entropy is the weight in `"residual_context"`.
         relay_top_k: number of predictions that `"soft_mask"` mixes.
-        relay_options: what a registered channel needs to know beside these fields, by the names that it declares.
-        generation_defaults: options of block diffusion that `generate` has other defaults for, such as those of the
-            family that a checkpoint is from; `generation_config` goes first.
+        relay_options: options that a registered channel declares, by their names.
+        generation_defaults: defaults of `generate` for options of block diffusion, where they differ from those of
+            `DecodingOptions`, as in checkpoints of other families; `generation_config` takes precedence.
 
     Raises:
         ValueError: a field has a value that no model can be built from.
@@ -57,7 +58,7 @@ class RelayConfig(BackboneHolderConfig):
     model_type = "relay"
     keys_to_ignore_at_inference = ["cache", "relay_state", "inputs_embeds"]
 
-    text_config: Any = None  # given as configuration, dictionary or None; a configuration from then on
+    text_config: Any = None  # configuration, dictionary or None; a configuration after `__init__`
     block_size: int | None = 32
     mask_token_id: int | None = None
     token_shift: bool = False
@@ -77,15 +78,13 @@ class RelayConfig(BackboneHolderConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         misspelled = sorted(name for name in kwargs if name.startswith("relay_"))
         if misspelled:
-            raise ValueError(
-                f"Unknown relay option(s) {misspelled}: check the spelling against RelayConfig's arguments."
-            )
+            raise ValueError(f"Unknown relay option(s) {misspelled}: compare the arguments of `RelayConfig`.")
         if isinstance(self.text_config, PreTrainedConfig):
-            self.text_config = copy.deepcopy(self.text_config)  # the caller's stays as it is
+            self.text_config = copy.deepcopy(self.text_config)  # the caller's is not changed
         super().__post_init__(**kwargs)
         # The pattern of block diffusion is neither causal nor not; transformers would write to it in every forward.
         vars(self.text_config).pop("is_causal", None)
-        # First: what follows reads fields that every supported backbone has.
+        # First, because the following lines read fields that every supported backbone has.
         self.validate_backbone()
         self.validate_numbers()
         if self.tie_word_embeddings is None:
@@ -95,7 +94,7 @@ class RelayConfig(BackboneHolderConfig):
         if self.relay_readout == "pre_norm":
             # Otherwise transformers reports the final norm's output in place of the last layer's.
             self.text_config.tie_last_hidden_states = False
-        # The strict dataclass runs `validate_*` too, but wraps what they raise: run here, users see a plain ValueError.
+        # The strict dataclass runs `validate_*` too, but wraps their errors: run here, users see a plain ValueError.
         self.validate_mask_token()
         self.validate_block()
         self.validate_relay_layer()
@@ -121,14 +120,11 @@ class RelayConfig(BackboneHolderConfig):
 
     def validate_block(self) -> None:
         if self.block_size is not None and self.block_size < 1:
+            raise ValueError(f"`block_size={self.block_size}` must be at least 1; `None` makes one block of the whole.")
+        if self.block_size is not None and isinstance(self.positions, int) and self.block_size > self.positions:
             raise ValueError(
-                f"`block_size={self.block_size}` must be at least 1; use `None` to denoise the whole sequence at once."
-            )
-        positions = getattr(self.text_config, "max_position_embeddings", None)
-        if self.block_size is not None and isinstance(positions, int) and self.block_size > positions:
-            raise ValueError(
-                f"`block_size={self.block_size}` exceeds the {positions} positions of the backbone: choose a smaller "
-                "one, or `None` to denoise the whole sequence at once."
+                f"`block_size={self.block_size}` exceeds the {self.positions} positions of the backbone: choose a "
+                "smaller one, or `None` to denoise the whole sequence at once."
             )
 
     def validate_relay_layer(self) -> None:
@@ -158,16 +154,16 @@ class RelayConfig(BackboneHolderConfig):
 
     @property
     def channel_class(self) -> type[Channel]:
-        """The class that `relay_channel` names.
+        """The class that is registered under the name `relay_channel`.
 
         Raises:
-            ValueError: no class has been registered under that name.
+            ValueError: no class is.
         """
         return CHANNELS.find(self.relay_channel)
 
     @property
     def relay_state_width(self) -> int:
-        """Numbers of state per position; 0 if nothing is carried."""
+        """W, numbers of relay state per position; 0 if nothing is carried."""
         return self.channel_class.state_width(self)
 
     @property
@@ -183,15 +179,7 @@ class RelayConfig(BackboneHolderConfig):
             text_config: the backbone, by default Qwen2.
             overrides: any other argument of `RelayConfig`, for instance `mask_token_id` (default: 151665).
         """
-        preset: dict[str, Any] = {
-            "block_size": 32,
-            "mask_token_id": 151665,
-            "token_shift": True,
-            "relay_scope": "masked",
-            "relay_init": "zeros",
-            "relay_readout": "post_norm",
-            "relay_norm_eps": 1e-6,
-        }
+        preset: dict[str, Any] = {"mask_token_id": 151665, "token_shift": True, "relay_norm_eps": 1e-6}
         return cls(text_config=text_config, **{**preset, **overrides})
 
     @classmethod
@@ -200,23 +188,16 @@ class RelayConfig(BackboneHolderConfig):
 
         Args:
             text_config: the backbone, by default Qwen2.
-            overrides: any other argument of `RelayConfig`; `mask_token_id` is that of your tokenizer.
+            overrides: any other argument of `RelayConfig`, for instance the `mask_token_id` of your tokenizer.
         """
-        preset: dict[str, Any] = {
-            "block_size": None,
-            "token_shift": False,
-            "relay_scope": "all",
-            "relay_init": "ones",
-            "relay_readout": "pre_norm",
-            "relay_norm_eps": 1e-5,
-        }
+        preset = {"block_size": None, "relay_scope": "all", "relay_init": "ones", "relay_readout": "pre_norm"}
         return cls(text_config=text_config, **{**preset, **overrides})
 
     @classmethod
     def get_config_dict(
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Reads `config.json`; what plain decoders and other diffusion models say there is translated."""
+        """Reads `config.json`; the files of plain decoders and other diffusion models are translated."""
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if config_dict and config_dict.get("model_type") != cls.model_type:
             config_dict = foreign_config_to_relay(config_dict)
@@ -224,9 +205,9 @@ class RelayConfig(BackboneHolderConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Builds the configuration; relay options among the keyword arguments replace what the file says.
+        """Builds the configuration; relay options among the keyword arguments replace those of the file.
 
-        The Auto classes end here too. Fields move into the dictionary, so that they are validated and act together.
+        The Auto classes call it too. The options enter the dictionary first, so that they are validated together.
         """
         fields = {name: kwargs.pop(name) for name in RELAY_FIELDS & kwargs.keys()}
         return super().from_dict({**config_dict, **fields}, **kwargs)
@@ -236,7 +217,7 @@ RELAY_FIELDS = frozenset(RelayConfig.__annotations__) - {"text_config"}
 
 
 def check_same_tokens(config: RelayConfig, reference: Any) -> None:
-    """Raise if a reference model's predictions are of other tokens or blocks; its width and family may differ.
+    """Raise a ValueError if a reference model predicts other tokens or blocks; its width and family may differ.
 
     Args:
         config: configuration of the model that receives the predictions.

@@ -1,4 +1,4 @@
-"""The block decoder: prefill, then per block denoise until it is known, and commit; rows leave as they end.
+"""The block decoder: prefill the prompt, then denoise and commit one block after the other; rows leave as they end.
 
 Legend: B rows still being decoded, n of them that take part in a forward, W columns of the grid, S positions of a
 block, s of a part of it, N positions that a step scores.
@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention_relay import block_attention_mask
+from .attention_relay import BlockAttention
 from .cache_relay import RelayCache, rows_of
 from .generation_grid_relay import DecodingGrid, RevealRecorder
 from .generation_options_relay import DecodingOptions
 from .generation_shortcuts_relay import Part, SubBlockCache, state_of_part
 from .generation_start_relay import RelayStart
 from .generation_stopping_relay import Stopping
-from .generation_tokens_relay import Choice, TokenChooser, uniform_numbers
+from .generation_tokens_relay import Choice, TokenChooser, other_than_mask, uniform_numbers
 from .outputs_relay import RelayGenerateOutput
-from .prefix_relay import Prefix, denoise
+from .prefix_relay import denoise
 from .unmasking_relay import Progress, in_earliest_sub_block, sub_blocks_of
 
 
@@ -28,13 +28,13 @@ class Block:
     """The block in work.
 
     Args:
-        columns: of the grid.
-        masks_at_begin: (B,) how many of each row's positions were masked, at least 1.
-        sub_block: (B,) long, the sub-block that each row's last step was about.
-        progress: of each row in its sub-block.
-        shortcut: which part of the block a forward may leave out; None = it runs all of it.
-        is_new: no forward has run it yet.
-        attention: prepared masks by the length of the forward.
+        columns: the block's columns in the grid.
+        masks_at_begin: (B,) number of each row's positions that were masked, at least 1.
+        sub_block: (B,) long, number of the sub-block that each row's last step was about.
+        progress: each row's steps within its sub-block.
+        shortcut: decides which forwards run a part of the block only; None = all of them run the whole block.
+        attention: attention masks of the block's forwards.
+        is_new: no forward has run the block yet.
     """
 
     columns: slice
@@ -42,8 +42,8 @@ class Block:
     sub_block: Tensor
     progress: Progress
     shortcut: SubBlockCache | None
+    attention: BlockAttention
     is_new: bool = True
-    attention: dict[int, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -51,10 +51,10 @@ class Forward:
     """One denoise forward, before it runs.
 
     Args:
-        rows: (n,) that it runs; None = all.
-        part: (n, s) positions of the block that it runs; None = all.
-        where: (N,) rows and (N,) positions of the block that it scores.
-        scored: the same, counted among what it runs.
+        rows: (n,) rows that the forward runs; None = all.
+        part: (n, s) positions of the block that the forward runs; None = all.
+        where: (N,) rows and (N,) positions of the block that the forward scores.
+        scored: the same positions, counted among the rows and positions that the forward runs.
     """
 
     rows: Tensor | None
@@ -68,18 +68,16 @@ class Step:
     """One denoise step of all rows: one forward, or two if some rows need their whole block and others do not.
 
     Args:
-        tokens: (B, S) of the block, before it.
-        masked: (B, S) bool, which of each row's own positions are.
-        candidates: (B, S) bool, those of them that it scores.
-        certain: (B, S) bool, those that it reveals whatever the policy says of the others.
-        active: (B,) bool, rows that take part.
-        sub_block: (B,) long, which one each row's candidates are in.
-        begins: (B,) long, position of the block at which that begins; negative if the block cuts it off.
-        progress: of each row in its sub-block.
-        forwards: of the step, none if the block is known.
+        masked: (B, S) bool, masked positions of the rows' own texts.
+        candidates: (B, S) bool, masked positions that the step scores.
+        certain: (B, S) bool, candidates that the step reveals without asking the policy.
+        active: (B,) bool, rows that take part in the step.
+        sub_block: (B,) long, number of the sub-block that each row's candidates are in.
+        begins: (B,) long, position of the block at which that sub-block begins; negative if the block cuts it off.
+        progress: each row's steps within its sub-block, before this one.
+        forwards: the forwards to run, none if the block is complete.
     """
 
-    tokens: Tensor
     masked: Tensor
     candidates: Tensor
     certain: Tensor
@@ -90,47 +88,38 @@ class Step:
     forwards: list[Forward] = field(default_factory=list)
 
 
+@dataclass
 class BlockDecoder:
     """Decodes one batch; made anew by every `generate`.
 
     Args:
-        model: called as `model(input_ids, ...)`, plus its head and its initial relay state.
-        cache: empty, or of an earlier turn of the only row's conversation; filled while decoding.
-        grid: the rows.
-        options: of one `generate`.
-        chooser: which token to reveal at a position.
-        seeds: (B,) long, of the random numbers that a row's tokens are drawn with.
-        start: makes the state of each block's first step; None = the model's initial one.
+        model: the `RelayForMaskedDiffusion`.
+        cache: empty, or the cache of an earlier turn of the only row's conversation; filled while decoding.
+        grid: the rows of the batch, side by side.
+        options: options of this `generate`.
+        chooser: chooses the token of each scored position.
+        seeds: (B,) long, seeds of the random numbers that a row's tokens are drawn with.
+        start: writes the state of each block's first step; None = the model's initial state.
         stopping: ends rows.
-        streamer: gets drafts (if it can) and finished blocks of the only row.
+        streamer: receives the finished blocks of the only row, and drafts if it has a method `put_draft`.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        cache: RelayCache,
-        grid: DecodingGrid,
-        options: DecodingOptions,
-        *,
-        chooser: TokenChooser,
-        seeds: Tensor,
-        start: RelayStart | None,
-        stopping: Stopping,
-        streamer: Any,
-    ) -> None:
-        self.model = model
-        self.cache = cache
-        self.grid = grid
-        self.options = options
-        self.chooser = chooser
-        self.seeds = seeds
-        self.start = start
-        self.stopping = stopping
-        self.streamer = streamer
-        self.mask_token_id: int = model.config.mask_token_id
-        self.token_shift: bool = model.config.token_shift
-        self.is_canvas = model.config.block_size is None
-        self.recorder = RevealRecorder(grid.tokens) if options.output_history else None
+    model: Any
+    cache: RelayCache
+    grid: DecodingGrid
+    options: DecodingOptions
+    chooser: TokenChooser
+    seeds: Tensor
+    start: RelayStart | None
+    stopping: Stopping
+    streamer: Any
+
+    def __post_init__(self) -> None:
+        grid, config = self.grid, self.model.config
+        self.mask_token_id: int = config.mask_token_id
+        self.token_shift: bool = config.token_shift
+        self.is_canvas = config.block_size is None
+        self.recorder = RevealRecorder(grid.tokens) if self.options.output_history else None
         self.uncommitted = 0  # columns before the block that the next denoise forward commits
         # (B,) forwards of each row of the batch.
         self.denoise_forwards, self.commit_forwards, self.prefill_forwards, self.reference_forwards = torch.zeros(
@@ -142,8 +131,10 @@ class BlockDecoder:
         grid = self.grid
         begin, final_column = grid.prefix, grid.tokens.shape[1]
         self.cache.reserve(final_column)
-        # 1. Prefill: whole blocks of the prompts, as far as an earlier turn has not committed them.
-        if (known := self._reuse_committed()) < begin:
+        # 1. Prefill: the whole blocks of the prompts that an earlier turn has not committed.
+        # A token-shift model aligns the next block with the hidden state before it, which only a commit leaves.
+        recommitted = grid.width if self.token_shift else 0
+        if (known := self.cache.keep_shared(grid.tokens[:, :begin], grid.width, recommitted)) < begin:
             self._commit(known, begin)
             self.prefill_forwards += grid.starts > known
         if begin > 0:
@@ -152,14 +143,14 @@ class BlockDecoder:
             # 2. Denoise the block, step by step.
             columns = slice(begin, begin + grid.width)
             self._denoise(columns)
-            # 3. End rows, and let those go that have ended.
+            # 3. End rows, and drop the ended ones.
             self.stopping.apply(grid, columns)
             self._stream(columns)
             if (alive := grid.retire(columns.stop)) is not None and len(alive):
                 self.cache.batch_select_indices(alive)
             if columns.stop == final_column or len(grid.rows) == 0:
                 break
-            # 4. Commit it.
+            # 4. Commit the block.
             if self.options.fuse_commits:
                 self.uncommitted = grid.width
             else:
@@ -173,23 +164,8 @@ class BlockDecoder:
 
     # -- committed blocks -------------------------------------------------------------------------------------------
 
-    def _reuse_committed(self) -> int:
-        """How many columns of the grid the cache holds already; what it holds beyond the common text is dropped."""
-        cached = self.cache.get_seq_length()
-        if cached == 0:
-            return 0
-        width, length = self.grid.width, min(cached, self.grid.prefix)
-        is_same = self.cache.tokens[0, :length] == self.grid.tokens[0, :length]
-        shared = int(is_same.long().cumprod(0).sum()) // width * width
-        if shared < cached:
-            if self.token_shift:
-                # The next block is aligned with the hidden state before it, which only a commit leaves.
-                shared = max(shared - width, 0)
-            self.cache.crop(shared - cached)
-        return shared
-
     def _commit(self, begin: int, stop: int) -> None:
-        """Writes known columns to the cache, without any relay state."""
+        """Writes complete columns to the cache, without any relay state."""
         self.model(
             self.grid.tokens[:, begin:stop],
             attention_mask=self.grid.attention_mask(stop),
@@ -200,7 +176,7 @@ class BlockDecoder:
         )
 
     def _reveal_first(self, column: int) -> None:
-        """A token-shift model has already scored the first position of a block: at the end of the block before."""
+        """Reveals the first position of a block, which a token-shift model scored at the end of the block before."""
         grid, first = self.grid, slice(column, column + 1)
         is_masked = grid.tokens[:, first] == self.mask_token_id
         if not (self.token_shift and bool(is_masked.any())):
@@ -216,8 +192,7 @@ class BlockDecoder:
     def _denoise(self, columns: slice) -> None:
         """Reveals the block's positions step by step; ends rows that reach a stop token.
 
-        Every step reveals at least one position of every row that takes part, or brings it nearer to the end of its
-        policy's schedule; and at least one row takes part.
+        In every step at least one row takes part, and the policy reveals a position of it or ends its schedule later.
         """
         grid = self.grid
         nowhere = torch.full_like(grid.rows, torch.iinfo(torch.long).min)
@@ -227,6 +202,7 @@ class BlockDecoder:
             sub_block=nowhere,
             progress=Progress(torch.zeros_like(nowhere), torch.zeros_like(nowhere)),
             shortcut=SubBlockCache.of(self.options, self.model.config, nowhere),
+            attention=BlockAttention(self.model, grid.attention_mask(columns.stop)),
         )
         self.cache.write_relay_state(None)
         while (step := self._plan(block)).forwards:
@@ -237,12 +213,12 @@ class BlockDecoder:
         grid.end = torch.minimum(grid.end, self.stopping.first_stop_token(grid, columns) + 1)
 
     def _plan(self, block: Block) -> Step:
-        """Which positions to score next; the one place where a step waits for the device."""
+        """Plans which positions to score next; the one place where a step waits for the device."""
         grid, columns = self.grid, block.columns
         size = self.options.sub_block_size or grid.width
         masked = grid.masked(columns)
         column = torch.arange(columns.start, columns.stop, device=masked.device)  # (S,)
-        # Masks behind the row's end or its stop token are never worth a forward.
+        # Masks behind the row's end or its stop token need no forward.
         end = torch.minimum(grid.end, self.stopping.first_stop_token(grid, columns))
         needed = masked & (column < end[:, None])
         active = needed.any(-1)
@@ -250,7 +226,6 @@ class BlockDecoder:
         candidates = masked & in_earliest_sub_block(needed, sub_blocks) & active[:, None]
         sub_block = sub_blocks.gather(1, needed.long().argmax(-1, keepdim=True))[:, 0]  # (B,)
         step = Step(
-            tokens=grid.tokens[:, columns],
             masked=masked,
             candidates=candidates,
             certain=torch.zeros_like(candidates),
@@ -260,7 +235,7 @@ class BlockDecoder:
             progress=self._advance(block, active, sub_block, candidates.sum(-1)),
         )
         if self.token_shift and self.uncommitted:
-            # The block's first token is the commit's, not the policy's.
+            # The fused commit scores the block's first token, as a commit of its own would; the policy has no say.
             step.certain[:, 0] = candidates[:, 0]
         parts = [Part(active, None, active.sum())] if block.shortcut is None else block.shortcut.parts(step)
         numbers = [n for p in parts for n in (p.rows.sum(), (step.candidates & p.rows[:, None]).sum(), p.length)]
@@ -273,10 +248,16 @@ class BlockDecoder:
         return step
 
     def _advance(self, block: Block, active: Tensor, sub_block: Tensor, masks: Tensor) -> Progress:
-        """Counts each row's steps within its sub-block: (B,) bool and long, `masks` being how many it has there.
+        """Counts one more step of each active row; returns the progress before it.
 
-        The steps are for all positions of a block model's sub-block, as SDAR counts them, prompt or not; on a canvas
-        for those that were masked at its first step.
+        In a block model, the steps are for all positions of a sub-block, prompt included, as SDAR counts them; on a
+        canvas, for those that were masked at the sub-block's first step.
+
+        Args:
+            block: the block in work; its `sub_block` and `progress` are brought up to date.
+            active: (B,) bool, rows that take part in the step.
+            sub_block: (B,) long, sub-block that each row's step is about.
+            masks: (B,) long, masked positions of that sub-block.
         """
         is_new = active & (sub_block != block.sub_block)
         step, positions = block.progress
@@ -288,7 +269,7 @@ class BlockDecoder:
         return before
 
     def _forward_over(self, block: Block, step: Step, part: Part, takers: int, count: int, length: int) -> Forward:
-        """The forward over the part of `takers` rows, which scores `count` positions.
+        """Builds the forward over a part of `takers` rows, `length` positions long, which scores `count` positions.
 
         The numbers are passed in so that `nonzero_static` need not wait for the device.
         """
@@ -301,17 +282,17 @@ class BlockDecoder:
         if part.begins is None:
             return Forward(among, None, (rows, places), (scored, scored_places))
         run = rows_of(part.begins, among)[:, None] + torch.arange(length, device=rows.device)
-        # Where the block cuts the part off, its last position comes several times, each time the same.
+        # Where the block cuts the part off, the block's last position is repeated.
         run = run.clamp(min=0, max=self.grid.width - 1)
         return Forward(among, run, (rows, places), (scored, places - part.begins[rows]))
 
     def _forward(self, block: Block, forward: Forward, injects: bool = True) -> Tensor:
-        """Runs the network, commits the block before if that is due, and keeps the state for the next step.
+        """Runs the network, commits the block before if `fuse_commits` left it, and stores the state for the next step.
 
         Args:
             block: the block in work.
-            forward: what to run.
-            injects: let it receive the state of the forward before, or the initial one.
+            forward: the rows and positions to run and to score.
+            injects: inject the state of the forward before, or the initial state.
 
         Returns:
             (N, D) inputs of the head at the scored positions.
@@ -337,7 +318,7 @@ class BlockDecoder:
             (forward.scored[0], forward.scored[1] + before),
             receives=receives,
             leaves_state=self.options.use_relay,
-            attention_mask=grid.attention_mask(stop) if before else self._attention_mask(block, prefix, ids, rows),
+            attention_mask=grid.attention_mask(stop) if before else block.attention.mask(prefix, ids.shape[1], rows),
             position_ids=positions,
         )
         if before:
@@ -351,36 +332,17 @@ class BlockDecoder:
         return output.head_inputs
 
     def look(self, block: Block, step: Step) -> None:
-        """Runs the step's forward with nothing injected and nothing scored, only for the state that it leaves."""
+        """Runs a step's forward with nothing injected and nothing scored, for the state that it leaves."""
         nothing = step.forwards[0].where[0][:0]
         self._forward(block, replace(step.forwards[0], scored=(nothing, nothing)), injects=False)
 
     def _state(self, rows: Tensor | None, part: Tensor | None, count: int) -> Tensor | None:
-        """State that goes into a forward over `count` rows."""
+        """State to inject in a forward over `count` rows, or None."""
         if not self.options.use_relay:
             return None
         if self.cache.relay_state is None:
             return self.model.initial_relay_state(count, self.grid.width)
         return self.cache.read_relay_state(rows, part)
-
-    def _attention_mask(self, block: Block, prefix: Prefix, ids: Tensor, rows: Tensor | None) -> Any:
-        """The attention mask of a forward, prepared once per block: to do so, transformers waits for the device."""
-        visible, length = self.grid.attention_mask(block.columns.stop), ids.shape[1]
-        if visible is None:
-            return None
-        backbone, size = self.model.model.config, self.model.config.block_size
-
-        def prepare(visible: Tensor) -> Any:
-            like = torch.empty(len(visible), length, 0, dtype=self.model.dtype, device=visible.device)
-            return block_attention_mask(backbone, like, visible, prefix, size)
-
-        if length not in block.attention:
-            block.attention[length] = prepare(visible)
-        mask = block.attention[length]
-        if mask is None or rows is None:
-            return mask
-        # Flex attention's masks are functions of a row's number, and cannot be indexed.
-        return mask[rows] if isinstance(mask, Tensor) else prepare(visible[rows])
 
     # -- tokens -----------------------------------------------------------------------------------------------------
 
@@ -388,37 +350,32 @@ class BlockDecoder:
         """Scores N positions, and chooses their tokens.
 
         Args:
-            head_inputs: (N, D).
-            rows: (N,).
-            columns: (N,) or one for all.
+            head_inputs: (N, D) inputs of the head at the positions.
+            rows: (N,) rows of the positions.
+            columns: (N,) columns of the grid, or one for all.
             share_left: (B,) share of each row's block that is still masked.
         """
         grid = self.grid
         if not self.chooser.needs_logits:
             confidence, tokens = self.model.best_tokens(head_inputs)
-            return Choice(self._known(tokens), confidence, confidence)
+            return Choice(other_than_mask(tokens, self.mask_token_id), confidence, confidence)
         numbers = uniform_numbers(
             self.seeds[grid.rows[rows]], self.denoise_forwards[grid.rows[rows]], columns - grid.offset[rows]
         )
-        choice = self.chooser(self.model.lm_head(head_inputs), grid.tokens[rows], share_left[rows][:, None], numbers)
-        return choice._replace(tokens=self._known(choice.tokens))
-
-    def _known(self, tokens: Tensor) -> Tensor:
-        """Replaces [MASK], which comes first only if all scores are -inf or NaN; else the loop would not end."""
-        return tokens.where(tokens != self.mask_token_id, 1 if self.mask_token_id == 0 else 0)
+        return self.chooser(self.model.lm_head(head_inputs), grid.tokens[rows], share_left[rows][:, None], numbers)
 
     def _reveal(self, block: Block, step: Step, head_inputs: Tensor) -> None:
-        """Writes what the policy reveals, given the (N, D) inputs of the head at the scored positions."""
+        """Writes the tokens that the policy reveals, given the (N, D) inputs of the head at the scored positions."""
         grid, columns = self.grid, block.columns
         self.denoise_forwards[grid.rows] += step.active
         rows, places = (torch.cat(each) for each in zip(*[forward.where for forward in step.forwards], strict=True))
         share_left = step.masked.sum(-1) / block.masks_at_begin
         choice = self._choose(head_inputs, rows, columns.start + places, share_left)
-        nothing = torch.zeros(step.tokens.shape, device=step.tokens.device)
+        nothing = torch.zeros(step.masked.shape, device=step.masked.device)
         confidence, measure = (nothing.index_put((rows, places), n) for n in (choice.confidence, choice.measure))
         revealed = self.options.policy(measure, step.candidates & ~step.certain, step.progress) | step.certain
-        tokens = step.tokens.index_put((rows, places), choice.tokens)
-        grid.tokens[:, columns] = torch.where(revealed, tokens, step.tokens)
+        before = grid.tokens[:, columns]
+        grid.tokens[:, columns] = torch.where(revealed, before.index_put((rows, places), choice.tokens), before)
         if self.recorder is not None:
             self.recorder.record(grid.rows, columns, revealed, confidence, self.denoise_forwards[grid.rows])
         if hasattr(self.streamer, "put_draft"):

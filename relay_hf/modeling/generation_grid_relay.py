@@ -1,4 +1,4 @@
-"""The rows of a batch, side by side: where each begins and ends, what is known of it, and when it was revealed.
+"""The rows of a batch, side by side: their tokens, their ends, and when each token was revealed.
 
 Rows of different prompt lengths are decoded together, each from the block that its own prompt ends in. The grid is
 therefore aligned on that block border: row r is shifted right by `offset[r]` columns, so that column c holds its
@@ -19,14 +19,14 @@ from .outputs_relay import RelayGenerateHistory
 
 
 class DecodingGrid:
-    """Tokens of all rows, and the borders between their prompts, their new tokens and what is behind them.
+    """Tokens of all rows, with the borders between prompts, new tokens and what fills up the last block.
 
     Args:
         input_ids: (B, P) prompts, padded on any side.
         attention_mask: (B, P), 0 at padding.
-        new_tokens: appended to every row; 0 = only masks of a canvas are filled.
-        config: configuration of the model. What fills up the last block stops at its last position; text does not.
-        sub_block_size: on a canvas that text is appended to, sub-blocks begin with that text.
+        new_tokens: number of tokens to append to every row; 0 = only masks of a canvas are filled.
+        config: configuration of the model. The masks that fill up the last block stop at the model's last position.
+        sub_block_size: positions of a sub-block, or None; where text is appended to a canvas, sub-blocks begin with it.
 
     Raises:
         ValueError: a row is empty, a prompt of a block model holds [MASK], or there is nothing to fill in.
@@ -34,8 +34,8 @@ class DecodingGrid:
     Attributes:
         width: S, columns of a block.
         prefix: columns of the blocks before the one that each prompt ends in.
-        rows: (B,) where the rows that are still decoded stand in the batch.
-        tokens: (B, W) what is known of them.
+        rows: (B,) indices in the batch of the rows that are still decoded.
+        tokens: (B, W) tokens of these rows, [MASK] where none is revealed yet.
         visible: (B, W) bool, columns that hold a position of the row.
         offset: (B,) column of the row's position 0.
         prompt_end: (B,) column of the first new token.
@@ -99,11 +99,11 @@ class DecodingGrid:
         return (column - self.offset[:, None]).clamp(0, self.last_position) if self.is_padded else column
 
     def masked(self, columns: slice) -> Tensor:
-        """(B, S) bool, which of each row's own positions are masked in these columns."""
+        """(B, S) bool, masked positions of the rows' own texts in these columns."""
         return (self.tokens[:, columns] == self.mask_token_id) & self.visible[:, columns]
 
     def shown(self, columns: slice) -> Tensor:
-        """What a streamer gets of a block of the only row: its new tokens, or all of it if nothing is appended."""
+        """The tokens of the only row's block that a streamer gets: new ones, or all if nothing is appended."""
         first = max(columns.start, int(self.prompt_end[0])) if self.appends else columns.start
         return self.tokens[0, first : min(columns.stop, int(self.end[0]))].cpu()
 
@@ -115,7 +115,7 @@ class DecodingGrid:
         """Saves the rows, and drops those that end before column `stop`.
 
         Returns:
-            (n,) which rows stay, or None if all do.
+            (n,) indices of the rows that stay, or None if all do.
         """
         self.save_active_rows(stop)
         alive = (self.end > stop).nonzero()[:, 0]
@@ -130,8 +130,8 @@ class DecodingGrid:
 
         Args:
             grid: (B, W), one value for every column.
-            padding: (B, P), kept where the prompts are padded.
-            behind: written behind a row's saved tokens; one for all, or (B, 1).
+            padding: (B, P) values for the padding of the prompts.
+            behind: value behind a row's saved tokens; one for all, or (B, 1).
 
         Returns:
             (B, P + the most new tokens of any row).
@@ -148,7 +148,7 @@ class RevealRecorder:
     """Two numbers for every column of the decoder's grid, kept for all rows whether they still decode or not.
 
     Args:
-        tokens: (B, W) the grid of the batch as it was given; only its shape and device matter.
+        tokens: (B, W) the grid of the whole batch, of which only shape and device matter.
     """
 
     def __init__(self, tokens: Tensor) -> None:
@@ -161,18 +161,18 @@ class RevealRecorder:
         """Notes the reveals of one step.
 
         Args:
-            rows: (N,) where the rows that still decode stand in the batch.
-            columns: the S columns the step looked at.
-            revealed: (N, S) bool, positions whose token it fixed.
+            rows: (N,) indices in the batch of the rows that are still decoded.
+            columns: the S columns of the step's block.
+            revealed: (N, S) bool, positions that the step revealed.
             confidence: (N, S) fp32 probability of those tokens.
-            forward: (N,) each row's own number of the denoise forward; None for a prefill or commit, noted as 0.
+            forward: (N,) number of each row's own denoise forward; None for a prefill or commit, noted as 0.
         """
         at = torch.zeros_like(rows) if forward is None else forward
         self.revealed_at[rows, columns] = torch.where(revealed, at[:, None], self.revealed_at[rows, columns])
         self.confidence[rows, columns] = torch.where(revealed, confidence, self.confidence[rows, columns])
 
     def history(self, grid: DecodingGrid, denoise_forwards: Tensor) -> RelayGenerateHistory:
-        """What was noted, in the layout of the caller's prompts; `denoise_forwards`: (B,) of each row."""
+        """The recorded numbers in the layout of the caller's prompts; `denoise_forwards`: (B,), one count per row."""
         prompts = grid.prompts
         revealed_at = grid.as_given(self.revealed_at, torch.full_like(prompts, -1), -1)
         no_confidence = torch.zeros_like(prompts, dtype=torch.float32)
@@ -189,14 +189,11 @@ class RevealRecorder:
 def check_prompts(
     input_ids: Tensor, is_text: Tensor, new_tokens: int, block_size: int | None, mask_token_id: int
 ) -> None:
-    """Raises a ValueError if a row cannot be decoded; arguments of `DecodingGrid`."""
+    """Raise a ValueError if a row cannot be decoded; arguments of `DecodingGrid`."""
     if not bool(is_text.any(-1).all()):
         raise ValueError("A prompt is empty: give every row at least one token.")
     holds_masks = bool(((input_ids == mask_token_id) & is_text).any())
     if block_size is not None and holds_masks:
-        raise ValueError(
-            "The prompt holds [MASK] tokens, which a block model would read as text: only models with "
-            "`block_size=None` fill in a canvas."
-        )
+        raise ValueError("The prompt holds [MASK] tokens: only models with `block_size=None` fill in a canvas.")
     if block_size is None and new_tokens == 0 and not holds_masks:
         raise ValueError("The canvas has no [MASK] to fill in: put masks into it, or set `max_new_tokens`.")

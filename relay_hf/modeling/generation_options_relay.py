@@ -1,6 +1,6 @@
 """The options of block diffusion: names, types, defaults, meaning and refusals, all in `DecodingOptions`.
 
-A new option is a field of it, with a sentence in its docstring. Other parts of the library ask `option_names`.
+A new option is a new field, with a sentence in the docstring. Other parts of the library call `option_names`.
 """
 
 import math
@@ -48,25 +48,25 @@ class DecodingOptions:
         unmasking_order: the positions that `fixed_count` and `time_schedule` reveal first. `"confidence"`: those with
             the most probable token; `"entropy"`: the least entropy; `"margin"`: the greatest difference of the two
             best probabilities; `"left_to_right"`.
-        confidence_top_k: count only so many tokens of each distribution, the most probable ones, greedy or not.
+        confidence_top_k: keep only so many tokens of each distribution, the most probable ones, greedy or not.
         sub_block_size: positions of a block that are revealed before the next ones, left to right; `None` = the whole
             block. On a canvas that text is appended to, sub-blocks are counted from the end of each row's prompt.
         use_sub_block_cache: a forward at a sub-block's start computes the keys and values of the whole block, the
-            following ones pass only the sub-block through the network. Faster and an approximation: the rest of the
-            block does not see the tokens that they reveal. `"prefix"` passes the sub-block and the block's rest.
-        fuse_commits: commit a finished block in the first denoise forward of the next one, one forward fewer per block.
-            That forward sees [MASK] in place of a token-shift model's first token of the block.
+            following ones pass only the sub-block through the network. An approximation that is faster: the rest of the
+            block does not see the tokens that those forwards reveal. `"prefix"`: they pass the sub-block and the rest.
+        fuse_commits: commit a finished block in the first denoise forward of the next one: one forward fewer per block.
+            In a token-shift model, that forward sees [MASK] in place of the block's first token.
         use_relay: carry the relay state between denoising steps.
         relay_start: state of a block's first step. `None`: that of `config.relay_initial_state`; `"self"`: the state
             that one more denoise forward leaves, with nothing injected; `"reference"`: the predictions of another model
             of the same tokens and blocks, given as `reference_model`, for channels that read distributions.
         t_max, t_min: temperature at a block's first step, and the one to which it falls linearly as the block is
             revealed.
-        sampling_seeds: one number per returned row. A row draws the same tokens in any batch, on any device.
+        sampling_seeds: one number per returned row, with which it draws the same tokens in any batch, on any device.
         output_history: return, as `history`, which forward revealed which token (with `return_dict_in_generate=True`).
 
     Raises:
-        ValueError: an option is of a wrong type, out of range, or senseless together with another.
+        ValueError: an option has a wrong type, is out of range, or makes no sense together with another.
     """
 
     unmasking_policy: str = "confidence_threshold"
@@ -92,12 +92,12 @@ class DecodingOptions:
 
         Args:
             config: configuration of the model.
-            generation_config: the model's, completed, and with the caller's options in it.
+            generation_config: the options of this `generate`, those of block diffusion included.
             reference_model: the model for `relay_start="reference"`, or None.
 
         Raises:
-            ValueError: an option, or one of transformers, is of a wrong type, out of range, senseless together with
-                another or for the model, or without effect.
+            ValueError: an option, ours or one of transformers, has a wrong type, is out of range, has no effect, or
+                makes no sense for the model or together with another.
         """
         options = cls(**{option.name: getattr(generation_config, option.name) for option in fields(cls)})
         check_transformers_options(config, generation_config)
@@ -129,18 +129,17 @@ class DecodingOptions:
         """(B,) long, one per row; by default from torch's own generator, which `torch.manual_seed` sets.
 
         Raises:
-            ValueError: the option does not have one for every row.
+            ValueError: `sampling_seeds` has another number of seeds than rows.
         """
         if self.sampling_seeds is None:
             return torch.randint(2**62, (rows,))
         if len(self.sampling_seeds) != rows:
-            raise ValueError(
-                f"`sampling_seeds` has {len(self.sampling_seeds)} numbers for {rows} rows: give one per returned row."
-            )
+            count = len(self.sampling_seeds)
+            raise ValueError(f"`sampling_seeds` has {count} numbers for {rows} rows: give one per returned row.")
         return torch.tensor(self.sampling_seeds, dtype=torch.long)
 
     def __post_init__(self) -> None:
-        _ = self.policy  # refuses its own options
+        _ = self.policy  # raises if one of its options is invalid
         for option in fields(self):
             value, (accepted, sentence) = getattr(self, option.name), _TYPES.get(option.type, (None, ""))
             if accepted and (not isinstance(value, accepted) or isinstance(value, bool) != (accepted is bool)):
@@ -154,51 +153,40 @@ class DecodingOptions:
             )
         if best is not None and best < 2:
             # One token alone would be certain, and could be [MASK].
-            raise ValueError(
-                f"`confidence_top_k={best}` is not a whole number >= 2: give one, or `None` for all tokens."
-            )
-        self._check_start()
+            raise ValueError(f"`confidence_top_k={best}` is not a whole number >= 2: give one, or `None` for all.")
+        if self.relay_start is not None:
+            self._check_start()
         self._check_drawing()
 
     def _check_start(self) -> None:
         start = self.relay_start
-        if start is not None and not (isinstance(start, str) and start in STARTS):
+        if not isinstance(start, str) or start not in STARTS:
             raise ValueError(
                 f"`relay_start={start!r}` is unknown: choose one of {sorted(STARTS)}, or `None` for the "
                 "configuration's `relay_initial_state`."
             )
-        if start is not None and not self.use_relay:
+        if not self.use_relay:
             raise ValueError(f"`relay_start={start!r}` starts a state, but `use_relay=False`: leave one of them out.")
 
     def _check_drawing(self) -> None:
-        hottest, coldest, seeds = self.t_max, self.t_min, self.sampling_seeds
-        if seeds is not None and not (
-            isinstance(seeds, list) and all(type(seed) is int and -(2**63) <= seed < 2**63 for seed in seeds)
-        ):
-            raise ValueError(
-                f"`sampling_seeds={seeds!r}` is not a list of whole numbers of 64 bits: give one per returned row."
-            )
+        hottest, coldest, seeds = self.t_max, self.t_min, [] if self.sampling_seeds is None else self.sampling_seeds
+        if not isinstance(seeds, list) or not all(type(seed) is int and -(2**63) <= seed < 2**63 for seed in seeds):
+            raise ValueError(f"`sampling_seeds={seeds!r}` is not a list of 64-bit integers: give one per returned row.")
         if (hottest is None) != (coldest is None):
             raise ValueError("`t_max` and `t_min` are the two ends of one schedule: give both, or neither.")
         if hottest is not None and not math.inf > hottest >= coldest > 0:
             raise ValueError(f"`t_max={hottest}` and `t_min={coldest}` must be temperatures with t_max >= t_min > 0.")
 
     def _check_model(self, config: RelayConfig) -> None:
-        block_size, size, start, channel = (
-            config.block_size,
-            self.sub_block_size,
-            self.relay_start,
-            config.relay_channel,
-        )
+        block_size, channel = config.block_size, config.relay_channel
+        size, start = self.sub_block_size, self.relay_start
         if size is not None and (size < 1 or (block_size and block_size % size)):
             raise ValueError(
                 f"`sub_block_size={size}` does not divide the model's `block_size={block_size}`: choose a divisor, or "
                 "`None` for the whole block."
             )
         if self.fuse_commits and block_size is None:
-            raise ValueError(
-                "`fuse_commits=True` has no blocks to commit, the model has `block_size=None`: leave it out."
-            )
+            raise ValueError("`fuse_commits=True` has no blocks to commit with `block_size=None`: leave it out.")
         if start is not None and channel == "none":
             raise ValueError(f"`relay_start={start!r}` starts a state, but the model carries none: leave it out.")
         if start == "reference" and not CHANNELS[channel].reads_distribution:
@@ -222,37 +210,32 @@ class DecodingOptions:
         temperature = generation_config.temperature
         for name in ("t_max", "sampling_seeds"):
             if getattr(self, name) is not None and not generation_config.do_sample:
-                raise ValueError(
-                    f"`{name}` is about drawing tokens, but decoding is greedy: also set `do_sample=True`, or leave it "
-                    "out."
-                )
+                raise ValueError(f"`{name}` is about drawing tokens, but decoding is greedy: set `do_sample=True` too.")
         if self.t_max is not None and temperature not in (None, 1.0):
             raise ValueError(
                 f"`temperature={temperature}` and `t_max={self.t_max}` both set the temperature: give one."
             )
         if self.output_history and not generation_config.return_dict_in_generate:
-            raise ValueError(
-                "`output_history=True` has nowhere to go: also set `return_dict_in_generate=True`, and read `history`."
-            )
+            raise ValueError("`output_history=True` has nowhere to go: also set `return_dict_in_generate=True`.")
 
 
 def option_names(*subjects: Subject) -> tuple[str, ...]:
-    """Names of the options that are about one of the subjects.
+    """Names of the options that concern one of the subjects.
 
-    `"unmasking"`: which positions a step reveals, and what it passes through the network; `"drawing"`: how tokens are
-    drawn, which a task decides; `"result"`: what `generate` returns, beside the text.
+    `"unmasking"`: the positions that a step reveals and passes through the network; `"drawing"`: how tokens are drawn,
+    which a task decides; `"result"`: what `generate` returns beside the text.
     """
     return tuple(
         option.name for option in fields(DecodingOptions) if option.metadata.get("about", "unmasking") in subjects
     )
 
 
-# Makes decoding greedy whatever the model's own `generation_config` says of drawing tokens.
+# Options that make decoding greedy even if the model's own `generation_config` draws tokens.
 GREEDY: dict[str, Any] = {"do_sample": False, **dict.fromkeys(option_names("drawing"))}
 
 
 def default_options(config: RelayConfig) -> dict[str, Any]:
-    """The options of a model whose `generation_config` says nothing.
+    """The options of a model whose `generation_config` sets none.
 
     Raises:
         ValueError: the configuration's `generation_defaults` are not options of block diffusion.
@@ -269,7 +252,7 @@ def default_options(config: RelayConfig) -> dict[str, Any]:
 
 
 def complete_generation_config(config: RelayConfig, generation_config: GenerationConfig) -> None:
-    """Gives a generation config the options of block diffusion that it lacks, so that `generate` knows them.
+    """Adds the options of block diffusion that a generation config lacks, so that `generate` accepts them.
 
     The options of another family's file are translated first.
 
@@ -293,7 +276,7 @@ def complete_generation_config(config: RelayConfig, generation_config: Generatio
         if not hasattr(generation_config, name):
             setattr(generation_config, name, value)
     if generation_config.do_sample is None:
-        # Pipelines draw tokens unless a model says that it does not.
+        # Pipelines draw tokens unless the model's configuration forbids it.
         generation_config.do_sample = False
     # Else transformers would not read our fields back from `generation_config.json`.
     generation_config._from_model_config = False

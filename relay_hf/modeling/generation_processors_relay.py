@@ -7,18 +7,18 @@ from transformers.generation import RepetitionPenaltyLogitsProcessor, SequenceBi
 
 from .configuration_relay import RelayConfig
 
-# Those that follow the temperature in transformers' own order.
+# The warpers that follow the temperature in transformers' own order.
 AFTER_TEMPERATURE = (
     generation.EpsilonLogitsWarper, generation.EtaLogitsWarper, generation.LogitNormalization,
     generation.MinPLogitsWarper, generation.TopHLogitsWarper, generation.TopKLogitsWarper, generation.TopPLogitsWarper,
     generation.TypicalLogitsWarper,
 )  # fmt: skip
-# The only ones whose effect does not depend on the order in which tokens appear.
+# The only processors whose effect does not depend on the order in which tokens appear.
 ORDER_FREE_PROCESSORS = (
     *AFTER_TEMPERATURE, generation.InfNanRemoveLogitsProcessor, RepetitionPenaltyLogitsProcessor,
     generation.SuppressTokensLogitsProcessor, generation.TemperatureLogitsWarper,
 )  # fmt: skip
-# Options that would change nothing, and why.
+# Options that would change nothing, and the reason.
 WITHOUT_EFFECT = {
     "output_scores": "every position is scored many times",
     "output_logits": "every position is scored many times",
@@ -40,10 +40,9 @@ def drop_empty(generation_config: GenerationConfig) -> None:
 
 
 def check_counts(arguments: dict[str, Any]) -> None:
-    """Raise if a number of tokens or rows is none; transformers would compare it with others before it says so.
+    """Raise a ValueError if a number of tokens or rows is no whole number >= 0.
 
-    Raises:
-        ValueError: it is not a whole number >= 0.
+    transformers would first compare it with other numbers, and fail with an error that does not name it.
     """
     for name in ("max_new_tokens", "max_length", "num_return_sequences"):
         value = arguments.get(name)
@@ -52,25 +51,19 @@ def check_counts(arguments: dict[str, Any]) -> None:
 
 
 def check_transformers_options(config: RelayConfig, options: GenerationConfig) -> None:
-    """Raise if an option of transformers' own is out of range or has no effect.
+    """Raise a ValueError if an option of transformers' own is out of range or has no effect.
 
     Args:
         config: configuration of the model.
         options: all options of one `generate`.
-
-    Raises:
-        ValueError: an option is invalid.
     """
     if not isinstance(options.do_sample, bool):
         raise ValueError(f"`do_sample={options.do_sample!r}` must be True or False.")
     if options.use_cache is not None and not options.use_cache:
-        raise ValueError(
-            f"`use_cache={options.use_cache}` is not supported: the relay state lives in the cache; leave it on."
-        )
+        raise ValueError(f"`use_cache={options.use_cache}` is not supported: the cache holds the state; leave it on.")
     if isinstance(options.stop_strings, list | tuple) and "" in options.stop_strings:
-        raise ValueError(
-            f"`stop_strings={options.stop_strings!r}` holds an empty text, which every text contains: leave it out."
-        )
+        texts = options.stop_strings
+        raise ValueError(f"`stop_strings={texts!r}` holds an empty text, which every text contains: leave it out.")
     if options.num_return_sequences == 0:
         raise ValueError("`num_return_sequences=0` asks for nothing: give 1 or more.")
     if options.do_sample and isinstance(options.top_p, int | float) and options.top_p > 1:
@@ -96,7 +89,7 @@ def _check_special_tokens(config: RelayConfig, options: GenerationConfig) -> Non
 
 
 def fit_processors(processors: LogitsProcessorList) -> LogitsProcessorList:
-    """The processors as the block decoder calls them: a row per scored position, of any row of the batch.
+    """The processors in the form that the block decoder calls: each row of scores is one position, of any row.
 
     Raises:
         ValueError: a processor of transformers reads the order of tokens.
@@ -106,21 +99,17 @@ def fit_processors(processors: LogitsProcessorList) -> LogitsProcessorList:
         name = type(processor).__name__
         if isinstance(processor, SequenceBiasLogitsProcessor):
             if any(len(sequence) > 1 for sequence in processor.sequence_bias):
-                raise ValueError(
-                    f"{name} works on single tokens only, because block diffusion reveals tokens out of order: leave "
-                    "out sequences of several."
-                )
+                raise ValueError(f"{name} works on single tokens only, as order is free: leave out longer sequences.")
         elif isinstance(processor, RepetitionPenaltyLogitsProcessor):
             if isinstance(processor.prompt_ignore_length, int):
                 raise ValueError(f"{name} cannot ignore a part of the prompt: leave out `prompt_ignore_length`.")
-            # transformers gives it the padding of each row of the batch; the rows that it gets here have none.
+            # Without the padding of the batch's rows, which transformers gave it: each row of scores is one position.
             processor = RepetitionPenaltyLogitsProcessor(processor.penalty)
         elif type(processor).__module__.startswith("transformers.") and not isinstance(
             processor, ORDER_FREE_PROCESSORS
         ):
             raise ValueError(
-                f"{name} is not supported, because block diffusion reveals tokens out of order: remove the option "
-                "that adds it."
+                f"{name} is not supported, it reads an order of tokens: leave out the option that adds it."
             )
         fitted.append(processor)
     return fitted

@@ -1,7 +1,7 @@
 """`generate()` for masked diffusion, on transformers' own GenerationMixin.
 
-The mixin checks the options and hands over to the block decoder. It overrides underscored methods of GenerationMixin,
-which is how transformers itself specialises decoding; `tests/modeling/test_generation_contract.py` fails if they move.
+The mixin checks the options and calls the block decoder. It overrides underscored methods of GenerationMixin, as
+transformers itself specialises decoding; `tests/modeling/test_generation_contract.py` fails if these methods move.
 """
 
 import warnings
@@ -19,7 +19,7 @@ from .generation_blocks_relay import BlockDecoder
 from .generation_grid_relay import DecodingGrid
 from .generation_options_relay import DecodingOptions, complete_generation_config
 from .generation_processors_relay import check_counts, drop_empty
-from .generation_start_relay import make_start
+from .generation_start_relay import STARTS
 from .generation_stopping_relay import Stopping
 from .generation_tokens_relay import TokenChooser
 from .outputs_relay import RelayGenerateOutput
@@ -33,14 +33,14 @@ class RelayGenerationMixin(GenerationMixin):
     """Block diffusion decoding with the relay state in the cache.
 
     `generate` takes the options of `DecodingOptions` beside those of transformers; `model.generation_config` has their
-    defaults. `cache` of an earlier turn may be passed on for one conversation: blocks that both turns share are not
-    computed again. A model with `block_size=None` fills in the masks of the given canvas, and of `max_new_tokens` more
-    if asked for.
+    defaults. For one row, the `cache` of the conversation's last turn may be given: blocks that both turns share are
+    not computed again. A model with `block_size=None` fills in the masks of the given canvas, and of `max_new_tokens`
+    more positions if asked for.
     """
 
     @property
     def generation_config(self) -> GenerationConfig:
-        """Options of `generate` where the caller gives none; any that lacks those of block diffusion gets them."""
+        """Options of `generate` where the caller gives none; setting it adds the options of block diffusion."""
         return self._generation_config
 
     @generation_config.setter
@@ -58,24 +58,24 @@ class RelayGenerationMixin(GenerationMixin):
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         super()._validate_model_kwargs(model_kwargs)
-        # Two options of transformers come along; `DecodingOptions` refuses them.
+        # transformers passes on two of its options; `check_transformers_options` raises for them.
         taken = INPUTS | {"output_attentions", "output_hidden_states"}
         if unused := sorted(name for name, value in model_kwargs.items() if name not in taken and value is not None):
             raise ValueError(f"`generate` does not take {unused}: leave them out.")
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Raises ValueError: continuous batching (also `cache_implementation="paged"`) goes token by token."""
+        """Raises a ValueError: continuous batching (also `cache_implementation="paged"`) goes token by token."""
         raise ValueError("Continuous batching decodes left to right, which block diffusion does not: call `generate`.")
 
     @property
     def init_continuous_batching(self) -> Any:
-        """Absent, which is what transformers' server looks at before it batches continuously."""
+        """Raises an AttributeError, so that transformers' server, which looks for it, does not batch continuously."""
         raise AttributeError(f"{type(self).__name__} has no `init_continuous_batching`: call `generate`.")
 
     def _extract_generation_mode_kwargs(
         self, custom_generate: Any, kwargs: dict[str, Any], *args: Any, **others: Any
     ) -> dict[str, Any]:
-        """Takes out the reference model, as transformers does other models: it is no argument of `forward`."""
+        """Takes out the reference model, which is no argument of `forward`, as transformers takes out other models."""
         taken = super()._extract_generation_mode_kwargs(custom_generate, kwargs, *args, **others)
         reference = kwargs.pop("reference_model", None)
         return taken if reference is None else {**taken, "reference_model": reference}
@@ -94,7 +94,7 @@ class RelayGenerationMixin(GenerationMixin):
         if generation_mode_kwargs.get("synced_gpus"):
             raise ValueError("`synced_gpus=True` is not supported: gather the weights on one process to generate.")
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
-        # Parsed before any forward, and handed to `_sample`.
+        # Parsed before any forward; `_sample` receives them.
         generation_mode_kwargs["options"] = DecodingOptions.of(
             self.config, generation_config, generation_mode_kwargs.get("reference_model")
         )
@@ -124,10 +124,8 @@ class RelayGenerationMixin(GenerationMixin):
         if cache is None:
             cache = RelayCache(config=self.config.text_config)
         if not isinstance(cache, RelayCache):
-            raise ValueError(
-                f"`cache` is a {type(cache).__name__}, which cannot hold the relay state: pass a `RelayCache`, or "
-                "nothing."
-            )
+            kind = type(cache).__name__
+            raise ValueError(f"`cache` is a {kind}, which cannot hold the relay state: pass a `RelayCache` or nothing.")
         is_one_row = batch_size * generation_config.num_return_sequences == 1
         if cache.get_seq_length() and not (is_one_row and cache.tokens is not None and len(cache.tokens) == 1):
             raise ValueError(
@@ -135,7 +133,7 @@ class RelayGenerationMixin(GenerationMixin):
                 "pass one row, or `reset()` the cache."
             )
         if cache.get_seq_length() == 0:
-            # A run that never committed a block leaves a relay state without keys and values.
+            # A `generate` that committed no block leaves a relay state without keys and values.
             cache.reset()
         model_kwargs[CACHE_ARGUMENT] = cache
 
@@ -165,9 +163,10 @@ class RelayGenerationMixin(GenerationMixin):
         generation_config: GenerationConfig,
         synced_gpus: bool = False,
         streamer: BaseStreamer | None = None,
+        *,
+        options: DecodingOptions,
         attention_mask: Tensor | None = None,
         reference_model: Any = None,
-        options: DecodingOptions | None = None,
         **model_kwargs: Any,
     ) -> RelayGenerateOutput | Tensor:
         """Decodes a batch; called by `generate`, whose documentation describes the arguments.
@@ -176,8 +175,6 @@ class RelayGenerationMixin(GenerationMixin):
             ValueError: an option does not fit the batch.
         """
         rows, new_tokens = len(input_ids), generation_config.max_length - input_ids.shape[1]
-        if options is None:
-            options = DecodingOptions.of(self.config, generation_config, reference_model)
         if streamer is not None and rows > 1:
             raise ValueError(f"A streamer shows one row, but the batch has {rows}: generate rows one by one.")
         longest = input_ids.shape[1] if attention_mask is None else int(attention_mask.sum(-1).max())
@@ -192,16 +189,16 @@ class RelayGenerationMixin(GenerationMixin):
             options.sub_block_size,
         )
         decoder = BlockDecoder(
-            self,
-            cache,
-            grid,
-            options,
+            model=self,
+            cache=cache,
+            grid=grid,
+            options=options,
             chooser=TokenChooser(
                 options.processors(logits_processor), draws, self.config.mask_token_id, options.policy.reads
             ),
             # Greedy decoding leaves torch's generator alone.
             seeds=(options.seeds(rows) if draws else torch.zeros(rows, dtype=torch.long)).to(device),
-            start=make_start(options.relay_start, reference_model),
+            start=None if options.relay_start is None else STARTS[options.relay_start](reference_model),
             stopping=Stopping.of(generation_config, stopping_criteria, self.config.mask_token_id),
             streamer=streamer,
         )
@@ -211,23 +208,23 @@ class RelayGenerationMixin(GenerationMixin):
 
 
 def check_inputs(config: RelayConfig, input_ids: Any, attention_mask: Any = None) -> None:
-    """Raise if prompts are not a batch of tokens.
+    """Raise a ValueError if prompts are not a batch of tokens.
 
     Args:
         config: configuration of the model.
-        input_ids: (B, P) long.
+        input_ids: (B, P) long, whatever the caller gave.
         attention_mask: (B, P), or None.
 
     Raises:
-        ValueError: they are no tensors, empty, of a wrong type, outside the vocabulary, or of different shapes.
+        ValueError: one of them is no tensor, the tokens are empty, of a wrong type or outside the vocabulary, or the
+            shapes differ.
     """
     for name, given in (("input_ids", input_ids), ("attention_mask", attention_mask)):
         if not isinstance(given, Tensor) and given is not None:
             raise ValueError(f"`{name}` are a {type(given).__name__}: pass a tensor of shape (rows, positions).")
     if input_ids.ndim != 2:
-        raise ValueError(
-            f"`input_ids` have shape {tuple(input_ids.shape)}: pass (rows, positions), `input_ids[None]` for one."
-        )
+        shape = tuple(input_ids.shape)
+        raise ValueError(f"`input_ids` have shape {shape}: pass (rows, positions), `input_ids[None]` for one row.")
     if len(input_ids) == 0:
         raise ValueError("`input_ids` hold no row: give at least one prompt.")
     if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
@@ -248,15 +245,12 @@ def check_inputs(config: RelayConfig, input_ids: Any, attention_mask: Any = None
 
 
 def check_length(config: RelayConfig, learned_positions: int | None, length: int) -> None:
-    """Raise if a text is longer than a table of positions; warn if it is longer than the texts of the model's training.
+    """Raise a ValueError if a text is longer than a learned table of positions; warn if it exceeds the configured ones.
 
     Args:
         config: configuration of the model.
-        learned_positions: rows of that table; None if positions are computed.
+        learned_positions: rows of the table; None if positions are computed.
         length: positions of the longest row, prompt and new tokens.
-
-    Raises:
-        ValueError: the table ends before the text.
     """
     limit = config.positions
     if limit is None or length <= limit:
@@ -266,7 +260,7 @@ def check_length(config: RelayConfig, learned_positions: int | None, length: int
             f"Prompt and new tokens take {length} positions, but the model has learned {limit}: shorten the prompt, or "
             "lower `max_new_tokens`."
         )
-    # Without the length: one warning, not one per text.
+    # The message leaves out the length, so that Python shows it once, not once per length.
     warnings.warn(
         f"Prompt and new tokens take more positions than the {limit} of the model's `max_position_embeddings`, and "
         "what it writes there may be nonsense: shorten the prompt, or lower `max_new_tokens`.",

@@ -7,6 +7,7 @@ meanwhile.
 Legend: B rows still being decoded, n of them that take part, S positions of a block, s of a part, D width of the state.
 """
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -14,12 +15,12 @@ from torch import Tensor
 
 
 class Part(NamedTuple):
-    """What some rows run of their blocks in one forward.
+    """The part of their block that some rows run in one forward.
 
     Args:
-        rows: (B,) bool, those rows.
-        begins: (B,) long, position of the block where each row's part begins; None = they run the whole block.
-        length: scalar, positions of the part; not read if it is the whole block.
+        rows: (B,) bool, True for those rows.
+        begins: (B,) long, position of the block where each row's part begins; None = the rows run the whole block.
+        length: scalar, positions of the part; not read if the rows run the whole block.
     """
 
     rows: Tensor
@@ -27,41 +28,41 @@ class Part(NamedTuple):
     length: Tensor
 
 
+@dataclass
 class SubBlockCache:
     """Decides for each step which rows run their whole block, and which a part of it; made anew for each block.
 
     Args:
-        reaches_end: a part goes on to the end of the block.
+        reaches_end: a part extends to the end of the block.
         size: positions of a sub-block.
-        token_shift: of the model: a part alone cannot score its own first position, which the one before scores.
+        token_shift: the model scores a position at the one before it, so that a part cannot score its own first one.
         is_canvas: the whole sequence is one block.
         refreshed: (B,) long, sub-block at whose start each row last ran its whole block; none at first.
     """
 
-    def __init__(self, reaches_end: bool, size: int, token_shift: bool, is_canvas: bool, refreshed: Tensor) -> None:
-        self.reaches_end = reaches_end
-        self.size = size
-        self.token_shift = token_shift
-        self.is_canvas = is_canvas
-        self.refreshed = refreshed
+    reaches_end: bool
+    size: int
+    token_shift: bool
+    is_canvas: bool
+    refreshed: Tensor
 
     @classmethod
     def of(cls, options: Any, config: Any, nowhere: Tensor) -> "SubBlockCache | None":
-        """The one that the options ask for, or None; `nowhere`: (B,) long, number of no sub-block."""
+        """The sub-block cache that the options ask for, or None; `nowhere`: (B,) long, a number of no sub-block."""
         if not options.use_sub_block_cache:
             return None
         reaches_end = options.use_sub_block_cache == "prefix"
         return cls(reaches_end, options.sub_block_size, config.token_shift, config.block_size is None, nowhere)
 
     def parts(self, step: Any) -> list[Part]:
-        """The forwards of a step; on a canvas, those of the first one score less, see below."""
+        """The parts that a step runs, one forward each; on a canvas, `step.candidates` and `step.certain` change."""
         place = torch.arange(step.masked.shape[1], device=step.masked.device)
         is_first = place == step.begins.clamp(min=0)[:, None]
         is_first_masked = (step.candidates & is_first).any(-1) & self.token_shift
         is_stale = step.active & ((self.refreshed != step.sub_block) | is_first_masked)
         self.refreshed = torch.where(is_stale, step.sub_block, self.refreshed)
         if self.is_canvas:
-            # As Fast-dLLM does with Dream: that forward reveals what the following ones cannot, and nothing else.
+            # As Fast-dLLM does with Dream: the first forward reveals only the position that later ones cannot score.
             step.candidates = step.candidates & (is_first | ~is_first_masked[:, None])
             step.certain = step.candidates & is_first_masked[:, None]
         rest = len(place) - step.begins.where(step.active, len(place)).amin()
@@ -73,10 +74,10 @@ def state_of_part(state: Tensor, part: Tensor, old: Tensor | None) -> Tensor:
     """The state of a part of the block, with one value for positions that came several times.
 
     Args:
-        state: (n, s, D) as the forward left it.
-        part: (n, s) positions of the block, ascending; where the block cuts the part off, one comes several times.
-        old: (n, s, D) before the forward, of a token-shift model. What a part alone says of its first position is not
-            aligned, and that position is known by then: it keeps its old state.
+        state: (n, s, D) state that the forward left.
+        part: (n, s) positions of the block, ascending; the last is repeated where the block cuts the part off.
+        old: (n, s, D) state before the forward, of a token-shift model: the first position of the part keeps it,
+            because a part alone cannot align that position, whose token is known by then. None = no token shift.
     """
     first = torch.searchsorted(part, part)  # (n, s) where each position came first
     state = state.gather(1, first[..., None].expand_as(state))

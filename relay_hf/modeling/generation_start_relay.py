@@ -5,9 +5,11 @@ Residual context diffusion compares such starts (arXiv 2601.22954 v2, Table 5). 
 Legend: B rows still being decoded, S positions of a block, N masked ones among them.
 """
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 
+@dataclass
 class RelayStart:
     """Writes the state of a block's first denoise step into the cache; each start is a subclass.
 
@@ -15,22 +17,20 @@ class RelayStart:
         reference: the frozen model that was given, or None.
 
     Attributes:
-        denoise_forwards, reference_forwards: what a row that takes part pays for it, once per block.
+        denoise_forwards, reference_forwards: forwards that the start of a block costs each row that takes part.
     """
 
+    reference: Any
     denoise_forwards: ClassVar[int] = 0
     reference_forwards: ClassVar[int] = 0
-
-    def __init__(self, reference: Any) -> None:
-        self.reference = reference
 
     def __call__(self, decoder: Any, block: Any, step: Any) -> None:
         """Starts a block.
 
         Args:
             decoder: the `BlockDecoder`.
-            block: its block in work, which no forward has run yet.
-            step: the first step, still to come.
+            block: the decoder's block in work, which no forward has run yet.
+            step: the block's first step, which is about to run.
         """
         rows = decoder.grid.rows
         decoder.denoise_forwards[rows] += step.active * self.denoise_forwards
@@ -38,7 +38,7 @@ class RelayStart:
 
 
 class SelfStart(RelayStart):
-    """What one forward of the model itself leaves, over the block as it is and with nothing injected.
+    """The state that one forward of the model itself leaves, with nothing injected.
 
     If the block before is still to be committed, that forward commits it.
     """
@@ -51,9 +51,9 @@ class SelfStart(RelayStart):
 
 
 class ReferenceStart(RelayStart):
-    """What a frozen reference model predicts, of the block as the decoder sees it, behind all of the row's text.
+    """The state that a frozen reference model's predictions of the block make, given all of the row's text before it.
 
-    It runs without a cache, once per block, so that its cost grows with the text.
+    The reference runs without a cache, once per block, so that its cost grows with the text.
     """
 
     reference_forwards = 1
@@ -83,8 +83,3 @@ class ReferenceStart(RelayStart):
 
 
 STARTS: dict[str, type[RelayStart]] = {"self": SelfStart, "reference": ReferenceStart}
-
-
-def make_start(name: str | None, reference: Any) -> RelayStart | None:
-    """The start that `relay_start` names, or None if the configuration says how blocks start."""
-    return None if name is None else STARTS[name](reference)

@@ -1,4 +1,4 @@
-"""What ends a row of the block decoder: stop tokens, criteria that read text, and clocks.
+"""The ends of rows in the block decoder: stop tokens, stopping criteria that read text, and time limits.
 
 Legend: B rows still being decoded, S columns of a block.
 """
@@ -19,8 +19,8 @@ class Stopping:
     Args:
         token_ids: (n,) tokens that end a row, or None.
         padding: token that is written behind a row's end.
-        criteria: those of transformers, asked when a block is complete.
-        mask_token_id: shown where a row is not as far as others.
+        criteria: stopping criteria of transformers, asked when a block is complete.
+        mask_token_id: id of [MASK], which the criteria see where a row has fewer tokens than others.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Stopping:
     def of(
         cls, generation_config: GenerationConfig, criteria: Iterable[Callable[..., Tensor]], mask_token_id: int
     ) -> "Stopping":
-        """What the options of one `generate` say, with the criteria that transformers made of them."""
+        """The stopping that the options of one `generate` ask for, with the criteria that transformers made of them."""
         token_ids = generation_config._eos_token_tensor
         padding = padding_token(generation_config._pad_token_tensor, token_ids, mask_token_id)
         return cls(token_ids, padding, criteria, mask_token_id)
@@ -54,7 +54,7 @@ class Stopping:
 
     def apply(self, grid: DecodingGrid, columns: slice) -> None:
         """Applies the criteria to a complete block: text criteria are asked about every new prefix, and a time limit
-        ends all rows with what is known by then."""
+        ends all rows behind this block."""
         if self.readers:
             self._apply_readers(grid, columns)
         if any(bool(clock(grid.tokens, None).any()) for clock in self.clocks):
@@ -64,8 +64,8 @@ class Stopping:
         """Asks about every prefix, because a block brings many tokens at once.
 
         Criteria see what token-by-token decoding would show them: the batch as it was given, with as many new tokens
-        behind every prompt. Rows that have ended are padded; those that are not as far yet show [MASK]s, and are not
-        asked about.
+        behind every prompt. Rows that have ended are padded; rows with fewer tokens show [MASK]s, and their verdict is
+        not used.
         """
         first = (columns.start - grid.prompt_end).clamp(min=0)  # (B,) new tokens known before this block
         known = grid.end.clamp(max=columns.stop) - grid.prompt_end  # (B,) and with it
@@ -82,7 +82,13 @@ class Stopping:
 
 
 def padding_token(pad_token_id: Tensor | None, stop_token_ids: Tensor | None, mask_token_id: int) -> int:
-    """The padding token, or without one that is not [MASK], a stop token or 0; a scalar, (n,) ids, and a number."""
+    """The padding token; if there is none, or it is [MASK], the first stop token; if there is none, 0 or 1.
+
+    Args:
+        pad_token_id: scalar, or None.
+        stop_token_ids: (n,) ids, or None.
+        mask_token_id: id of [MASK], never the padding.
+    """
     if pad_token_id is not None and int(pad_token_id) != mask_token_id:
         return int(pad_token_id)
     if stop_token_ids is not None and len(stop_token_ids):

@@ -1,8 +1,9 @@
-"""Which token a scored position gets, and how sure that is; drawn tokens depend on nothing but their own row.
+"""The token that a scored position gets, and how sure the model is; drawn tokens depend on their own row alone.
 
 Legend: N scored positions of all rows, W columns of the grid, V vocabulary.
 """
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ class Choice(NamedTuple):
     Args:
         tokens: (N,) ids, never that of [MASK].
         confidence: (N,) fp32 probability of that token.
-        measure: (N,) fp32, what the policy reads.
+        measure: (N,) fp32, the number that the unmasking policy compares.
     """
 
     tokens: Tensor
@@ -29,56 +30,70 @@ class Choice(NamedTuple):
     measure: Tensor
 
 
+@dataclass
 class TokenChooser:
-    """Picks a token for every scored position, and says how sure it was.
+    """Picks a token for every scored position, and measures how sure the model is of it.
 
     Args:
         processors: standard logits processors and warpers whose effect does not depend on the order of tokens.
         do_sample: draw from the distribution instead of taking its mode.
-        mask_token_id: never chosen.
+        mask_token_id: id of [MASK], which is never chosen.
         measures: what the policy reads, `"confidence"`, `"entropy"` or `"margin"`.
     """
 
-    def __init__(self, processors: LogitsProcessorList, do_sample: bool, mask_token_id: int, measures: str) -> None:
-        self.processors = processors
-        self.do_sample = do_sample
-        self.mask_token_id = mask_token_id
-        self.measures = measures
-        self.needs_logits = do_sample or measures != "confidence" or bool(processors)  # a list of none is false
+    processors: LogitsProcessorList
+    do_sample: bool
+    mask_token_id: int
+    measures: str
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the best token and its probability are not enough to choose."""
+        return self.do_sample or self.measures != "confidence" or len(self.processors) > 0
 
     def __call__(self, logits: Tensor, context: Tensor, share_left: Tensor, numbers: Tensor) -> Choice:
         """Chooses from logits.
 
         Args:
             logits: (N, V), overwritten.
-            context: (N, W) rows the positions belong to.
+            context: (N, W) tokens of the row that each position belongs to.
             share_left: (N, 1) share of the position's block that is still masked, the `cur_step` of processors that
                 follow a schedule.
-            numbers: (N,) uniform ones in [0, 1) to draw with.
+            numbers: (N,) uniform random numbers in [0, 1) to draw with.
         """
         if self.do_sample:
             # Before the warpers, which could keep [MASK] only.
             logits[:, self.mask_token_id] = -torch.inf
         scores: Tensor = self.processors(context, logits, cur_step=share_left)  # type: ignore[arg-type]
         measure = self._measure(scores)
-        if not self.do_sample:
-            confidence, tokens = best_token(scores, self.mask_token_id)
-            return Choice(tokens, confidence, confidence if measure is None else measure)
-        # And after them, because a custom one may bring it back.
+        confidence, tokens = self._draw(scores, numbers) if self.do_sample else best_token(scores, self.mask_token_id)
+        tokens = other_than_mask(tokens, self.mask_token_id)
+        return Choice(tokens, confidence, confidence if measure is None else measure)
+
+    def _draw(self, scores: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Draws with (N,) random numbers: (N,) fp32 probabilities and (N,) tokens."""
+        # Once more after the warpers, because a custom one may bring [MASK] back.
         scores[:, self.mask_token_id] = -torch.inf
         # Double precision: the sum over a vocabulary must not lose the rare tokens.
         probabilities = scores.double().softmax(-1)
         cumulative = probabilities.cumsum(-1)
         tokens = torch.searchsorted(cumulative, (numbers * cumulative[:, -1])[:, None], right=True)
-        tokens = tokens.clamp(max=scores.shape[-1] - 1)  # where nothing is a number
-        confidence = probabilities.gather(-1, tokens).float()[:, 0]
-        return Choice(tokens[:, 0], confidence, confidence if measure is None else measure)
+        tokens = tokens.clamp(max=scores.shape[-1] - 1)  # where no score is a number
+        return probabilities.gather(-1, tokens).float()[:, 0], tokens[:, 0]
 
     def _measure(self, scores: Tensor) -> Tensor | None:
-        """(N,) what the policy reads of the distributions themselves, whatever is drawn from them."""
+        """(N,) entropies or margins of the distributions, whatever is drawn; None = the policy reads neither."""
         if self.measures == "entropy":
             return torch.special.entr(scores.float().softmax(-1)).sum(-1)
         return margins(scores, self.mask_token_id) if self.measures == "margin" else None
+
+
+def other_than_mask(tokens: Tensor, mask_token_id: int) -> Tensor:
+    """(N,) tokens with another one in place of [MASK], which is best only if all scores are -inf or NaN.
+
+    With a [MASK] in place, decoding would not end.
+    """
+    return tokens.where(tokens != mask_token_id, 1 if mask_token_id == 0 else 0)
 
 
 def margins(scores: Tensor, mask_token_id: int) -> Tensor:
@@ -86,7 +101,7 @@ def margins(scores: Tensor, mask_token_id: int) -> Tensor:
 
     Args:
         scores: (N, V) logits.
-        mask_token_id: not the best one, but perhaps the other one.
+        mask_token_id: id of [MASK], which may be the other token, but not the best one.
 
     Returns:
         (N,) fp32.
@@ -102,7 +117,7 @@ def uniform_numbers(*keys: Any) -> Tensor:
     """Uniform random numbers in [0, 1), each a function of its keys alone: the same in any batch, on any device.
 
     Counter-based, as in Salmon et al. 2011 ("Parallel random numbers: as easy as 1, 2, 3"): a generator per row would
-    have to draw in a loop over rows, and to wait for the device to tell which rows draw.
+    have to draw in a loop over rows, and to wait for the device to know which rows draw.
 
     Args:
         keys: integer tensors that broadcast against each other.
@@ -112,7 +127,7 @@ def uniform_numbers(*keys: Any) -> Tensor:
     """
     state = torch.zeros((), dtype=torch.long, device=keys[0].device)
     for key in keys:
-        # The increment of SplitMix64, so that a key of zero is one as well.
+        # The increment of SplitMix64, so that a key of zero changes the state as well.
         state = _mix(state + key + (0x9E3779B97F4A7C15 - 2**64))
     return _shifted(state, 16).double() * 2.0**-48
 
@@ -124,5 +139,5 @@ def _mix(state: Tensor) -> Tensor:
 
 
 def _shifted(state: Tensor, bits: int) -> Tensor:
-    """To the right, filled with zeros: 64-bit integers are signed in torch."""
+    """Shifts to the right and fills with zeros: 64-bit integers are signed in torch."""
     return (state >> bits) & (2 ** (64 - bits) - 1)

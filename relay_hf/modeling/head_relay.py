@@ -1,10 +1,10 @@
 """Scoring positions without ever holding their logits: the loss and the confidence of each, tile by tile.
 
 With 151 936 tokens the logits of 800 positions take half a gigabyte, several times over in training. Training needs
-only two numbers a position: the cross-entropy of its target, and how probable its best token is. Both are sums or
-maxima over the vocabulary, so they can be gathered from tiles of it (the "online softmax" of arXiv 1805.02867).
+only two numbers a position: the cross-entropy of its target, and the probability of its best token. Both are sums or
+maxima over the vocabulary, which can be gathered from tiles of it (the "online softmax" of arXiv 1805.02867).
 
-Legend: N positions, D hidden size, V vocabulary.
+Legend: B rows, L positions, N scored ones among them, D hidden size, V vocabulary.
 """
 
 from typing import Any
@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .versions_relay import slice_logits_to_keep
+
 # Logits of one tile: on a CPU they should stay in its cache (measured: 2**19 to 2**22 equal, half as fast beyond);
 # an accelerator wants few, large matrix products.
 TILE_NUMBERS = {"cpu": 2**20}
@@ -25,9 +27,9 @@ POSITIONS_AT_ONCE = 256
 
 
 class RelayHead(nn.Linear):
-    """Linear head that gives logits, or without them: scores of targets, or the best tokens.
+    """Linear head that gives logits; or scores of targets, or the best tokens, without holding logits.
 
-    All go through the module itself, so that libraries which gather or cast weights around a module's call see it.
+    All three are calls of the module, so that libraries which gather or cast weights around a module's call see them.
     """
 
     def forward(self, input: Tensor, targets: Tensor | None = None, mask_token_id: int | None = None) -> Any:
@@ -42,11 +44,35 @@ class RelayHead(nn.Linear):
         return super().forward(input)
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether reading the weight of a module says the same as calling it.
+def kept_positions(tensor: Tensor, logits_to_keep: int | Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """(B, L, X) -> (N, X) or (B, n, X) at the positions that `logits_to_keep` of the model's `forward` selects."""
+    if isinstance(logits_to_keep, tuple):
+        return tensor[logits_to_keep]
+    return slice_logits_to_keep(tensor, logits_to_keep)
 
-    It does not where an adapter is in its place, a hook or another `forward` changes what it returns, or the weight is
-    quantised. The hooks and the class of FSDP only gather weights.
+
+def kept_labels(labels: Tensor, input_ids: Tensor, logits_to_keep: int | Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """(B, L) labels and tokens -> (N,) labels of the positions that `logits_to_keep` selects.
+
+    Raises:
+        ValueError: labels and tokens differ in shape, or all labels are -100.
+    """
+    if labels.shape != input_ids.shape:
+        raise ValueError(
+            f"`labels` have shape {tuple(labels.shape)}, but `input_ids` {tuple(input_ids.shape)}: pass one label per "
+            "position, -100 to ignore it."
+        )
+    kept = kept_positions(labels[..., None], logits_to_keep).flatten()
+    if bool((kept == -100).all()):
+        raise ValueError("All labels are -100, so there is nothing to learn: label at least one position.")
+    return kept
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module computes nothing but what its weight says.
+
+    An adapter in its place, a hook, another `forward` or a quantised weight computes something else. The hooks and the
+    class of FSDP only gather weights.
     """
     gathers = isinstance(module, FSDPModule) and isinstance(module, kind)
     untouched = type(module) is kind and not module._forward_hooks and "forward" not in vars(module)
@@ -54,10 +80,10 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def token_table(embeddings: nn.Module) -> Tensor:
-    """(V, D) what a module looks up of all tokens, also behind an adapter, a hook, a scale or a quantised weight."""
+    """(V, D) embeddings of all tokens, as the module looks them up with its adapter, hook, scale or quantisation."""
     weight: Any = embeddings.weight
     if isinstance(weight, DTensor):
-        # FSDP shards them again as soon as tokens are looked up. Gemma's module scales what it looks up.
+        # Not by calling the module, after which FSDP shards the weight again. Gemma's module scales the embeddings.
         return weight.full_tensor() * getattr(embeddings, "embed_scale", 1.0)
     if is_plain(embeddings, nn.Embedding):
         return weight
@@ -65,7 +91,7 @@ def token_table(embeddings: nn.Module) -> Tensor:
 
 
 def score(head: nn.Module, hidden: Tensor, targets: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
-    """What `score_positions` returns, of any head: one that is no plain `RelayHead` is asked for logits.
+    """What `score_positions` returns, for any head: any but a plain `RelayHead` is called for logits.
 
     Args:
         head: (N, D) -> (N, V) logits.
@@ -79,7 +105,7 @@ def score(head: nn.Module, hidden: Tensor, targets: Tensor, mask_token_id: int) 
     def score_some(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = head(hidden).float()
         with torch.no_grad():
-            confidence, _ = best_token(logits.clone(), mask_token_id)  # which it writes into
+            confidence, _ = best_token(logits.clone(), mask_token_id)  # a copy, because it is overwritten
         return F.cross_entropy(logits, targets, reduction="none"), confidence
 
     parts = zip(hidden.split(POSITIONS_AT_ONCE), targets.split(POSITIONS_AT_ONCE), strict=True)
@@ -102,7 +128,7 @@ def score_positions(hidden: Tensor, weight: Tensor, targets: Tensor, mask_token_
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
-        # What autocast does to a linear layer; inside the function below it would only see the forward pass.
+        # As autocast does for a linear layer; inside the function below, it would act on the forward pass only.
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     with torch.autocast(device, enabled=False):
@@ -127,7 +153,7 @@ def best_token(scores: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def best_tokens(hidden: Tensor, weight: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
-    """What `best_token` says of the logits, tile by tile: greedy decoding reads each of them once, in the cache.
+    """What `best_token` returns, tile by tile: greedy decoding reads each logit once, in the processor's cache.
 
     Args:
         hidden: (N, D).
@@ -143,7 +169,9 @@ def best_tokens(hidden: Tensor, weight: Tensor, mask_token_id: int) -> tuple[Ten
     for tile in _tiles(hidden, weight):
         logits = F.linear(hidden, weight[tile]).float()
         if tile.start <= mask_token_id < tile.stop:
-            logits[:, mask_token_id - tile.start] = torch.finfo(logits.dtype).min  # not -inf: it may stand alone
+            logits[:, mask_token_id - tile.start] = torch.finfo(
+                logits.dtype
+            ).min  # not -inf: the tile may hold nothing else
         best_of_tile, column = logits.max(-1)
         token = torch.where(best_of_tile > best, column + tile.start, token)
         before, best = best, torch.maximum(best, best_of_tile)
@@ -199,7 +227,7 @@ class _Scores(torch.autograd.Function):
 
 
 def _columns(targets: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
-    """(N, 1) column of each target in the tile, and (N,) 1.0 if it is there, else 0.0 and any column."""
+    """(N, 1) column of each target in the tile, and (N,) 1.0; for targets outside of the tile, any column and 0.0."""
     columns = targets - tile.start
     is_inside = (columns >= 0) & (columns < tile.stop - tile.start)
     return columns.where(is_inside, 0)[:, None], is_inside.float()

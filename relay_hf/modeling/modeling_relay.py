@@ -1,7 +1,8 @@
 """RelayForMaskedDiffusion: a transformers backbone, a relay channel and a head.
 
-No noise, no loop and no attention code live here: noise and loops belong to the trainer and to generation, attention to
-the backbone. Legend: B rows, L positions, D hidden size, V vocabulary.
+Noise belongs to the trainer, loops to trainer and generation, attention to the backbone.
+
+Legend: B rows, P positions before the forward, L positions of the forward, D hidden size, V vocabulary.
 """
 
 from typing import Any
@@ -24,7 +25,7 @@ from .cache_relay import RelayCache, prefix_of
 from .channel_relay import ChannelPart, Readings, in_scope
 from .configuration_relay import RelayConfig
 from .generation_relay import RelayGenerationMixin
-from .head_relay import RelayHead, best_token, is_plain, score
+from .head_relay import RelayHead, best_token, is_plain, kept_labels, kept_positions, score
 from .loading_adapters_relay import complete_adapter, loaded_adapter, merge_adapter, put_adapter, split_adapter
 from .loading_backbones_relay import check_attention, check_backbone, embedding_name, learned_positions
 from .loading_families_relay import FOREIGN_PARAMETER_NAMES, check_whole
@@ -35,7 +36,6 @@ from .versions_relay import (
     as_cache_argument,
     checkpointing_drops_caches,
     hidden_states_request,
-    slice_logits_to_keep,
     takes_past_key_values,
 )
 
@@ -43,12 +43,12 @@ from .versions_relay import (
 class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
     """Masked diffusion language model that carries a learned state between denoising steps (arXiv 2605.22967).
 
-    `model` is the backbone of transformers as it is, so parameter names are those of the base checkpoint; `relay` is
+    `model` is an unchanged backbone of transformers, so parameter names are those of the base checkpoint; `relay` is
     the channel and `lm_head` the head. All three Auto classes for language models return this class.
 
     Raises:
         ValueError: the configuration has no `mask_token_id`, the backbone lacks what block diffusion needs, or the
-            attention implementation takes no pattern.
+            attention implementation is given no masks.
     """
 
     config: RelayConfig
@@ -77,11 +77,11 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
                 "`mask_token_id` is not set: let `relay_hf.convert(source, output)` add a [MASK] to a plain decoder "
                 "and its tokenizer, or give the id of a token that no text uses."
             )
-        # The dtype that is in force here: a dtype noted in `text_config` would make the backbone differ from the head.
+        # torch's default dtype, which the head gets too: the backbone must not follow a dtype in `text_config`.
         self.model = AutoModel.from_config(config.text_config, dtype=torch.get_default_dtype())
         check_backbone(config.text_config, self.model)
         attend_without_causality(self.model)
-        # Positions that there are; None where they are computed, as rotary ones are.
+        # Rows of a table of positions; None where positions are computed, as rotary ones are.
         self.learned_positions = learned_positions(self.model)
         self._tied_weights_keys = {"lm_head.weight": f"model.{embedding_name(self.model)}.weight"}
         self.relay = config.channel_class(config)
@@ -108,19 +108,19 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
     ) -> "RelayForMaskedDiffusion":
         """Loads our checkpoints, published relay ones, Fast-dLLM v2, SDAR, LLaDA, Dream and plain causal decoders.
 
-        Relay options (`mask_token_id`, `block_size`, `relay_channel`, ...) may be given as keyword arguments. Of an
-        adapter that our trainer saved, or `push` uploaded, the base is loaded and the adapter put on it.
+        Relay options (`mask_token_id`, `block_size`, `relay_channel`, ...) may be given as keyword arguments. The name
+        of an adapter that our trainer saved, or `push` uploaded, loads its base and puts the adapter on it.
 
         Raises:
-            ValueError: the configuration fits no relay model, a part of the weights is missing (a channel that nobody
-                has trained yet may be), or the head has a bias.
+            ValueError: the configuration fits no relay model, a part of the weights is missing (an untrained channel
+                may be), or the head has a bias.
             OSError: a file is missing, damaged, or of another model.
-            ImportError: it is an adapter, and `peft` is not installed.
+            ImportError: the checkpoint is an adapter, and `peft` is not installed.
         """
         check_json_files(pretrained_model_name_or_path)
         source, kwargs, adapter = split_adapter(cls.config_class, pretrained_model_name_or_path, kwargs)
         kwargs["key_mapping"] = {**FOREIGN_PARAMETER_NAMES, **(kwargs.get("key_mapping") or {})}
-        tells_all = kwargs.pop("output_loading_info", False)
+        wants_info = kwargs.pop("output_loading_info", False)
         with explained(source, "weights"):
             loaded: Any = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         model, info = loaded
@@ -128,16 +128,16 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         if "lm_head.bias" in info["unexpected_keys"]:
             raise ValueError(
                 "The checkpoint's head has a bias (`lm_head.bias`), for which a relay model has no place: choose a "
-                "model without."
+                "model without one."
             )
-        # Bidirectional models say that they cannot use one; ours decodes with a cache in any case.
+        # The files of bidirectional models forbid a cache; ours always decodes with one.
         model.generation_config.use_cache = True
         if adapter is not None:
             model.load_adapter(**adapter)
-        return loaded if tells_all else model
+        return loaded if wants_info else model
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
-        # What `output_loading_info` returns leaves out all that may be missing, but a channel only may as a whole.
+        # `output_loading_info` leaves out all names that may be missing, but a channel may be missing only as a whole.
         # `tests/modeling/test_whole_checkpoints.py` fails if this moves.
         self._missing_when_loaded = sorted(loading_info.missing_keys)
         super()._adjust_missing_and_unexpected_keys(loading_info)
@@ -147,7 +147,7 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
     ) -> None:
         """As in transformers, but always under our parameter names, wherever the checkpoint came from.
 
-        Of a model on which an adapter was loaded, the adapter is written, with the configuration of the relay model.
+        If an adapter was loaded, only the adapter is written, with the configuration of the relay model.
         """
         adapter = loaded_adapter(self)
         if adapter is None:
@@ -157,12 +157,9 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
             complete_adapter(self, save_directory)
 
     def load_adapter(
-        self,
-        peft_model_id: Any,
-        adapter_name: str = "default",
-        adapter_kwargs: dict[str, Any] | None = None,
+        self, peft_model_id: Any, adapter_name: str = "default", adapter_kwargs: dict[str, Any] | None = None
     ) -> None:
-        """Loads an adapter through PEFT, trainable; transformers' own loader asks for a PEFT that does not exist yet.
+        """Loads an adapter through PEFT, trainable; transformers' own loader needs a PEFT that is not released yet.
 
         Args:
             peft_model_id: folder or Hub id.
@@ -170,15 +167,19 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
             adapter_kwargs: arguments about where and how to download.
 
         Raises:
-            ValueError: a part of it is missing, has no place in the model or another size; or it learns prompts.
+            ValueError: a part of the adapter is missing, has no place in the model or another size; or the adapter
+                learns prompts.
         """
         put_adapter(self, peft_model_id, adapter_name, adapter_kwargs or {})
 
     def merge_and_unload(self, **kwargs: Any) -> "RelayForMaskedDiffusion":
-        """Puts a loaded adapter into the weights; arguments of PEFT's method of that name.
+        """Merges a loaded adapter into the weights; arguments of PEFT's method of that name.
 
-        Returns: the model itself, a relay model like any other.
-        Raises: ValueError: no adapter was loaded.
+        Returns:
+            The model itself, without an adapter.
+
+        Raises:
+            ValueError: no adapter was loaded.
         """
         return merge_adapter(self, **kwargs)
 
@@ -186,7 +187,7 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         """As in transformers.
 
         Raises:
-            ValueError: [MASK] would have no row any more.
+            ValueError: [MASK] would lose its row.
         """
         if new_num_tokens is not None and new_num_tokens <= self.config.mask_token_id:
             raise ValueError(
@@ -196,13 +197,12 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     def set_attn_implementation(self, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        """As in transformers; what cannot follow the pattern of block diffusion is refused, and nothing is changed.
+        """As in transformers.
 
         Raises:
-            ValueError: an implementation is not given masks.
+            ValueError: an implementation cannot follow the pattern of block diffusion; nothing is changed.
         """
-        by_model = attn_implementation if isinstance(attn_implementation, dict) else {"": attn_implementation}
-        for name in by_model.values():
+        for name in attn_implementation.values() if isinstance(attn_implementation, dict) else [attn_implementation]:
             check_attention(name)
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
@@ -237,22 +237,22 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
 
         Args:
             input_ids: (B, L) tokens, some of them [MASK].
-            attention_mask: (B, P + L) with 0 at padding, P being the cached length; or a prepared 4-D mask.
+            attention_mask: (B, P + L) with 0 at padding; or a prepared 4-D mask.
             position_ids: (B or 1, L); by default counted from the attention mask and the cache.
             cache: a `RelayCache` of whole committed blocks, to which the new positions are committed; or a prefix of
-                one (`cache.prefix()`), which they see and leave as it is.
+                one (`cache.prefix()`), which the new positions see and do not change.
             inputs_embeds: (B, L, D) embeddings of `input_ids`, if they have been looked up already.
             relay_state: (B, L, `config.relay_state_width`) position-aligned state of the previous step. `None` injects
                 nothing at all; zeros is the channel applied to zeros.
             relay_mask: (B, L) bool, positions that receive the state instead of those of `config.relay_scope`.
             labels: (B, L) tokens, -100 = ignore; the loss is their mean cross-entropy.
             use_cache: store keys and values even if no cache was given.
-            logits_to_keep: which positions go through the head: the last n (0 = all), indices, a (B, L) bool mask, or
+            logits_to_keep: positions that go through the head: the last n (0 = all), indices, a (B, L) bool mask, or
                 the rows and columns of N positions, (N,) each, which unlike a mask need not wait for the device.
             targets: (B, L) tokens, instead of `labels`. Kept positions are then scored in tiles, and their losses and
                 confidences returned in place of logits: what training needs, without a vocabulary of numbers for each.
-            unscored: return the head's inputs at the kept positions in place of logits, for who scores them otherwise:
-                greedy decoding takes their `best_tokens`.
+            unscored: return the head's inputs at the kept positions in place of logits; greedy decoding passes them to
+                `best_tokens`.
             output_relay_state: return the state for the next step; without it, channels that read distributions save
                 the work of making it.
 
@@ -267,11 +267,11 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         prefix = prefix_of(cache)
         if cache is not None:
             self._check_prefix(prefix, logits_to_keep)
-        labelled = self._labelled(input_ids, labels, logits_to_keep)
+        labelled = None if labels is None else kept_labels(labels, input_ids, logits_to_keep)
         if position_ids is None:
-            position_ids = self._positions(input_ids, attention_mask, prefix.length)
+            position_ids = new_positions(attention_mask, prefix.length, input_ids.shape[1], input_ids.device)
         limit = self.learned_positions
-        # The length is looked at first, because looking at positions waits for the device.
+        # The length is compared first, because reading positions waits for the device.
         if limit is not None and prefix.length + input_ids.shape[1] > limit and int(position_ids.max()) >= limit:
             raise ValueError(
                 f"`input_ids` reach position {int(position_ids.max())}, but the backbone has learned {limit} "
@@ -291,7 +291,7 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
             attention_mask=full_attention(embeds) if pattern is None else pattern,
             position_ids=position_ids,
             **as_cache_argument(None if cache is None else prefix),
-            # Layers store into the cache they are given either way; training keeps hold of it itself.
+            # Layers write to the cache either way; in training, the backbone need not return it.
             use_cache=cache is not None and not self.training,
             **self._read_out_request(kwargs),
         )
@@ -319,7 +319,7 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         targets: Tensor | None,
         unscored: bool,
     ) -> dict[str, Tensor]:
-        """What the head has to say of the kept positions: logits and a loss, or what is asked for instead of logits."""
+        """Output fields of the kept positions, (N, D) or (B, n, D): logits and a loss, or what replaces them."""
         if unscored:
             return {"head_inputs": kept}
         if targets is not None:
@@ -327,9 +327,8 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
             losses, confidence = score(self.lm_head, kept.flatten(0, -2), chosen, self.config.mask_token_id)
             return {"token_losses": losses, "confidence": confidence}
         logits = self.lm_head(kept)
-        if labelled is None:
-            return {"logits": logits}
-        return {"logits": logits, "loss": F.cross_entropy(logits.flatten(0, -2).float(), labelled)}
+        loss = {} if labelled is None else {"loss": F.cross_entropy(logits.flatten(0, -2).float(), labelled)}
+        return {"logits": logits, **loss}
 
     def best_tokens(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """(N, D) inputs of the head -> (N,) fp32 probability of the best token that is not [MASK], and (N,) token."""
@@ -337,16 +336,6 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         if is_plain(self.lm_head, RelayHead):
             return self.lm_head(hidden, mask_token_id=mask_token_id)
         return best_token(self.lm_head(hidden), mask_token_id)
-
-    def _positions(self, input_ids: Tensor, attention_mask: Tensor | None, cached: int) -> Tensor:
-        """Positions of the new tokens, (B or 1, L), counted from a 2-D mask if there is one."""
-        mask_2d = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
-        if mask_2d is not None and mask_2d.shape[-1] != cached + input_ids.shape[1]:
-            raise ValueError(
-                f"`attention_mask` covers {mask_2d.shape[-1]} positions, but there are {cached} cached and "
-                f"{input_ids.shape[1]} new ones: pass the mask of both."
-            )
-        return new_positions(mask_2d, cached, input_ids.shape[1], input_ids.device)
 
     def receives_state(self, input_ids: Tensor) -> Tensor:
         """(B, L) bool, positions that the state enters under `config.relay_scope`."""
@@ -357,7 +346,7 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         return self.relay.initial_state(rows, length, self.device)
 
     def _check_prefix(self, prefix: Prefix, logits_to_keep: Any) -> None:
-        """Raises a ValueError if the forward cannot make use of the cache that it was given."""
+        """Raise a ValueError if the forward cannot use the cache that it was given."""
         if checkpointing_drops_caches(self) and not prefix.can_replay:
             raise ValueError(
                 "Gradient checkpointing drops keys and values while training, so a cache would stay empty: call "
@@ -370,29 +359,13 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
                 "align the next block: use a `RelayCache`, and commit a block after `crop`."
             )
 
-    def _labelled(
-        self, input_ids: Tensor, labels: Tensor | None, logits_to_keep: int | Tensor | tuple[Tensor, Tensor]
-    ) -> Tensor | None:
-        """Labels of the positions that go through the head, flattened."""
-        if labels is None:
-            return None
-        if labels.shape != input_ids.shape:
-            raise ValueError(
-                f"`labels` have shape {tuple(labels.shape)}, but `input_ids` {tuple(input_ids.shape)}: pass one label "
-                "per position, -100 to ignore it."
-            )
-        kept = kept_positions(labels[..., None], logits_to_keep).flatten()
-        if bool((kept == -100).all()):
-            raise ValueError("All labels are -100, so there is nothing to learn: label at least one position.")
-        return kept
-
     def _asks_for_hidden_states(self, kwargs: dict[str, Any]) -> bool | int | list[int]:
-        """What the caller, else the configuration, wants to see of the hidden states."""
+        """The hidden states that the caller, else the configuration, asks for."""
         asked = kwargs.get("output_hidden_states")
         return bool(self.config.output_hidden_states) if asked is None else asked
 
     def _read_out_request(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Asks the backbone for the one layer that the channel reads, beside what the caller asked for."""
+        """Arguments that ask the backbone for the layer that the channel reads, beside those of the caller."""
         layers = self._asks_for_hidden_states(kwargs)
         if self._state_index is not None and layers is not True:
             others = [] if not layers else [layers] if isinstance(layers, int) else list(layers)
@@ -407,13 +380,6 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         if not self.config.token_shift:
             return hidden, read_out
         aligned = align_to_positions(hidden, position_ids, prefix.before, prefix.takes_before)
-        if read_out is hidden:  # the published instance carries the very tensor that feeds the head
+        if read_out is hidden:  # with `relay_readout="post_norm"`
             return aligned, aligned
         return aligned, align_to_positions(read_out, position_ids, prefix.read_out_before, prefix.takes_before)
-
-
-def kept_positions(tensor: Tensor, logits_to_keep: int | Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    """(B, L, X) -> those of its positions that `forward` is to score: as transformers does it, or by row and column."""
-    if isinstance(logits_to_keep, tuple):
-        return tensor[logits_to_keep]
-    return slice_logits_to_keep(tensor, logits_to_keep)

@@ -1,4 +1,4 @@
-"""Prefix: what one forward sees of the text before its own positions, and what the forward leaves.
+"""Prefix: the text that one forward sees before its own positions, and the raw outputs of the forward.
 
 Decoding, training and the likelihood make a prefix for each forward; `denoise` is the forward that all three share.
 
@@ -15,21 +15,21 @@ from .outputs_relay import RelayOutput
 
 
 class Prefix(Cache):
-    """Read-only keys and values of earlier text, which a forward looks at; made for one forward.
+    """Read-only keys and values of earlier text, made for one forward.
 
     Args:
-        layers: hold `keys` and `values`, (B or 1, heads, >= P, width) each; a single row serves any number of rows.
-        length: P, how many of their positions the forward sees.
-        before: (B or 1, 1 or L, D) raw input of the head at the position before each one whose predecessor is not in
-            the column before; a token-shift model aligns its outputs with it. None = there is none.
-        read_out_before: the same of what the channel reads.
+        layers: layers of a cache, with `keys` and `values` (B or 1, heads, >= P, width); one row serves any number.
+        length: P, number of their positions that the forward sees.
+        before: (B or 1, 1 or L, D) raw inputs of the head at predecessors that are not in the column before, with which
+            a token-shift model aligns its outputs; None = there are none.
+        read_out_before: the raw hidden states that the channel reads at these predecessors.
         takes_before: (B, L) bool, positions that use `before` although their predecessor is in the column before.
         is_one_block: whether all new positions are of one block, so that each sees all the others.
 
     Attributes:
         can_replay: whether gradient checkpointing may run the forward a second time.
-        hidden: (B, L, D) raw input of the head, once the forward has run.
-        read_out: (B, L, D) what the channel reads, likewise; neither is position-aligned.
+        hidden: (B, L, D) raw inputs of the head, None before the forward has run.
+        read_out: (B, L, D) raw hidden states that the channel reads, likewise; neither is position-aligned.
     """
 
     can_replay = True
@@ -56,7 +56,7 @@ class Prefix(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values of the prefix and of the new positions, which are not kept."""
+        """Keys and values of the prefix and of the new positions; the new ones are not stored."""
         if self.length == 0:
             return key_states, value_states
         layer: Any = self.layers[layer_idx]
@@ -72,28 +72,27 @@ class Prefix(Cache):
         return self.length + query_length, 0
 
     def take(self, hidden: Tensor, read_out: Tensor) -> None:
-        """Takes the raw outputs of the forward, (B, L, D) each."""
+        """Stores the raw outputs of the forward, (B, L, D) each."""
         self.hidden, self.read_out = hidden, read_out
 
     def rows_for_channel(
         self, read_out: Tensor, head_inputs: Tensor, is_masked: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What a channel makes a state of, given what the forward computed: the same, unless the forward ran a part of
-        each row.
+        """The rows that a channel makes a state of: those of the forward, unless it ran only a part of each row.
 
         Args:
             read_out: (B, L, D), position-aligned, as are the following ones.
             head_inputs: (B, L, D).
-            is_masked: (B, L) bool.
+            is_masked: (B, L) bool, where the input was [MASK].
         """
         return read_out, head_inputs, is_masked
 
 
 class OtherCache(Prefix):
-    """A cache of transformers as a prefix: it keeps the keys and values of the forward, and nothing else.
+    """A cache of transformers as a prefix: the forward stores its keys and values there, and nothing else.
 
     Args:
-        cache: of any kind that the backbone takes.
+        cache: any cache that the backbone takes.
     """
 
     can_replay = False
@@ -121,7 +120,7 @@ def denoise(
     leaves_state: bool = True,
     **inputs: Any,
 ) -> RelayOutput:
-    """One denoise forward: noisy positions behind clean text, with the state that the step before left.
+    """Runs one denoise forward: noisy positions behind clean text, with the state that the step before left.
 
     Args:
         model: a `RelayForMaskedDiffusion`, possibly wrapped (PEFT, DDP).
@@ -130,7 +129,7 @@ def denoise(
         state: (B, L, width) position-aligned state to inject; None = nothing.
         scored: positions to score: (B, L) bool, or rows and columns, (N,) each; None = none.
         receives: (B, L) bool, positions that the state enters; None = those of `config.relay_scope`.
-        targets: (B, L) tokens whose losses are wanted; None = the head's inputs.
+        targets: (B, L) tokens whose losses to return; None = return the head's inputs.
         leaves_state: make the state for the next step.
         inputs: `attention_mask`, `position_ids` and `inputs_embeds` of the model's `forward`.
 

@@ -1,8 +1,8 @@
-"""Unmasking policies: which masked positions to reveal, given how sure the model is. Shared by decoding and training.
+"""Unmasking policies choose the masked positions to reveal, given how sure the model is, in decoding and training.
 
 A policy describes itself; `register_policy` adds one from any package.
 
-Legend: G groups (a row, a block or a sub-block, whatever is denoised as a unit), L positions of a group.
+Legend: G groups (rows, blocks or sub-blocks: each is denoised as a unit), L positions of a group.
 """
 
 import inspect
@@ -16,18 +16,18 @@ from torch.nn import functional as F
 
 from .registry_relay import Registry
 
-# What `unmasking_order` may say. The last one reads nothing.
+# Values of `unmasking_order`. The last one needs no measure.
 ORDERS = ("confidence", "entropy", "margin", "left_to_right")
 # Dream's schedule ends just above 0.
 END_OF_TIME = 1e-3
 
 
 class Progress(NamedTuple):
-    """How far each group is, for policies that spread a number of steps.
+    """The steps of each group so far, for policies that spread positions over a number of steps.
 
     Args:
-        step: (G,) long, steps that the group has had.
-        positions: (G,) long, how many positions the steps are for.
+        step: (G,) long, steps that each group has had.
+        positions: (G,) long, positions that the steps have to reveal in all.
     """
 
     step: Tensor
@@ -35,13 +35,13 @@ class Progress(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """What `unmasking_threshold` may be.
+    """The range of `unmasking_threshold`.
 
     Args:
-        least, most: the ends of the range, which belong to it.
-        shown: the end of a slider, where `most` is infinite or far away.
-        is_whole: only whole numbers.
-        outside: what an error says of a number that is not in the range; the number itself comes before it.
+        least, most: the ends of the range, both included.
+        shown: upper end of a slider, where `most` is infinite or far away.
+        is_whole: only whole numbers are in the range.
+        outside: rest of the error about a number that is not in the range, after the number.
     """
 
     least: float = 0.0
@@ -56,22 +56,22 @@ class Bounds(NamedTuple):
             raise ValueError(f"`unmasking_threshold={threshold}` {self.outside}.")
 
     def clamp(self, threshold: float) -> float:
-        """The nearest number of the range."""
+        """The number of the range that is nearest to the threshold."""
         return min(max(threshold, self.least), self.most)
 
 
 @dataclass(frozen=True)
 class UnmaskingPolicy:
-    """Chooses positions to reveal; each group with a masked position gets at least one (only `TimeSchedule` may leave
-    out steps, and comes to an end all the same). A higher threshold is either never slower or never faster.
+    """Chooses the positions to reveal; at least one of each group that has a masked position.
 
-    A subclass is a frozen dataclass whose fields are the options that it takes, of `threshold`, `denoising_steps` and
-    `unmasking_order`. The first lines of its docstring say what it does.
+    Only `TimeSchedule` may reveal none in a step, but its schedule ends. A higher threshold is either never slower or
+    never faster. A subclass is a frozen dataclass whose fields are the options that the policy takes, out of
+    `threshold`, `denoising_steps` and `unmasking_order`. The first lines of its docstring describe it on cards.
 
     Attributes:
-        bounds: what its `threshold` may be; None = it has none.
-        needs_steps: it cannot do without `denoising_steps`.
-        citation: BibTeX of its source, for cards.
+        bounds: range of the field `threshold`; None = the policy has no threshold.
+        needs_steps: the policy needs `denoising_steps`.
+        citation: BibTeX of the policy's source, for cards.
     """
 
     bounds: ClassVar[Bounds | None] = None
@@ -84,24 +84,31 @@ class UnmaskingPolicy:
 
     @property
     def reads(self) -> str:
-        """What is looked at: `"confidence"`, the probability of each position's token; `"entropy"` of each position's
-        distribution, in nats; `"margin"`, how much more probable the best token is than any other."""
-        return "confidence"
+        """The measure that the policy compares: `"confidence"`, the probability of each position's token; `"entropy"` of
+        each position's distribution, in nats; `"margin"`, how much more probable the best token is than any other."""
+        order = getattr(self, "unmasking_order", "confidence")
+        return "confidence" if order == "left_to_right" else order
 
     @classmethod
     def options(cls) -> set[str]:
-        """Names of the options that it takes."""
+        """Names of the options that the policy takes."""
         return {field.name for field in fields(cls)}
 
     @classmethod
     def sentence(cls) -> str:
-        """What it does."""
+        """Describes the policy, for cards."""
         return " ".join((inspect.getdoc(cls) or "").split("\n\n")[0].split())
 
     def __call__(self, measure: Tensor, masked: Tensor, progress: Progress | None = None) -> Tensor:
-        """(G, L) of what it reads, (G, L) bool -> (G, L) bool, a subset of `masked`.
+        """Chooses positions.
 
-        `progress` is needed with `denoising_steps`.
+        Args:
+            measure: (G, L) numbers that `reads` names.
+            masked: (G, L) bool, positions to choose from.
+            progress: of the groups; needed with `denoising_steps`.
+
+        Returns:
+            (G, L) bool, a subset of `masked`.
         """
         raise NotImplementedError
 
@@ -115,7 +122,7 @@ class ConfidenceThreshold(UnmaskingPolicy):
 
     Args:
         threshold: in [0, 1]. Higher is slower and safer; 1 reveals one position at a time.
-        denoising_steps: a group takes no more; so many positions as that needs are revealed in any case.
+        denoising_steps: steps that a group takes at most; each reveals at least an even share of the positions.
     """
 
     threshold: float = 0.85
@@ -154,14 +161,14 @@ class ConfidenceBudget(UnmaskingPolicy):
 
 @dataclass(frozen=True)
 class FixedCount(UnmaskingPolicy):
-    """Reveals a number of positions that is known beforehand, the first of an order.
+    """Reveals a fixed number of positions, the first ones of an order.
 
     Source: LLaDA's low-confidence remasking (arXiv 2502.09992); SDAR's static and sequential strategies.
 
     Args:
         threshold: positions per step, a whole number >= 1; not read with `denoising_steps`.
-        denoising_steps: steps that the positions of a group are spread over evenly, the first ones taking one more.
-        unmasking_order: which positions are first.
+        denoising_steps: steps over which the positions of a group are spread evenly; the first steps take one more.
+        unmasking_order: the order, one of `ORDERS`.
     """
 
     threshold: float = 1
@@ -180,10 +187,6 @@ class FixedCount(UnmaskingPolicy):
         if self.denoising_steps is None:
             super().__post_init__()
 
-    @property
-    def reads(self) -> str:
-        return _read_for(self.unmasking_order)
-
     def __call__(self, measure: Tensor, masked: Tensor, progress: Progress | None = None) -> Tensor:
         steps = self.denoising_steps
         count = self.threshold if steps is None else _even_share(steps, progress)
@@ -192,7 +195,7 @@ class FixedCount(UnmaskingPolicy):
 
 @dataclass(frozen=True)
 class TimeSchedule(UnmaskingPolicy):
-    """Reveals the share of the masked positions that the step takes of the time left, the first of an order.
+    """Reveals a share of the masked positions, the step's share of the time left, the first ones of an order.
 
     Time falls linearly from 1 to nearly 0: of m masked positions, a step from t to s reveals int(m (1 - s / t)), which
     may be none, and the last step all.
@@ -200,17 +203,13 @@ class TimeSchedule(UnmaskingPolicy):
     Source: Dream (arXiv 2508.15487).
 
     Args:
-        denoising_steps: of a group.
-        unmasking_order: which positions are first.
+        denoising_steps: steps of a group.
+        unmasking_order: the order, one of `ORDERS`.
     """
 
     denoising_steps: int = 1
     unmasking_order: str = "confidence"
     needs_steps: ClassVar[bool] = True
-
-    @property
-    def reads(self) -> str:
-        return _read_for(self.unmasking_order)
 
     def __call__(self, measure: Tensor, masked: Tensor, progress: Progress | None = None) -> Tensor:
         steps, left = self.denoising_steps, masked.sum(-1)
@@ -225,7 +224,7 @@ class TimeSchedule(UnmaskingPolicy):
 class EntropyBound(UnmaskingPolicy):
     """Reveals the surest positions as long as the entropies of those before them sum to at most the threshold.
 
-    The sum bounds what the revealed tokens can tell about each other, so that they may be chosen at once.
+    The sum bounds the information that the revealed tokens share, so that they may be chosen at once.
 
     Source: arXiv 2505.24857, the rule of DiffusionGemma.
 
@@ -241,7 +240,7 @@ class EntropyBound(UnmaskingPolicy):
         return "entropy"
 
     def __call__(self, measure: Tensor, masked: Tensor, progress: Progress | None = None) -> Tensor:
-        # Known positions sort last; those whose entropy is no number just before them, so that they end as well.
+        # Known positions sort last, just behind positions whose entropy is NaN: these must be revealed in the end, too.
         entropy = measure.float().nan_to_num(nan=torch.finfo(torch.float32).max)
         ascending, order = entropy.masked_fill(~masked, torch.inf).sort(dim=-1, stable=True)
         before = F.pad(ascending.cumsum(-1)[..., :-1], (1, 0))
@@ -252,14 +251,14 @@ POLICIES: Registry[type[UnmaskingPolicy]] = Registry("unmasking_policy", Unmaski
 
 
 def register_policy(name: str, cls: type[UnmaskingPolicy]) -> None:
-    """Makes a policy known, so that `unmasking_policy=name` means it, in decoding and in training.
+    """Registers a policy under the name that `unmasking_policy` takes, in decoding and in training.
 
     Args:
-        name: as `unmasking_policy` is to have it.
+        name: the future value of `unmasking_policy`.
         cls: subclass of `UnmaskingPolicy`.
 
     Raises:
-        ValueError: the name is taken, `cls` is no policy, or it has bounds and no field `threshold`.
+        ValueError: the name is taken, `cls` is no policy, or has bounds but no field `threshold`.
     """
     if getattr(cls, "bounds", None) is not None and "threshold" not in getattr(cls, "__dataclass_fields__", {}):
         raise ValueError(
@@ -282,13 +281,13 @@ def make_policy(
     """Builds the policy called `name`.
 
     Args:
-        name: one that is registered.
-        threshold: what it compares with; a policy without one does not read it.
-        denoising_steps: how many steps a group takes, for policies that spread them; None = as many as it needs.
-        unmasking_order: which positions are revealed first, for policies that reveal a number of them.
+        name: name of a registered policy.
+        threshold: the policy's threshold; a policy without one does not read it.
+        denoising_steps: steps of a group, for policies that spread positions over steps; None = as many as it needs.
+        unmasking_order: one of `ORDERS`, for policies that reveal a number of positions.
 
     Raises:
-        ValueError: unknown name, an option that is of a wrong type or out of range, or one that the policy lacks.
+        ValueError: the name is unknown, or an option has a wrong type, is out of range or not one of the policy's.
     """
     if not isinstance(threshold, int | float) or isinstance(threshold, bool):
         raise ValueError(f"`unmasking_threshold={threshold!r}` is not a number: give one in the range of the policy.")
@@ -306,9 +305,7 @@ def make_policy(
                 f"one of {others}."
             )
     if policy.needs_steps and denoising_steps is None:
-        raise ValueError(
-            f"`unmasking_policy={name!r}` spreads the positions over a number of steps: also set `denoising_steps`."
-        )
+        raise ValueError(f"`unmasking_policy={name!r}` spreads positions over steps: also set `denoising_steps`.")
     given["threshold"] = threshold
     return policy(**{option: value for option, value in given.items() if option in policy.options()})
 
@@ -319,7 +316,7 @@ def sub_blocks_of(count: int, size: int, anchor: Tensor) -> Tensor:
     Args:
         count: L, positions of a group.
         size: positions of a sub-block.
-        anchor: (G,) position at which sub-block 0 begins; the first one of a group may be shorter, as may the last.
+        anchor: (G,) position at which sub-block 0 begins; a group's first and last sub-block may be shorter.
     """
     position = torch.arange(count, device=anchor.device)
     return (position - anchor[:, None]).div(size, rounding_mode="floor")
@@ -329,14 +326,10 @@ def in_earliest_sub_block(masked: Tensor, sub_blocks: Tensor) -> Tensor:
     """Positions of the first sub-block that holds a mask: (G, L) bool -> (G, L) bool.
 
     Args:
-        masked: what is still hidden of each group.
-        sub_blocks: (G, L), as `sub_blocks_of` says.
+        masked: masked positions of each group.
+        sub_blocks: (G, L) long, as `sub_blocks_of` returns them.
     """
     return sub_blocks == sub_blocks.gather(1, masked.long().argmax(-1, keepdim=True))
-
-
-def _read_for(order: str) -> str:
-    return "confidence" if order == "left_to_right" else order
 
 
 def _precedence(order: str, measure: Tensor) -> Tensor:
@@ -353,13 +346,13 @@ def _needed(progress: Progress | None) -> Progress:
 
 
 def _even_share(steps: int, progress: Progress | None) -> Tensor:
-    """(G,) positions of this step, if they are spread evenly and the first steps take one more; at least one."""
+    """(G,) positions that this step reveals, at least one, if they are spread evenly and the first steps take one more."""
     step, positions = _needed(progress)
     return (positions // steps + (step < positions % steps)).clamp(min=1)
 
 
 def _first(measure: Tensor, masked: Tensor, count: Tensor | float) -> Tensor:
-    """(G, L) bool with the `count` masked positions of each group whose measure is highest; (G,) or one for all."""
+    """(G, L) bool, the `count` masked positions of each group whose measure is highest; count is (G,), or one number."""
     order = measure.masked_fill(~masked, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     counts = count[:, None] if isinstance(count, Tensor) else count
     is_first = torch.arange(masked.shape[-1], device=masked.device) < counts
@@ -367,6 +360,6 @@ def _first(measure: Tensor, masked: Tensor, count: Tensor | float) -> Tensor:
 
 
 def _most_confident(confidence: Tensor, masked: Tensor) -> Tensor:
-    """(G, L) bool with the most probable masked position of each group that has one."""
+    """(G, L) bool, the most probable masked position of each group that has one."""
     best = confidence.masked_fill(~masked, -1.0).argmax(-1, keepdim=True)
     return torch.zeros_like(masked).scatter(-1, best, True) & masked
