@@ -28,11 +28,11 @@ class RelayLayer(DynamicLayer):
         keys, values: views of the committed ones, (B, heads, P, width).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, wanted: int = 0) -> None:
         super().__init__()
         self.memory: tuple[Tensor, Tensor] | None = None
         self.length = 0
-        self.wanted = 0
+        self.wanted = wanted
 
     def write(
         self, new: tuple[Tensor, Tensor], rows: Tensor | None, places: Tensor | None, width: int
@@ -62,15 +62,19 @@ class RelayLayer(DynamicLayer):
         return keys, values
 
     def _room_for(self, new: tuple[Tensor, Tensor], end: int) -> tuple[Tensor, Tensor]:
-        """The memory, taken anew if it ends before `end`, or if a gradient needs what is written there now."""
-        held = self.memory
-        if held is not None and held[0].shape[2] >= end and not (torch.is_grad_enabled() and new[0].requires_grad):
-            return held
+        """The memory; taken anew if it ends before `end`, or must not be written in place."""
+        held, dtype = self.memory, new[0].dtype
+        if held is not None:
+            dtype = torch.promote_types(held[0].dtype, dtype)
+            has_graph = held[0].requires_grad or (torch.is_grad_enabled() and new[0].requires_grad)
+            if held[0].shape[2] >= end and held[0].dtype == dtype and not has_graph:
+                return held
         rows = len(new[0] if held is None else held[0])
         capacity = self.wanted
         if capacity < end:  # half as much again, so that many commits do not copy the text each time
             capacity = end if held is None else end + end // 2
-        keys, values = (states.new_empty(rows, states.shape[1], capacity, states.shape[3]) for states in new)
+        shapes = [(rows, states.shape[1], capacity, states.shape[3]) for states in new]
+        keys, values = (states.new_empty(shape, dtype=dtype) for states, shape in zip(new, shapes, strict=True))
         if self.length:
             keys[:, :, : self.length], values[:, :, : self.length] = self.keys, self.values
         self._hold((keys, values), self.length)
@@ -84,6 +88,10 @@ class RelayLayer(DynamicLayer):
         seen = self.write((key_states, value_states), None, None, key_states.shape[-2])
         self.advance(key_states.shape[-2])
         return seen
+
+    def copy(self) -> None:
+        """Moves the committed numbers to memory that ends with them."""
+        self._map(lambda held: held.clone(memory_format=torch.contiguous_format))
 
     def get_seq_length(self) -> int:
         return self.length
@@ -153,15 +161,24 @@ class BlockPrefix(Prefix):
         self.rows = rows
         self.places = places
         self.width = width
+        self.wanted = cache.wanted
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         while len(self.layers) <= layer_idx:
-            self.layers.append(RelayLayer())
+            self.layers.append(RelayLayer(self.wanted))
         width = key_states.shape[-2] if self.width is None else self.width
         layer: Any = self.layers[layer_idx]
         return layer.write((key_states, value_states), self.rows, self.places, width)
+
+    def check_rows(self, count: int) -> None:
+        memory = self.layers[0].memory if self.layers else None
+        if self.rows is None and memory is not None and len(memory[0]) != count:
+            raise ValueError(
+                f"The forward runs {count} row(s), but the cache holds {len(memory[0])}: pass as many, or, for many "
+                "rows behind the text of one, `cache=cache.shared_prefix()`."
+            )
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return super().get_mask_sizes(query_length if self.width is None else self.width, layer_idx)
@@ -194,11 +211,22 @@ class RelayCache(DynamicCache):
         self.relay_state: Tensor | None = None
         self.last_hidden: Tensor | None = None
         self.last_read_out: Tensor | None = None
+        self.wanted = 0  # capacity of layers that are still to come
+        self._in_work: BlockPrefix | None = None  # of the last forward over the block in work
+        self._is_inference = False  # whether memory may have been taken in inference mode
 
     def reserve(self, positions: int) -> None:
         """Lets the next forward take memory for so many positions, committed ones and a block, at once."""
+        self.wanted = positions
         for layer in self.layers:
             layer.wanted = positions
+
+    def trim(self) -> None:
+        """Gives back the memory behind the committed text, at the price of copying that once."""
+        self.wanted, self._in_work = 0, None
+        for layer in self.layers:
+            layer.wanted = 0
+            layer.copy()
 
     def prefix(
         self,
@@ -208,7 +236,13 @@ class RelayCache(DynamicCache):
         is_one_block: bool = True,
     ) -> BlockPrefix:
         """What a forward over the block behind the committed text sees; arguments of `BlockPrefix`."""
-        return BlockPrefix(self, rows, places, width, is_one_block)
+        # Here and not where it is written, because compiled code cannot ask.
+        if self._is_inference and not torch.is_inference_mode_enabled():
+            for layer in self.layers:
+                layer.copy()  # outside, what was taken in inference mode cannot be written
+        self._is_inference = torch.is_inference_mode_enabled()
+        self._in_work = BlockPrefix(self, rows, places, width, is_one_block)
+        return self._in_work
 
     def shared_prefix(self) -> Prefix:
         """The text of the only row, for a forward over any number of rows, which leaves nothing here."""
@@ -243,12 +277,22 @@ class RelayCache(DynamicCache):
         return shared
 
     def commit(self, prefix: Prefix, input_ids: Tensor) -> None:
-        """Commits the first positions of a forward over all rows, and forgets the block in work.
+        """Commits the first positions of the last forward over all rows, and forgets the block in work.
 
         Args:
-            prefix: of the forward, made by this cache.
+            prefix: the prefix of that forward, made by this cache.
             input_ids: (B, L) tokens of those positions, a whole number of blocks.
+
+        Raises:
+            ValueError: another forward has written behind the committed text since, or none; or it ran some rows or
+                positions only.
         """
+        ran = prefix.hidden is not None and prefix is self._in_work
+        if not ran or prefix.rows is not None or prefix.places is not None:  # type: ignore[attr-defined]
+            raise ValueError(
+                "`commit` takes the prefix of the cache's last forward, over all rows and positions: make it by "
+                "`prefix = cache.prefix()`, call the model with `cache=prefix`, and then commit."
+            )
         count = input_ids.shape[1]
         for layer in self.layers:
             layer.advance(count)
@@ -258,7 +302,7 @@ class RelayCache(DynamicCache):
         self.last_hidden, self.last_read_out = (
             None if raw is None else raw[:, last].detach().clone() for raw in (prefix.hidden, prefix.read_out)
         )
-        self.relay_state = None
+        self.relay_state = self._in_work = None
 
     def write_relay_state(self, state: Tensor | None, rows: Tensor | None = None, places: Tensor | None = None) -> None:
         """Stores the state that a denoise forward leaves its rows; the others keep theirs.
@@ -340,9 +384,10 @@ class RelayCache(DynamicCache):
         self._map_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def _forget_block_and_tail(self) -> None:
-        self.last_hidden = self.last_read_out = self.relay_state = None
+        self.last_hidden = self.last_read_out = self.relay_state = self._in_work = None
 
     def _map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
+        self._in_work = None
         for name in self._ROW_TENSORS:
             if (tensor := getattr(self, name)) is not None:
                 setattr(self, name, function(tensor))

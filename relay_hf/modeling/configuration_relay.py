@@ -33,10 +33,10 @@ class RelayConfig(BackboneHolderConfig):
         tie_word_embeddings: share the embedding and the head; `None` follows `text_config`.
         relay_channel: what is carried from one denoising step to the next. `"none"`: nothing. `"layer_norm"`: a hidden
             state, added to the embeddings through a LayerNorm (Relay). `"residual_context"`: the expected embedding
-            under the prediction, weighted by its normalised entropy (RCD, arXiv 2601.22954). `"soft_mask"`: the expected
-            embedding of the best predictions, weighted by their certainty (arXiv 2510.17206). Or the name of a channel
-            that was added by `register_channel`. The fields about a hidden state or a LayerNorm concern `"layer_norm"`
-            alone.
+            under the prediction, weighted by its normalised entropy (RCD, arXiv 2601.22954). `"soft_mask"`: the
+            expected embedding of the best predictions, weighted by their certainty (arXiv 2510.17206). Or the name of a
+            channel that was added by `register_channel`. The fields about a hidden state or a LayerNorm concern
+            `"layer_norm"` alone.
         relay_layer: decoder layer whose output is carried; negative counts from the end, -1 = last.
         relay_readout: `"post_norm"` carries the output of the final norm (needs the last layer), `"pre_norm"` the raw
             residual stream.

@@ -204,6 +204,7 @@ class RelayGenerationMixin(GenerationMixin):
         )
         with cache.undone_by_exceptions():
             output = decoder.run()
+            cache.trim()
         return output if generation_config.return_dict_in_generate else output.sequences
 
 

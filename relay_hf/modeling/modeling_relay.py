@@ -265,6 +265,7 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         if use_cache and cache is None:
             cache = RelayCache(config=self.config.text_config)
         prefix = prefix_of(cache)
+        prefix.check_rows(len(input_ids))
         if cache is not None:
             self._check_prefix(prefix, logits_to_keep)
         labelled = None if labels is None else kept_labels(labels, input_ids, logits_to_keep)

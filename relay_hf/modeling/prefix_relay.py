@@ -71,6 +71,9 @@ class Prefix(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self.length + query_length, 0
 
+    def check_rows(self, count: int) -> None:
+        """Raise a ValueError if a forward over `count` rows cannot run behind the prefix."""
+
     def take(self, hidden: Tensor, read_out: Tensor) -> None:
         """Stores the raw outputs of the forward, (B, L, D) each."""
         self.hidden, self.read_out = hidden, read_out

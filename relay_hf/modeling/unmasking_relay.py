@@ -84,8 +84,8 @@ class UnmaskingPolicy:
 
     @property
     def reads(self) -> str:
-        """The measure that the policy compares: `"confidence"`, the probability of each position's token; `"entropy"` of
-        each position's distribution, in nats; `"margin"`, how much more probable the best token is than any other."""
+        """The measure that the policy compares: `"confidence"`, the probability of each position's token; `"entropy"`
+        of each position's distribution, in nats; `"margin"`, how much more probable the best token is than others."""
         order = getattr(self, "unmasking_order", "confidence")
         return "confidence" if order == "left_to_right" else order
 
@@ -346,13 +346,13 @@ def _needed(progress: Progress | None) -> Progress:
 
 
 def _even_share(steps: int, progress: Progress | None) -> Tensor:
-    """(G,) positions that this step reveals, at least one, if they are spread evenly and the first steps take one more."""
+    """(G,) positions that this step reveals, at least one, if the first steps of an even spread take one more."""
     step, positions = _needed(progress)
     return (positions // steps + (step < positions % steps)).clamp(min=1)
 
 
 def _first(measure: Tensor, masked: Tensor, count: Tensor | float) -> Tensor:
-    """(G, L) bool, the `count` masked positions of each group whose measure is highest; count is (G,), or one number."""
+    """(G, L) bool, the `count` masked positions of each group whose measure is highest; `count`: (G,) or a number."""
     order = measure.masked_fill(~masked, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     counts = count[:, None] if isinstance(count, Tensor) else count
     is_first = torch.arange(masked.shape[-1], device=masked.device) < counts

@@ -196,6 +196,79 @@ def test_gradient_flows_through_cached_keys(make_model: Callable) -> None:
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
+def test_autocast_in_one_forward_leaves_committed_numbers_alone(make_model: Callable) -> None:
+    model, ids = make_model(), torch.arange(24)[None]
+    cache = RelayCache(config=model.config.text_config)
+    with torch.no_grad():
+        model(ids[:, :8], cache=cache)
+        kept = cache.layers[0].values.clone()
+        with torch.autocast("cpu", torch.bfloat16):
+            model(ids[:, 8:16], cache=cache.prefix())
+        assert torch.equal(cache.layers[0].values, kept)
+        model(ids[:, 8:16], cache=cache.prefix())
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_generate_in_another_mode_goes_on_with_the_cache(make_model: Callable, mode: Callable) -> None:
+    model, ids = make_model(token_shift=True), torch.arange(1, 14)[None]
+    with mode():
+        first = model.generate(ids, max_new_tokens=8, eos_token_id=None, return_dict_in_generate=True)
+    longer = torch.cat([first.sequences.clone(), ids], dim=1)
+    with_cache = model.generate(longer, max_new_tokens=8, eos_token_id=None, cache=first.cache)
+    assert with_cache.shape == (1, longer.shape[1] + 8)
+
+
+def test_forward_without_gradient_spares_the_graph_of_an_earlier_one(make_model: Callable) -> None:
+    model, ids = make_model(), torch.arange(24)[None]
+    cache = RelayCache(config=model.config.text_config)
+    with torch.no_grad():
+        model(ids[:, :8], cache=cache)
+    output = model(ids[:, 8:16], cache=cache.prefix())
+    with torch.no_grad():
+        model(ids[:, 16:], cache=cache.prefix())
+    output.logits.sum().backward()
+    assert model.lm_head.weight.grad.isfinite().all()
+
+
+def test_generate_gives_spare_memory_back(make_model: Callable) -> None:
+    model = make_model()
+    output = model.generate(
+        torch.arange(1, 12)[None], max_new_tokens=400, eos_token_id=list(range(63)), pad_token_id=0,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    assert output.cache.layers[0].memory[0].shape[2] == output.cache.get_seq_length() == 8
+
+
+def test_reserve_reaches_layers_that_are_still_to_come(make_model: Callable) -> None:
+    cache = RelayCache()
+    cache.reserve(40)
+    with torch.no_grad():
+        make_model()(torch.arange(8)[None], cache=cache)
+    assert cache.layers[1].memory[0].shape[2] == 40
+
+
+def test_forward_over_other_rows_raises(make_model: Callable) -> None:
+    model, ids = make_model(), torch.arange(16).view(2, 8)
+    cache = model(ids, use_cache=True).cache
+    with pytest.raises(ValueError, match=r"runs 1 row\(s\), but the cache holds 2.*shared_prefix"):
+        model(ids[:1], cache=cache)
+
+
+def test_commit_of_a_forward_that_was_not_the_last_raises(make_model: Callable) -> None:
+    model, ids = make_model(), torch.arange(24)[None]
+    cache = model(ids[:, :8], use_cache=True).cache
+    prefix = cache.prefix()
+    with pytest.raises(ValueError, match=r"takes the prefix of the cache's last forward"):
+        cache.commit(prefix, ids[:, 8:16])  # it did not run
+    model(ids[:, 8:16], cache=prefix)
+    model(ids[:, 16:], cache=cache.prefix())
+    with pytest.raises(ValueError, match=r"takes the prefix of the cache's last forward"):
+        cache.commit(prefix, ids[:, 8:16])
+    with pytest.raises(ValueError, match=r"takes the prefix of the cache's last forward"):
+        cache.commit(cache.shared_prefix(), ids[:, 8:16])
+    assert cache.get_seq_length() == 8
+
+
 # -- the relay state -------------------------------------------------------------------------------------------------
 
 
