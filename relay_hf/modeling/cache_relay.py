@@ -173,7 +173,8 @@ class BlockPrefix(Prefix):
         return layer.write((key_states, value_states), self.rows, self.places, width)
 
     def check_rows(self, count: int) -> None:
-        memory = self.layers[0].memory if self.layers else None
+        layers: list[Any] = self.layers
+        memory = layers[0].memory if layers else None
         if self.rows is None and memory is not None and len(memory[0]) != count:
             raise ValueError(
                 f"The forward runs {count} row(s), but the cache holds {len(memory[0])}: pass as many, or, for many "

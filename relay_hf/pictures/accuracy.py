@@ -188,7 +188,7 @@ def _find_room(
         box = Bbox([middle - half, middle + half])
         # Between a number and its point no other curve may pass, or it would seem to belong there.
         reach = Bbox.union([box, Bbox([here, here])])
-        is_inside = (box.min >= frame.min).all() and (box.max <= frame.max).all()
+        is_inside = bool(np.all(box.min >= frame.min) and np.all(box.max <= frame.max))
         is_free = not box.count_overlaps(written) and not any(stroke.intersects_bbox(box, False) for stroke in own)
         if is_inside and is_free and not any(stroke.intersects_bbox(reach, False) for stroke in others):
             return box

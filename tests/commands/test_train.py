@@ -235,7 +235,7 @@ def test_bad_recipe_is_one_sentence_and_exit_code_2(
     [
         (
             ["--config", "nowhere.yaml"],
-            "no file: give a YAML file, or one of the library's recipes (fast_dllm_v2_relay",
+            "no recipe: give a YAML file, or one of the library's recipes (fast_dllm_v2_relay",
         ),
         (["--config", "{broken}"], "is not YAML"),
         (["--config", "{empty}"], "holds no options"),
