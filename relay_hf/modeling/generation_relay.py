@@ -163,10 +163,9 @@ class RelayGenerationMixin(GenerationMixin):
         generation_config: GenerationConfig,
         synced_gpus: bool = False,
         streamer: BaseStreamer | None = None,
-        *,
-        options: DecodingOptions,
         attention_mask: Tensor | None = None,
         reference_model: Any = None,
+        options: DecodingOptions | None = None,
         **model_kwargs: Any,
     ) -> RelayGenerateOutput | Tensor:
         """Decodes a batch; called by `generate`, whose documentation describes the arguments.
@@ -175,6 +174,7 @@ class RelayGenerationMixin(GenerationMixin):
             ValueError: an option does not fit the batch.
         """
         rows, new_tokens = len(input_ids), generation_config.max_length - input_ids.shape[1]
+        options = options or DecodingOptions.of(self.config, generation_config, reference_model)
         if streamer is not None and rows > 1:
             raise ValueError(f"A streamer shows one row, but the batch has {rows}: generate rows one by one.")
         longest = input_ids.shape[1] if attention_mask is None else int(attention_mask.sum(-1).max())

@@ -56,7 +56,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"t_max": "hot", "t_min": 0.5, "do_sample": True},
         "`t_max='hot'` is not a number",
     ),
-    "seed that is no list": ({"sampling_seeds": 3, "do_sample": True}, "`sampling_seeds=3` is not a list of whole"),
+    "seed that is no list": (
+        {"sampling_seeds": 3, "do_sample": True},
+        "`sampling_seeds=3` is not a list of 64-bit integers",
+    ),
     "seed that is no number": ({"sampling_seeds": [0.5], "do_sample": True}, r"`sampling_seeds=\[0.5\]` is not a list"),
     "sub-block zero": ({"sub_block_size": 0}, "`sub_block_size=0` does not divide"),
     "unknown option": ({"unmasking_treshold": 0.5}, r"not used by the model: \['unmasking_treshold'\]"),

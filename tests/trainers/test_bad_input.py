@@ -81,7 +81,7 @@ def test_empty_evaluation_set_raises(build: Callable[..., RelayTrainer], data: A
         ({"unmasking_threshold": -0.1}, "`unmasking_threshold=-0.1` is not a probability"),
         ({"unmasking_threshold": 1.1}, "`unmasking_threshold=1.1` is not a probability"),
         ({"unmasking_threshold": float("nan")}, "`unmasking_threshold=nan` is not a probability"),
-        ({"max_length": 0}, "`max_length=0` must be at least 1; `None` keeps texts whole"),
+        ({"max_length": 0}, "`max_length=0` must be at least 1, and whole; `None` keeps texts whole"),
         ({"max_length": -1}, "`max_length=-1` must be at least 1"),
     ],
 )

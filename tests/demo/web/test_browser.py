@@ -5,6 +5,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
@@ -31,7 +32,9 @@ def find(browser: webdriver.Chrome) -> Callable[..., WebElement]:
         def look(driver: webdriver.Chrome) -> WebElement | None:
             return next((e for e in driver.find_elements(By.CSS_SELECTOR, css) if text in e.text), None)
 
-        return WebDriverWait(browser, WAIT, poll_frequency=0.05).until(look, f"{css} with {text!r}")
+        # The page may replace an element between finding and reading it.
+        wait = WebDriverWait(browser, WAIT, poll_frequency=0.05, ignored_exceptions=[StaleElementReferenceException])
+        return wait.until(look, f"{css} with {text!r}")
 
     return find
 
@@ -66,13 +69,13 @@ def test_browser_picked_puzzle_fills_both_boards_and_steps_back(
         assert len(cells) == 16
         assert all(cells)
         assert all(text == clue for text, clue in zip(cells, picked, strict=True) if clue != ".")
-        counts.append(int(find(f"{side} .relay-count b").text))
+        counts.append(int(texts_of(browser, f"{side} .relay-count b")[0]))
     assert min(counts) > 0
 
     find("#step input[type=range]").send_keys(Keys.HOME)
     for side in ("#relay-on", "#relay-off"):
         find(f"{side} .relay-note", "step 0 of")
-        assert find(f"{side} .relay-count b").text == "0"
+        assert texts_of(browser, f"{side} .relay-count b") == ["0"]
         assert len(browser.find_elements(By.CSS_SELECTOR, f"{side} td.masked")) == picked.count(".")
     assert loaded_hosts(browser) == {urlsplit(pages["board"]).netloc}
 
