@@ -5,6 +5,7 @@ page's Python snippets run one after the other, in one namespace and in an empty
 """
 
 import contextlib
+import pydoc
 import re
 import shutil
 import sys
@@ -279,3 +280,11 @@ def test_page_links_pictures_and_anchors_exist(page: Path) -> None:
 def test_readme_and_start_page_link_something() -> None:
     assert pages.links(README)
     assert pages.links(ROOT / "docs" / "index.md")
+
+
+def test_names_of_the_api_pages_exist() -> None:
+    """`make docs` would notice as well, but is no test."""
+    lines = "\n".join(page.read_text() for page in sorted((ROOT / "docs" / "api").glob("*.md")))
+    names = re.findall(r"^::: (\S+)", lines, flags=re.M)
+    assert len(names) > 50
+    assert [name for name in names if pydoc.locate(name) is None] == []
