@@ -58,7 +58,7 @@ test: $(VENV)/dev
 OLDEST := .venv-oldest
 OLDEST_TESTS := tests/modeling/test_reference_forward.py tests/modeling/test_reference_generate.py \
 	tests/modeling/test_configuration.py tests/modeling/test_channel.py tests/modeling/test_versions.py \
-	tests/modeling/test_modeling.py tests/test_import_rules.py tests/trainers/test_reference.py tests/demo/test_demo.py
+	tests/modeling/test_modeling.py tests/test_import_rules.py tests/trainers/rollouts/test_reference.py tests/demo/test_demo.py
 
 $(OLDEST)/installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)

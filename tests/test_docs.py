@@ -288,3 +288,14 @@ def test_names_of_the_api_pages_exist() -> None:
     names = re.findall(r"^::: (\S+)", lines, flags=re.M)
     assert len(names) > 50
     assert [name for name in names if pydoc.locate(name) is None] == []
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    assert [page.name for page in sorted((ROOT / "docs").glob("*.md")) if f": {page.name}\n" not in navigation] == []
+
+
+def test_tests_that_the_makefile_names_exist() -> None:
+    named = re.findall(r"tests/[\w/]+\.py", (ROOT / "Makefile").read_text())
+    assert named
+    assert [path for path in named if not (ROOT / path).exists()] == []

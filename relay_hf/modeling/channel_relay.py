@@ -27,7 +27,7 @@ LOGITS_AT_ONCE = 2**24
 class Readings(NamedTuple):
     """What a forward pass offers a channel.
 
-    Args:
+    Attributes:
         read_out: (B, L, D) position-aligned hidden states of `config.relay_layer`.
         head_inputs: (B, L, D), what the head turns into the position-aligned logits.
         is_masked: (B, L) bool, where the input was [MASK].

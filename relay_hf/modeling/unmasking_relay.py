@@ -37,8 +37,9 @@ class Progress(NamedTuple):
 class Bounds(NamedTuple):
     """The range of `unmasking_threshold`.
 
-    Args:
-        least, most: the ends of the range, both included.
+    Attributes:
+        least: lower end of the range, included.
+        most: upper end of the range, included.
         shown: upper end of a slider, where `most` is infinite or far away.
         is_whole: only whole numbers are in the range.
         outside: rest of the error about a number that is not in the range, after the number.
