@@ -27,8 +27,11 @@ from trl import TrlParser
 import relay_hf
 from relay_hf import RelayConfig, RelayForMaskedDiffusion, RelayTrainerConfig
 from relay_hf.cli import COMMANDS, main
+from relay_hf.modeling.channel_relay import CHANNELS
+from relay_hf.modeling.unmasking_relay import POLICIES
 from relay_hf.serving.server import RelayHandler, build_app
 from relay_hf.testing import CHAT_TEMPLATE, all_tokens_but, byte_tokenizer
+from relay_hf.trainers.objectives import RECIPES
 
 from . import pages
 from .conftest import REFERENCE
@@ -79,8 +82,18 @@ def _save_plain_decoder(folder: Path) -> None:
 
 
 @pytest.fixture
+def registries() -> Iterator[None]:
+    """What a page registers is gone with it."""
+    before = [(registry, dict(registry)) for registry in (CHANNELS, POLICIES, RECIPES)]
+    yield
+    for registry, names in before:
+        registry.clear()
+        registry.update(names)
+
+
+@pytest.fixture
 def run_page(
-    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registries: None
 ) -> Iterator[Callable[[Path], dict[str, Any]]]:
     """Runs the Python snippets of a page; returns what they left in their namespace."""
     rows = datasets.Dataset.from_list(ROWS)
