@@ -295,7 +295,8 @@ class ResidualContextChannel(DistributionChannel):
         super().check(config)
         if not 0 < config.relay_temperature < math.inf:
             raise ValueError(
-                f"`relay_temperature={config.relay_temperature}` must be above 0, and finite; 1 leaves it as it is."
+                f"`relay_temperature={config.relay_temperature}` must be above 0, and finite; 1 leaves the distribution "
+                "unchanged."
             )
 
     @classmethod
@@ -314,8 +315,8 @@ class SoftMaskChannel(DistributionChannel):
         e_i <- (1 - s_i) e_i + s_i mean_i,  s_i = w_s sigmoid(w_a (-H(p_i) - w_b))
 
     The three weights are learned, from 0, 10 / 1.5 and -0.75 on, as in the authors' code: a fresh channel changes
-    nothing. k is `config.relay_top_k`. No state leaves a [MASK] as it is, so that the first step has none: zeros would
-    be a sure prediction.
+    nothing. k is `config.relay_top_k`. The first step has no state, and its [MASK]s are plain ones: a
+    state of zeros would be a sure prediction.
     """
 
     may_start_from_zeros: ClassVar[bool] = False

@@ -53,8 +53,8 @@ def split_adapter(
         options: the other arguments of `from_pretrained`.
 
     Returns:
-        Where the base is, the arguments to load it with, and those of `load_adapter`. Anything but an adapter comes
-        back as it is, with None.
+        Where the base is, the arguments to load it with, and those of `load_adapter`. For anything but an adapter:
+        `source`, `options` and None.
 
     Raises:
         ValueError: it is an adapter that names no base.
@@ -98,8 +98,8 @@ def split_adapter(
 
 def _adapter_arguments(source: Any, options: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     """Arguments of `load_adapter`."""
-    # The Auto classes followed the name in the adapter's file, and tell where they came from: of a copied repository,
-    # `source` is the original. `tests/hub/test_adapters.py` fails if they call it otherwise.
+    # The Auto classes followed the name in the adapter's file, and pass on where they came from: of a copied
+    # repository, `source` is the original. `tests/hub/test_adapters.py` fails if they name it otherwise.
     place = {**found, **(options.get("adapter_kwargs") or {})}
     adapter = {"peft_model_id": place.pop("_adapter_model_path", source), "adapter_kwargs": place}
     return adapter | {name: options[name] for name in ("adapter_name",) if name in options}
@@ -121,7 +121,7 @@ def _own_file(source: Any, name: str, found: dict[str, Any]) -> str | None:
 
 
 def check_adapter(config: Any) -> None:
-    """Refuses a kind of adapter that cannot work here.
+    """Raise a ValueError for a kind of adapter that cannot work here.
 
     Args:
         config: the `PeftConfig`.

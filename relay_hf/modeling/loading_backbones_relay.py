@@ -26,7 +26,7 @@ HEAD_FIELDS = (
 
 
 def check_backbone(config: PreTrainedConfig, model: PreTrainedModel | None = None) -> None:
-    """Refuses a backbone that block diffusion would run wrongly, naming everything that it lacks.
+    """Raise a ValueError that names everything that a backbone lacks for block diffusion.
 
     Args:
         config: the backbone's configuration.

@@ -234,7 +234,7 @@ def _without(config: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def check_whole(source: Any, config: Any, missing: list[str], options: dict[str, Any]) -> None:
-    """Refuses a checkpoint of which a part is missing.
+    """Raise an error if a part of a checkpoint is missing.
 
     A channel may be, if the checkpoint does not claim to have it, and so may the head of a backbone that was saved
     alone.

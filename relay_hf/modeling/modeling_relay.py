@@ -261,7 +261,7 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
                 text is longer than the backbone's table of positions.
         """
         if input_ids is None:
-            raise ValueError("`inputs_embeds` do not tell which positions are masked: pass `input_ids` as well.")
+            raise ValueError("`inputs_embeds` do not say which positions are masked: pass `input_ids` as well.")
         if use_cache and cache is None:
             cache = RelayCache(config=self.config.text_config)
         prefix = prefix_of(cache)

@@ -42,7 +42,7 @@ class RelayOutput(CacheOutput):
 class RelayGenerateHistory(ModelOutput):
     """Which forward revealed which token of `sequences`; a row's entries do not depend on the rest of the batch.
 
-    Two kinds of positions have `revealed_at == 0`, and `given` tells them apart: what the caller wrote is given; the
+    Two kinds of positions have `revealed_at == 0`, and `given` distinguishes them: what the caller wrote is given; the
     first token of a block of a token-shift model may be known without a denoise forward of its own, because the prefill
     or commit before it has scored it. Such a token is known as soon as all positions before it are.
 

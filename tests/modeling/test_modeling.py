@@ -119,7 +119,7 @@ def test_inputs_embeds_replace_the_lookup(make_model: Callable, ids: Tensor) -> 
 
 
 def test_inputs_embeds_without_tokens_raises(make_model: Callable) -> None:
-    with pytest.raises(ValueError, match="`inputs_embeds` do not tell which positions are masked"):
+    with pytest.raises(ValueError, match="`inputs_embeds` do not say which positions are masked"):
         make_model()(inputs_embeds=torch.zeros(2, 16, 16))
 
 
