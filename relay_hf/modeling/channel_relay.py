@@ -295,8 +295,8 @@ class ResidualContextChannel(DistributionChannel):
         super().check(config)
         if not 0 < config.relay_temperature < math.inf:
             raise ValueError(
-                f"`relay_temperature={config.relay_temperature}` must be above 0, and finite; 1 leaves the distribution "
-                "unchanged."
+                f"`relay_temperature={config.relay_temperature}` must be above 0, and finite; 1 leaves the "
+                "distribution unchanged."
             )
 
     @classmethod
