@@ -1,0 +1,119 @@
+"""Keys and values of one layer: committed ones, and room behind them for the block in work.
+
+Legend: B rows, n of them that take part in a forward, P committed positions, L of one forward.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+
+class RelayLayer(DynamicLayer):
+    """Keys and values of one layer, in memory with room for the block in work behind the committed ones.
+
+    Committed numbers are never written again, so that whoever holds `keys` and `values` may rely on them.
+
+    Attributes:
+        memory: keys and values, (B, heads, capacity, width) each; None before the first forward.
+        length: P.
+        wanted: capacity of the memory that is taken next, if a forward needs no more.
+        keys, values: views of the committed ones, (B, heads, P, width).
+    """
+
+    def __init__(self, wanted: int = 0) -> None:
+        super().__init__()
+        self.memory: tuple[Tensor, Tensor] | None = None
+        self.length = 0
+        self.wanted = wanted
+
+    def write(
+        self, new: tuple[Tensor, Tensor], rows: Tensor | None, places: Tensor | None, width: int
+    ) -> tuple[Tensor, Tensor]:
+        """Writes keys and values behind the committed ones, without committing them.
+
+        Args:
+            new: (n, heads, L, width) keys, and values.
+            rows: (n,) whose they are; None = of all rows.
+            places: (n, L) where they belong behind the committed ones; None = side by side.
+            width: positions behind the committed ones that the forward sees.
+
+        Returns:
+            Keys and values of those rows, committed ones and `width` more, (n, heads, P + width, width).
+        """
+        begin, end = self.length, self.length + width
+        memory = self._room_for(new, end)
+        for held, states in zip(memory, new, strict=True):
+            if places is not None:
+                every = torch.arange(len(states), device=states.device) if rows is None else rows
+                held[every[:, None], :, begin + places] = states.transpose(1, 2)
+            elif rows is not None:
+                held[rows, :, begin:end] = states
+            else:
+                held[:, :, begin:end] = states
+        keys, values = (held[:, :, :end] if rows is None else held[:, :, :end][rows] for held in memory)
+        return keys, values
+
+    def _room_for(self, new: tuple[Tensor, Tensor], end: int) -> tuple[Tensor, Tensor]:
+        """The memory; taken anew if it ends before `end`, or must not be written in place."""
+        held, dtype = self.memory, new[0].dtype
+        if held is not None:
+            dtype = torch.promote_types(held[0].dtype, dtype)
+            has_graph = held[0].requires_grad or (torch.is_grad_enabled() and new[0].requires_grad)
+            if held[0].shape[2] >= end and held[0].dtype == dtype and not has_graph:
+                return held
+        rows = len(new[0] if held is None else held[0])
+        capacity = self.wanted
+        if capacity < end:  # half as much again, so that many commits do not copy the text each time
+            capacity = end if held is None else end + end // 2
+        shapes = [(rows, states.shape[1], capacity, states.shape[3]) for states in new]
+        keys, values = (states.new_empty(shape, dtype=dtype) for states, shape in zip(new, shapes, strict=True))
+        if self.length:
+            keys[:, :, : self.length], values[:, :, : self.length] = self.keys, self.values
+        self._hold((keys, values), self.length)
+        return keys, values
+
+    def advance(self, count: int) -> None:
+        """Commits the first `count` positions behind the committed ones."""
+        self._hold(self.memory, self.length + count)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        seen = self.write((key_states, value_states), None, None, key_states.shape[-2])
+        self.advance(key_states.shape[-2])
+        return seen
+
+    def copy(self) -> None:
+        """Moves the committed numbers to memory that ends with them."""
+        self._map(lambda held: held.clone(memory_format=torch.contiguous_format))
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def reset(self) -> None:
+        super().reset()
+        self.memory, self.length = None, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove and self.memory is not None:
+            self._map(lambda held: held[:, :, :tokens_to_remove])
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._map(lambda held: held.index_select(0, beam_idx.to(held.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda held: held[indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda held: held.repeat_interleave(repeats, dim=0))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Changes the committed numbers; the next forward takes memory anew."""
+        if self.memory is not None:
+            keys, values = function(self.keys), function(self.values)
+            self._hold((keys, values), keys.shape[-2])
+
+    def _hold(self, memory: Any, length: int) -> None:
+        self.memory, self.length, self.is_initialized = memory, length, True
+        self.keys, self.values = (held[:, :, :length] for held in memory)
