@@ -46,6 +46,17 @@ def test_best_tokens_any_tile_equals_full_logits(count: int, vocab: int, tile: i
     torch.testing.assert_close(probability, expected)
 
 
+@settings(max_examples=40, deadline=None)
+@given(count=st.integers(0, 9), segments=st.integers(1, 4), odd=st.booleans(), seed=st.integers(0, 1000))
+def test_maximum_any_width_finds_the_first_of_equals(count: int, segments: int, odd: bool, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randint(0, 9, (count, segments * head_relay.SEGMENT + odd), generator=generator).float()
+    logits[:, seed % logits.shape[1]] = [torch.nan, torch.inf, -torch.inf, 8.0][seed % 4]
+    best, column = head_relay._maximum(logits)
+    torch.testing.assert_close(best, logits.amax(-1), rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(column, logits.argmax(-1))
+
+
 def test_score_positions_frozen_head_gets_no_gradient() -> None:
     hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(7, 4)
     losses, confidence = score_positions(hidden, weight, torch.tensor([1, 2, 3]), 6)
