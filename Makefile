@@ -11,7 +11,7 @@ SMALL_EXAMPLES := $(filter-out examples/adapt_smollm2.py, $(wildcard examples/*.
 # Libraries would report which trainer runs where.
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test test-oldest test-quantised examples docs lint format coverage clean
+.PHONY: demo test test-device test-oldest test-quantised examples docs lint format coverage clean
 
 # What a stamp stands for is installed again when the requirements change.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -53,6 +53,11 @@ demo: $(VENV)/demo $(if $(findstring --web,$(DEMO)),$(VENV)/web)
 # Files are shared out among as many processes as there are cores, but not so many that memory becomes scarce.
 test: $(VENV)/dev
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+
+# On a stand-in for a GPU, which is built for it: what differs from the CPU, and ceilings on waits and launches.
+test-device: $(VENV)/dev
+	$(BIN)/python -m tests.device.fakegpu
+	$(BIN)/python -m pytest tests/device --numprocesses logical --maxprocesses 4 --dist loadfile
 
 # The oldest supported versions, in an environment of their own, and the short part of the suite that concerns them.
 OLDEST := .venv-oldest

@@ -1,0 +1,67 @@
+"""Ceilings on waits for the device and on launches. A change that raises one of these numbers fails here.
+
+If a change lowers one, write the smaller number into the table, which `pytest -rA` of this file prints for every case:
+the tables are meant to say what is. A model of two layers is counted; `benchmarks/waits.py` counts one of 28.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from . import fakegpu
+from .costs import Costs, build_model, decoding_costs, training_costs
+from .training import choose_device
+
+LAYERS = 2
+# Waits of a start, of a block beside its steps, and of a denoise step; launches of a denoise step.
+DECODING: dict[tuple[str, str], tuple[float, float, float, float]] = {
+    ("one row", "none"): (16, 3, 1, 216),
+    ("one row", "layer_norm"): (16, 3, 1, 223),
+    ("one row", "residual_context"): (16, 3, 2, 243),
+    ("one row", "soft_mask"): (16, 3, 2, 249),
+    ("8 even", "layer_norm"): (17, 3, 1, 224),
+    ("8 ragged", "layer_norm"): (18, 4, 1, 234),
+    ("one row, sampling", "layer_norm"): (16, 3, 1, 265),
+    ("8 ragged, sampling", "layer_norm"): (18, 4, 1, 281.8),
+    ("one row, fused commits", "layer_norm"): (17, 2, 1, 223),
+    ("one row, sub-block cache", "layer_norm"): (16, 3, 1, 263.9),
+    ("8 ragged, stop tokens", "layer_norm"): (20, 4, 1, 285),
+}
+# Waits of an optimizer step, what logging adds to them, and launches of an optimizer step; for objective and K.
+TRAINING: dict[tuple[str, int | None], tuple[float, float, float]] = {
+    ("relay", 1): (18, 7, 1186),
+    ("relay", 2): (28, 7, 1845),
+    ("relay", 4): (48, 7, 3163),
+    ("relay_sg", 2): (26, 7, 1826),
+    ("rollout", 2): (20, 6, 1748),
+    ("masked", None): (14, 6, 1142),
+    ("complementary", None): (19, 6, 1727),
+    ("residual_context", None): (20, 3, 1397),
+}
+
+
+def check(costs: tuple[float, ...], ceilings: tuple[float, ...]) -> None:
+    print(costs)
+    assert all(cost <= ceiling for cost, ceiling in zip(costs, ceilings, strict=True)), f"{costs}, not {ceilings}"
+
+
+@pytest.mark.parametrize(("name", "channel"), DECODING)
+def test_decoding_costs_what_the_table_says(device: torch.device, name: str, channel: str) -> None:
+    costs = decoding_costs(build_model(LAYERS, channel, torch.bfloat16).eval(), name)
+    waits = tuple(costs[part].waits for part in ("start", "block", "step"))
+    check((*waits, costs["step"].launches), DECODING[name, channel])
+
+
+@pytest.mark.parametrize(("objective", "rollout_steps"), TRAINING)
+def test_training_costs_what_the_table_says(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, objective: str, rollout_steps: int | None
+) -> None:
+    choose_device(monkeypatch, fakegpu.NAME)
+    costs = training_costs(LAYERS, objective, rollout_steps)
+    step, logging = costs["step"], costs["logging"]
+    check((step.waits, logging.waits, step.launches), TRAINING[objective, rollout_steps])
+
+
+def test_costs_add_up() -> None:
+    assert Costs(3, 10).plus(Costs(1, 2), -2) == Costs(1, 6)
