@@ -15,29 +15,62 @@ with l uniform in 1..L and S uniform among the subsets of l of the block's L sco
 - With a relay, a noisy block runs twice, from the model's initial state and then with the state the first pass left.
   The second pass counts. (The published evaluation does the same.)
 
-Legend: M different masks, S positions of a block, L scored ones among them, N masked ones over all rows, V vocabulary.
+Requests of one shape run together: those that begin behind as many whole blocks, and end with the same block. Each
+brings its own masks, as rows of one forward, and every row sees the clean text of its own request.
+
+Legend: R requests of a batch, M rows, that is, different masks of them all, S positions of a block, L scored ones among
+them, N masked ones over all rows, P clean positions before the block, V vocabulary.
 """
 
 import copy
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..modeling import RelayCache
 from ..modeling.prefix_relay import denoise
 
 # Numbers that may be held as logits at a time: with 151 936 tokens, 1767 positions.
 LOGITS_AT_ONCE = 2**28
+# Positions that the rows of a forward may see, and that the clean texts of a batch may have, all together.
+POSITIONS_AT_ONCE = 2**16
 
 Request = tuple[Sequence[int], Sequence[int]]
 
 
+class Shape(NamedTuple):
+    """What requests that run together have in common.
+
+    Args:
+        end: positions of the text, what fills up the last block included.
+        begin: clean positions before the first block that is scored.
+    """
+
+    end: int
+    begin: int
+
+
+class Text(NamedTuple):
+    """A request on its way through the blocks, on the CPU.
+
+    Args:
+        tokens: (end,) context, continuation and the [MASK]s that fill up the last block.
+        scored: positions of the continuation.
+        generator: of its masks.
+    """
+
+    tokens: Tensor
+    scored: range
+    generator: torch.Generator
+
+
 class LikelihoodBound:
-    """Estimates the bound for one request after the other; what comes out depends on nothing but request and seed.
+    """Estimates the bound of requests; the masks depend on nothing but request and seed.
 
     Args:
         model: a `RelayForMaskedDiffusion` in eval mode, possibly wrapped by PEFT.
@@ -45,24 +78,31 @@ class LikelihoodBound:
             a single one gives its exact log-probability.
         seed: of the masks, together with the request's tokens.
         use_relay: run noisy blocks twice if the model has a channel; False = once, as if it had none.
+        batch_size: requests that run together at most; None = as many as `POSITIONS_AT_ONCE` allows. Batches change no
+            number by more than rounding.
 
     Raises:
-        ValueError: `samples` is not positive.
+        ValueError: `samples` or `batch_size` is not positive.
     """
 
-    def __init__(self, model: Any, samples: int = 32, seed: int = 0, use_relay: bool = True) -> None:
+    def __init__(
+        self, model: Any, samples: int = 32, seed: int = 0, use_relay: bool = True, batch_size: int | None = None
+    ) -> None:
         if samples < 1:
             raise ValueError(f"`samples={samples}` draws no mask: choose at least 1, for instance 32.")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"`batch_size={batch_size}` runs no request: choose at least 1, or None for no limit.")
         self.model = model
         self.samples = samples
         self.seed = seed
+        self.batch_size = batch_size
         self.carries_state = use_relay and model.config.relay_channel != "none"
         self.block_size: int | None = model.config.block_size
         self.mask_token_id: int = model.config.mask_token_id
 
     @torch.no_grad()
     def __call__(self, requests: Sequence[Request]) -> Iterator[tuple[int, float]]:
-        """Yields (index of the request, estimate in nats), requests that share a prefix one after the other.
+        """Yields (index of the request, estimate in nats), the longest requests first.
 
         Args:
             requests: pairs of context and continuation, both tokens; either may be empty.
@@ -70,69 +110,143 @@ class LikelihoodBound:
         Raises:
             ValueError: a context holds [MASK].
         """
-        by_prefix: dict[tuple[int, ...], list[int]] = {}
-        for index, (context, _) in enumerate(requests):
+        by_shape: dict[Shape, list[int]] = defaultdict(list)
+        known: dict[int, float] = {}
+        for index, (context, continuation) in enumerate(requests):
             if self.mask_token_id in context:
                 raise ValueError(
                     "The context holds [MASK] tokens, which are not text to continue: remove them from the request."
                 )
-            whole_blocks = len(context) // self.block_size * self.block_size if self.block_size else 0
-            by_prefix.setdefault(tuple(context[:whole_blocks]), []).append(index)
-        for prefix, indices in by_prefix.items():
+            if self.mask_token_id in continuation:
+                known[index] = -torch.inf
+            elif not continuation:
+                known[index] = 0.0
+            else:
+                by_shape[self._shape(len(context), len(continuation))].append(index)
+        for shape in sorted(by_shape, reverse=True):
+            yield from self._bounds_of_shape(shape, {index: requests[index] for index in by_shape[shape]})
+        yield from known.items()
+
+    def requests_at_once(self, length: int) -> int:
+        """How many requests of so many positions run together at most."""
+        by_size = max(POSITIONS_AT_ONCE // length, 1)
+        return by_size if self.batch_size is None else min(by_size, self.batch_size)
+
+    def _shape(self, context: int, continuation: int) -> Shape:
+        """The shape of a request with so many tokens of each."""
+        length = context + continuation
+        if self.block_size is None:
+            return Shape(end=length, begin=0)
+        last = (length - 1) // self.block_size * self.block_size
+        # What fills up the last block stops where the model's positions end.
+        limit = max(length, self.model.config.positions or last + self.block_size)
+        return Shape(end=min(last + self.block_size, limit), begin=context // self.block_size * self.block_size)
+
+    def _bounds_of_shape(self, shape: Shape, requests: dict[int, Request]) -> Iterator[tuple[int, float]]:
+        """(Index, bound) of requests of one shape; batches that see the same clean texts share their forward."""
+
+        def clean(index: int) -> tuple[int, ...]:
+            return tuple(requests[index][0][: shape.begin])
+
+        indices = sorted(requests, key=clean)
+        size = self.requests_at_once(shape.end)
+        batches = [indices[first : first + size] for first in range(0, len(indices), size)]
+        for prefixes, some in groupby(batches, key=lambda batch: list(dict.fromkeys(map(clean, batch)))):
             cache = RelayCache(config=self.model.config.text_config)
-            self._commit(cache, torch.tensor(prefix, dtype=torch.long, device=self.model.device))
-            for index in indices:
-                yield index, self._bound(cache, len(prefix), *requests[index])
+            self._commit(cache, torch.tensor(prefixes, dtype=torch.long))
+            for batch in some:
+                texts = [self._text(shape, *requests[index]) for index in batch]
+                rows = torch.tensor([prefixes.index(clean(index)) for index in batch])
+                yield from zip(batch, self._bounds(cache, rows, texts, shape), strict=True)
 
-    def _bound(self, cache: RelayCache, committed: int, context: Sequence[int], continuation: Sequence[int]) -> float:
-        """Sums the blocks; `cache` holds the first `committed` tokens of the context, and is left as it is."""
-        if self.mask_token_id in continuation:
-            return -torch.inf
-        generator = torch.Generator().manual_seed(self._seed_of(context, continuation))
-        text = torch.tensor([*context, *continuation], device=self.model.device)
-        width = self.block_size or len(text)
-        total = 0.0
-        for begin in range(committed, len(text) if continuation else committed, width):
-            if begin > committed:
-                cache = copy.deepcopy(cache) if begin == committed + width else cache
-                self._commit(cache, text[begin - width : begin])
-            clean = text[begin : begin + width]
-            # What fills up the last block stops where the model's positions end.
-            stop = min(begin + width, max(len(text), self.model.config.positions or begin + width))
-            block = F.pad(clean, (0, stop - begin - len(clean)), value=self.mask_token_id)
-            scored = slice(max(len(context) - begin, 0), len(clean))
-            total += self._bound_of_block(cache, block, scored, generator)
-        return total
+    def _text(self, shape: Shape, context: Sequence[int], continuation: Sequence[int]) -> Text:
+        tokens = torch.full((shape.end,), self.mask_token_id)
+        scored = range(len(context), len(context) + len(continuation))
+        tokens[: scored.stop] = torch.tensor([*context, *continuation])
+        return Text(tokens, scored, torch.Generator().manual_seed(self._seed_of(context, continuation)))
 
-    def _bound_of_block(self, cache: RelayCache, block: Tensor, scored: slice, generator: torch.Generator) -> float:
-        """The bound of the `scored` positions of `block`, (S,), given the committed blocks."""
-        masks, weights = draw_masks(scored.stop - scored.start, self.samples, generator)
-        masked = torch.zeros(len(masks), len(block), dtype=torch.bool)
-        masked[:, scored] = masks
-        # Cut by size alone, so that the numbers do not depend on what else is evaluated.
-        rows_at_once = max(1, LOGITS_AT_ONCE // (self.model.config.text_config.vocab_size * masks.shape[1]))
-        sums = [self._log_probabilities(cache, block, rows.to(block.device)) for rows in masked.split(rows_at_once)]
-        return float((weights * torch.cat(sums)).sum())
+    def _bounds(self, cache: RelayCache, rows: Tensor, texts: list[Text], shape: Shape) -> list[float]:
+        """Bounds of a batch.
 
-    def _log_probabilities(self, cache: RelayCache, block: Tensor, masked: Tensor) -> Tensor:
-        """(M,) fp64 log-probability of the tokens of `block`, (S,), that are `masked`, (M, S), summed in each row."""
-        noisy = torch.where(masked, self.mask_token_id, block)
-        row, place = masked.nonzero().unbind(-1)  # (N,)
+        Args:
+            cache: holds the first `shape.begin` tokens of each text, and is left as it is.
+            rows: (R,) row of the cache that each text begins with.
+            texts: R of them.
+            shape: of them all.
+        """
+        tokens = torch.stack([text.tokens for text in texts])  # (R, end)
+        width = self.block_size or shape.end
+        owners, weights, scores = [], [], []
+        for begin in range(shape.begin, shape.end, width):
+            if begin > shape.begin:
+                if begin == shape.begin + width:  # from now on, each text has a row of its own
+                    cache = copy.deepcopy(cache)
+                    cache.batch_select_indices(rows.to(self.model.device))
+                    rows = torch.arange(len(texts))
+                self._commit(cache, tokens[:, begin - width : begin])
+            block = slice(begin, min(begin + width, shape.end))
+            owner, weight, masked = self._draw(texts, block)
+            row = masked.nonzero()[:, 0]  # (N,)
+            owners.append(owner[row])
+            weights.append(weight[row])
+            scores.append(self._log_probabilities(cache, rows[owner], tokens[owner, block], masked))
+        # One wait for the device. Summed on the CPU, because not every device has fp64.
+        terms = torch.cat(weights) * torch.cat(scores).cpu().double()
+        return terms.new_zeros(len(texts)).index_add(0, torch.cat(owners), terms).tolist()
+
+    def _draw(self, texts: list[Text], block: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Masks of a block: (M,) the text of each, (M,) fp64 how much it counts, and (M, S) bool which are masked."""
+        owners, weights, masks = [], [], []
+        for owner, text in enumerate(texts):
+            scored = range(max(text.scored.start, block.start), min(text.scored.stop, block.stop))
+            drawn, weight = draw_masks(len(scored), self.samples, text.generator)
+            masked = torch.zeros(len(drawn), block.stop - block.start, dtype=torch.bool)
+            masked[:, scored.start - block.start : scored.stop - block.start] = drawn
+            owners.append(torch.full((len(drawn),), owner))
+            weights.append(weight)
+            masks.append(masked)
+        return torch.cat(owners), torch.cat(weights), torch.cat(masks)
+
+    def _log_probabilities(self, cache: RelayCache, rows: Tensor, clean: Tensor, masked: Tensor) -> Tensor:
+        """(N,) fp32 log-probability of each masked token, on the device, row by row.
+
+        Args:
+            cache: holds the clean texts before the block.
+            rows: (M,) row of the cache that each mask belongs to.
+            clean: (M, S) tokens of the blocks.
+            masked: (M, S) bool.
+        """
+        # Cut by size alone, so that memory does not depend on the requests.
+        at_once = max(1, POSITIONS_AT_ONCE // (cache.get_seq_length() + masked.shape[1]))
+        pieces = zip(*(part.split(at_once) for part in (rows, clean, masked)), strict=True)
+        return torch.cat([self._log_probabilities_at_once(cache, *piece) for piece in pieces])
+
+    def _log_probabilities_at_once(self, cache: RelayCache, rows: Tensor, clean: Tensor, masked: Tensor) -> Tensor:
+        device = self.model.device
+        noisy = torch.where(masked, self.mask_token_id, clean).to(device)
+        row, place = masked.nonzero().unbind(-1)
+        seen = (rows[:1] if bool((rows == rows[0]).all()) else rows).to(device)  # one row serves many
         state = None
         if self.carries_state:
             initial = self.model.initial_relay_state(*noisy.shape)
-            state = denoise(self.model, noisy, cache.shared_prefix(), initial, None).relay_state
-        output = denoise(self.model, noisy, cache.shared_prefix(), state, (row, place), leaves_state=False)
-        logits = self.model.lm_head(output.head_inputs).float()
+            state = denoise(self.model, noisy, cache.shared_prefix(seen), initial, None).relay_state
+        scored = (row.to(device), place.to(device))
+        output = denoise(self.model, noisy, cache.shared_prefix(seen), state, scored, leaves_state=False)
+        size = max(1, LOGITS_AT_ONCE // self.model.config.text_config.vocab_size)
+        parts = zip(output.head_inputs.split(size), clean[masked].to(device).split(size), strict=True)
+        return torch.cat([self._score(*part) for part in parts])
+
+    def _score(self, head_inputs: Tensor, tokens: Tensor) -> Tensor:
+        """(n, D) inputs of the head and (n,) tokens -> (n,) fp32 log-probabilities, [MASK] having none."""
+        logits = self.model.lm_head(head_inputs).float()
         logits[:, self.mask_token_id] = -torch.inf
-        # Summed on the CPU, because not every device has fp64.
-        chosen = logits.log_softmax(-1).gather(-1, block[place][:, None])[:, 0].cpu().double()
-        return chosen.new_zeros(len(masked)).index_add(0, row.cpu(), chosen)
+        return logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
 
     def _commit(self, cache: RelayCache, tokens: Tensor) -> None:
-        """Writes clean tokens, (n,), to the cache, without any relay state."""
-        if len(tokens):
-            self.model(tokens[None], cache=cache, logits_to_keep=tokens.new_empty(0))
+        """Writes clean tokens, (R, n), to the cache, without any relay state."""
+        if tokens.shape[1]:
+            tokens = tokens.to(self.model.device)
+            self.model(tokens, cache=cache, logits_to_keep=tokens.new_empty(0))
 
     def _seed_of(self, context: Sequence[int], continuation: Sequence[int]) -> int:
         """63 bits of seed and request; `hash` would differ from process to process."""

@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from .cache_layers_relay import RelayLayer
-from .prefix_relay import OtherCache, Prefix
+from .prefix_relay import OtherCache, Prefix, rows_of
 
 
 class BlockPrefix(Prefix):
@@ -41,17 +41,15 @@ class BlockPrefix(Prefix):
         width: int | None,
         is_one_block: bool,
     ) -> None:
-        before, read_out_before = (
-            None if tail is None else rows_of(tail, rows) for tail in (cache.last_hidden, cache.last_read_out)
-        )
+        before, read_out_before = cache._tail(rows)
         super().__init__(
             cache.layers,
             cache.get_seq_length(),
+            rows=rows,
             before=before,
             read_out_before=read_out_before,
             is_one_block=is_one_block,
         )
-        self.rows = rows
         self.places = places
         self.width = width
         self.wanted = cache.wanted
@@ -138,15 +136,28 @@ class RelayCache(DynamicCache):
         self._in_work = BlockPrefix(self, rows, places, width, is_one_block)
         return self._in_work
 
-    def shared_prefix(self) -> Prefix:
-        """The text of the only row, for a forward over any number of rows, which leaves nothing here."""
+    def shared_prefix(self, rows: Tensor | None = None) -> Prefix:
+        """The committed text for a forward over any number of rows, which leaves nothing here.
+
+        Args:
+            rows: (n or 1,) the row of the cache whose text each row of the forward sees; None = the only one.
+        """
+        before, read_out_before = self._tail(rows)
         return Prefix(
             self.layers,
             self.get_seq_length(),
-            before=self.last_hidden,
-            read_out_before=self.last_read_out,
+            rows=rows,
+            before=before,
+            read_out_before=read_out_before,
             is_one_block=True,
         )
+
+    def _tail(self, rows: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """`last_hidden` and `last_read_out` of these rows."""
+        hidden, read_out = (
+            None if tail is None else rows_of(tail, rows) for tail in (self.last_hidden, self.last_read_out)
+        )
+        return hidden, read_out
 
     def keep_shared(self, tokens: Tensor, block: int, recommitted: int) -> int:
         """Crops the text of the only row to the whole blocks that it shares with another text.
@@ -294,8 +305,3 @@ def prefix_of(cache: Cache | None) -> Prefix:
     if isinstance(cache, RelayCache):
         return cache.prefix(is_one_block=False)
     return Prefix([], 0) if cache is None else OtherCache(cache)
-
-
-def rows_of(tensor: Tensor, rows: Tensor | None) -> Tensor:
-    """The rows with these indices, (n,); None = all."""
-    return tensor if rows is None else tensor.index_select(0, rows)

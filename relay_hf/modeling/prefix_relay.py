@@ -20,6 +20,7 @@ class Prefix(Cache):
     Args:
         layers: layers of a cache, with `keys` and `values` (B or 1, heads, >= P, width); one row serves any number.
         length: P, number of their positions that the forward sees.
+        rows: (B or 1,) the row of `layers` that each row of the forward sees; None = their rows in their order.
         before: (B or 1, 1 or L, D) raw inputs of the head at predecessors that are not in the column before, with which
             a token-shift model aligns its outputs; None = there are none.
         read_out_before: the raw hidden states that the channel reads at these predecessors.
@@ -39,6 +40,7 @@ class Prefix(Cache):
         layers: list[Any],
         length: int,
         *,
+        rows: Tensor | None = None,
         before: Tensor | None = None,
         read_out_before: Tensor | None = None,
         takes_before: Tensor | None = None,
@@ -46,6 +48,7 @@ class Prefix(Cache):
     ) -> None:
         super().__init__(layers=layers)
         self.length = length
+        self.rows = rows
         self.before = before
         self.read_out_before = read_out_before
         self.takes_before = takes_before
@@ -63,7 +66,8 @@ class Prefix(Cache):
         return self._joined(layer.keys, key_states), self._joined(layer.values, value_states)
 
     def _joined(self, held: Any, new: Tensor) -> Tensor:
-        return torch.cat([held[:, :, : self.length].expand(len(new), -1, -1, -1), new], dim=-2)
+        seen = rows_of(held[:, :, : self.length], self.rows)
+        return torch.cat([seen.expand(len(new), -1, -1, -1), new], dim=-2)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
@@ -109,6 +113,11 @@ class OtherCache(Prefix):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self.cache.get_mask_sizes(query_length, layer_idx)
+
+
+def rows_of(tensor: Tensor, rows: Tensor | None) -> Tensor:
+    """The rows with these indices, (n,); None = all."""
+    return tensor if rows is None else tensor.index_select(0, rows)
 
 
 def denoise(

@@ -143,11 +143,59 @@ def test_bound_is_independent_of_other_requests_and_their_order(
         (CONTEXT, [11, 29, 4]), (CONTEXT[:8], list(range(20))), (CONTEXT[:3], [4]), (CONTEXT, [11, 29, 5]),
         (CONTEXT[:8], list(range(1, 12))), ([7], [8, 9]), (CONTEXT, []),
     ]  # fmt: skip
-    estimate = LikelihoodBound(model, samples=6)
+    estimate = LikelihoodBound(model, samples=6, batch_size=1)
     alone = [next(estimate([request]))[1] for request in requests]
     assert [value for _, value in sorted(estimate(requests))] == alone
     assert [value for _, value in sorted(estimate(requests[::-1]))] == alone[::-1]
     assert alone[-1] == 0.0
+
+
+def requests_of_few_shapes() -> list[tuple[list[int], list[int]]]:
+    """Choices behind equal and different contexts, in one block and across blocks; some have no number to run for."""
+    contexts = [CONTEXT, [*CONTEXT[:3], *CONTEXT[:8]], CONTEXT[:8], CONTEXT[:3], []]
+    continuations = [[11, 29, 4], [11, 5], list(range(20)), [3, MASK], [], [7]]
+    return [(context, continuation) for continuation in continuations for context in contexts]
+
+
+@SHIFTS
+@BLOCKS
+@CHANNELS
+@pytest.mark.parametrize("positions", [2**16, 100, 1])
+def test_bound_in_batches_equals_one_at_a_time(
+    make_model: Callable[..., RelayForMaskedDiffusion],
+    token_shift: bool,
+    block_size: int | None,
+    channel: Any,
+    positions: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, requests = make_model(token_shift=token_shift, block_size=block_size, **channel), requests_of_few_shapes()
+    alone = [value for _, value in sorted(LikelihoodBound(model, samples=6, batch_size=1)(requests))]
+    monkeypatch.setattr(likelihood_module, "POSITIONS_AT_ONCE", positions)
+    for size in (None, 3):
+        found = dict(LikelihoodBound(model, samples=6, batch_size=size)(requests))
+        assert [found[index] for index in range(len(requests))] == pytest.approx(alone, rel=1e-5)
+
+
+def test_bound_of_requests_of_one_shape_takes_one_forward_per_pass_and_commit(
+    make_model: Callable[..., RelayForMaskedDiffusion],
+) -> None:
+    """Four requests behind two contexts, over two blocks: one prefill, one commit, two passes a block."""
+    model = make_model(token_shift=True, open_channel=True)
+    contexts = [CONTEXT, [*CONTEXT[:3], *CONTEXT[:8]]]
+    requests = [(context, list(range(first, first + 9))) for first in (0, 20) for context in contexts]
+    rows: list[int] = []
+    model.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    list(LikelihoodBound(model, samples=6)(requests))
+    assert (rows[0], rows[3], len(rows)) == (2, 4, 6)
+    rows.clear()
+    list(LikelihoodBound(model, samples=6, batch_size=1)(requests))
+    assert len(rows) == 2 + 4 * 5  # choices behind one context share its prefill
+
+
+def test_bound_yields_the_longest_requests_first(make_model: Callable[..., RelayForMaskedDiffusion]) -> None:
+    requests = [([1] * length, [2]) for length in (3, 30, 12)]
+    assert [index for index, _ in LikelihoodBound(make_model())(requests)] == [1, 2, 0]
 
 
 def test_bound_depends_on_seed_and_samples(make_model: Callable[..., RelayForMaskedDiffusion]) -> None:
@@ -211,6 +259,8 @@ def test_context_with_mask_token_raises(make_model: Callable[..., RelayForMasked
         bound(make_model(), [1, MASK], [2])
 
 
-def test_no_samples_raises(make_model: Callable[..., RelayForMaskedDiffusion]) -> None:
+def test_no_samples_or_no_batch_raises(make_model: Callable[..., RelayForMaskedDiffusion]) -> None:
     with pytest.raises(ValueError, match="`samples=0` draws no mask"):
         LikelihoodBound(make_model(), samples=0)
+    with pytest.raises(ValueError, match="`batch_size=0` runs no request"):
+        LikelihoodBound(make_model(), batch_size=0)

@@ -110,6 +110,16 @@ def test_shared_prefix_serves_any_number_of_rows_and_leaves_nothing() -> None:
     assert cache.layers[0].memory is held
 
 
+def test_shared_prefix_of_chosen_rows_repeats_their_texts_and_tails() -> None:
+    cache, new = cache_of([5, 6, 7]), torch.randn(3, 2, 4, 4)
+    cache.last_hidden = torch.tensor([5.0, 6.0, 7.0])[:, None, None]
+    for rows, seen in (([2, 0, 2], [7, 5, 7]), ([1], [6, 6, 6])):
+        prefix = cache.shared_prefix(torch.tensor(rows))
+        keys, _ = prefix.update(new, -new, 0)
+        assert torch.equal(keys, torch.cat([labelled(seen, 2, PREFIX, 4), new], dim=2))
+        assert prefix.before.flatten().tolist() == seen[: len(rows)]
+
+
 def test_commit_moves_the_length_over_what_the_forward_wrote() -> None:
     cache, new = cache_of([1, 2]), torch.randn(2, 2, 7, 4)
     prefix = cache.prefix()

@@ -98,8 +98,7 @@ class Answerer:
         Raises:
             ValueError: the longest prompt and answer exceed the model's positions.
         """
-        texts = [self.prompt(problem) for problem in problems]
-        longest = max(map(len, self.tokenizer(texts, add_special_tokens=False)["input_ids"]))
+        longest = max(self._lengths(problems))
         positions = self.model.config.text_config.max_position_embeddings
         if longest >= positions:
             raise ValueError(
@@ -111,6 +110,17 @@ class Answerer:
                 f"The longest prompt has {longest} tokens, and `--max_new_tokens={self.max_new_tokens}` more exceed "
                 f"the model's {positions} positions: lower it to {positions - longest}, or take shorter problems."
             )
+
+    def longest_first(self, problems: Sequence[Problem]) -> list[Problem]:
+        """The problems by the length of their prompts: little padding, and memory runs out at once or never."""
+        lengths = self._lengths(problems)
+        order = sorted(range(len(problems)), key=lambda number: -lengths[number])
+        return [problems[number] for number in order]
+
+    def _lengths(self, problems: Sequence[Problem]) -> list[int]:
+        """Tokens of each problem's prompt."""
+        texts = [self.prompt(problem) for problem in problems]
+        return list(map(len, self.tokenizer(texts, add_special_tokens=False)["input_ids"]))
 
     def __call__(self, problems: Sequence[Problem], threshold: float) -> list[Answer]:
         """Answers B problems as one batch.

@@ -19,7 +19,15 @@ from .arguments import CodeEvalArguments
 from .extraction import extract_code
 from .problems import Problem, fingerprint, load_problems
 from .report import CodeResult, summarize, write_report
-from .samples import SETTINGS, Sample, append_samples, read_settings, resume_samples, samples_file
+from .samples import (
+    SETTINGS,
+    Sample,
+    append_samples,
+    finish_samples,
+    read_settings,
+    resume_samples,
+    samples_file,
+)
 from .sandbox import Limits, Outcome, check_platform, run_program
 
 # What may differ between a run and its continuation.
@@ -86,17 +94,19 @@ def check_solutions(problems: Sequence[Problem], solutions: Sequence[str], limit
 def _complete(
     path: Path, answerer: Answerer, problems: Sequence[Problem], threshold: float, arguments: CodeEvalArguments
 ) -> list[Sample]:
-    """Answers what the file at `path` does not answer yet; returns all answers."""
+    """Answers what the file at `path` does not answer yet, the longest first; returns all answers."""
     samples = resume_samples(path, problems, arguments.batch_size)
+    answered = {sample.task_id for sample in samples}
+    left = [problem for problem in answerer.longest_first(problems) if problem.task_id not in answered]
     with tqdm(total=len(problems), initial=len(samples), desc=f"threshold {threshold:g}", unit="problem") as bar:
-        for begin in range(len(samples), len(problems), arguments.batch_size):
-            batch = problems[begin : begin + arguments.batch_size]
+        for begin in range(0, len(left), arguments.batch_size):
+            batch = left[begin : begin + arguments.batch_size]
             checked = _answer_and_check(answerer, batch, threshold, arguments.limits)
             append_samples(path, checked)
             samples += checked
             bar.update(len(batch))
             bar.set_postfix(passed=sum(sample.passed for sample in samples))
-    return samples
+    return finish_samples(path, samples, problems)
 
 
 def _answer_and_check(

@@ -85,7 +85,7 @@ def resume_samples(path: Path, problems: Sequence[Problem], batch_size: int) -> 
     was interrupted is that of one that was not.
 
     Raises:
-        ValueError: the file's answers are not those of these problems in their order.
+        ValueError: the file answers another problem than these, or one of them twice.
     """
     if not path.exists():
         return []
@@ -95,10 +95,22 @@ def resume_samples(path: Path, problems: Sequence[Problem], batch_size: int) -> 
     if len(lines) < len(problems):
         lines = lines[: len(lines) // batch_size * batch_size]
     samples = [_read_line(line, path) for line in lines]
-    if [sample.task_id for sample in samples] != [problem.task_id for problem in problems[: len(samples)]]:
-        raise ValueError(f"`{path}` answers other problems than these in this order: give another `--output_dir`.")
+    answered = {sample.task_id for sample in samples}
+    if len(answered) < len(samples) or not answered <= {problem.task_id for problem in problems}:
+        raise ValueError(f"`{path}` answers other problems than these: give another `--output_dir`.")
     os.truncate(path, sum(map(len, lines)))
     return samples
+
+
+def finish_samples(path: Path, samples: Sequence[Sample], problems: Sequence[Problem]) -> list[Sample]:
+    """Writes the answers to all problems once more, in the order of the problems, and returns them so."""
+    by_name = {sample.task_id: sample for sample in samples}
+    in_order = [by_name[problem.task_id] for problem in problems]
+    whole = path.with_name(f"{path.name}.whole")
+    whole.unlink(missing_ok=True)
+    append_samples(whole, in_order)
+    whole.replace(path)  # at no time is there a part of it only
+    return in_order
 
 
 def _read_line(line: bytes, path: Path) -> Sample:

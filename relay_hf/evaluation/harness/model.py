@@ -79,7 +79,9 @@ class RelayLM(HFLM):
         self.generation_options = {name: kwargs.pop(name) for name in GENERATION_OPTIONS if name in kwargs}
         super().__init__(pretrained, backend="causal", **kwargs)
         use_relay = self.generation_options.get("use_relay", self.model.generation_config.use_relay)
-        self.likelihood = LikelihoodBound(self.model, mc_samples, mc_seed, use_relay)
+        # "auto" is measured on requests of full length, which most are not: here it means as many as memory allows.
+        size = self.batch_size if isinstance(self.batch_size, int) else None
+        self.likelihood = LikelihoodBound(self.model, mc_samples, mc_seed, use_relay, size)
         self.generation_forwards: list[GenerationForwards] = []
         # Contexts of the batch in work, and the costs of every decoded row, by its context.
         self._contexts: list[str] = []
@@ -125,7 +127,8 @@ class RelayLM(HFLM):
             ValueError: a continuation leaves no room for a token of context, or a context holds [MASK].
         """
         pairs = [self._fit(context, continuation) for _, context, continuation in requests]
-        greedy = self._continue_greedily({(tuple(context), len(continuation)) for context, continuation in pairs})
+        wanted = {(tuple(context), len(continuation)) for context, continuation in pairs}
+        greedy = self._continue_greedily(wanted, disable_tqdm)
         answers: list[Any] = [None] * len(pairs)
         for index, bound in self._bounds(pairs, "Bounding log-likelihoods", disable_tqdm):
             context, continuation = pairs[index]
@@ -172,48 +175,52 @@ class RelayLM(HFLM):
         return context[-room:], continuation
 
     def _continue_greedily(
-        self, wanted: set[tuple[tuple[int, ...], int]]
+        self, wanted: set[tuple[tuple[int, ...], int]], disable_tqdm: bool
     ) -> dict[tuple[tuple[int, ...], int], list[int]]:
         """What greedy decoding writes for each wanted pair of a prompt and a number of tokens."""
         by_length = defaultdict(list)
-        for prompt, length in sorted(wanted, key=lambda pair: (len(pair[0]), pair)):
+        # The longest first: memory runs out at the beginning or never, and no estimate of the time left is too short.
+        for prompt, length in sorted(wanted, key=lambda pair: (len(pair[0]) + pair[1], pair), reverse=True):
             by_length[length].append(prompt)
-        # "auto" is measured on requests of full length, which would be wasted on these.
-        rows = self.batch_size if isinstance(self.batch_size, int) else 1
         written = {(prompt, 0): list[int]() for prompt in by_length.pop(0, [])}
-        for length, prompts in by_length.items():
-            for batch in (prompts[i : i + rows] for i in range(0, len(prompts), rows)):
-                tokens = [torch.tensor(prompt, device=self.device) for prompt in batch]
-                is_text = [torch.ones_like(row) for row in tokens]
-                output = self._generate(
-                    pad_sequence(tokens, batch_first=True, padding_side="left"),
-                    pad_sequence(is_text, batch_first=True, padding_side="left"),
-                    max_new_tokens=length,
-                    do_sample=False,
-                )
-                # All rows may have stopped early: as many tokens as if their neighbours had not.
-                missing = len(batch[-1]) + length - output.sequences.shape[1]
-                new = F.pad(output.sequences, (0, missing), value=self.tokenizer.pad_token_id)[:, len(batch[-1]) :]
-                written |= {(prompt, length): row for prompt, row in zip(batch, new.tolist(), strict=True)}
+        total, hidden = sum(map(len, by_length.values())), disable_tqdm or self.rank != 0
+        with tqdm(desc="Decoding greedily", total=total, disable=hidden) as bar:
+            for length, prompts in by_length.items():
+                rows = self.likelihood.requests_at_once(len(prompts[0]) + length)
+                for batch in (prompts[i : i + rows] for i in range(0, len(prompts), rows)):
+                    written |= zip(((prompt, length) for prompt in batch), self._write(batch, length), strict=True)
+                    bar.update(len(batch))
         return written
+
+    def _write(self, prompts: Sequence[tuple[int, ...]], length: int) -> list[list[int]]:
+        """The `length` tokens that greedy decoding writes behind each prompt."""
+        tokens = [torch.tensor(prompt, device=self.device) for prompt in prompts]
+        is_text = [torch.ones_like(row) for row in tokens]
+        input_ids = pad_sequence(tokens, batch_first=True, padding_side="left")
+        attention_mask = pad_sequence(is_text, batch_first=True, padding_side="left")
+        output = self._generate(input_ids, attention_mask, max_new_tokens=length, do_sample=False)
+        new = output.sequences[:, input_ids.shape[1] :]
+        # All rows may have stopped early: as many tokens as if their neighbours had not.
+        return F.pad(new, (0, length - new.shape[1]), value=self.tokenizer.pad_token_id).tolist()
 
     # -- decoding ---------------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """As in `HFLM`, task by task, noting what each request costs."""
-        by_task = defaultdict(list)
+        """As in `HFLM`, the longest first, those of one setting in common batches; notes what each request costs."""
+        by_setting = defaultdict(list)
         requests = [_without_empty_stops(request) for request in requests]
         for index, request in enumerate(requests):
-            by_task[request.task_name, repr(request.args[1])].append(index)
+            by_setting[repr(request.args[1])].append(index)
         texts: list[Any] = [None] * len(requests)
         records: list[Any] = [None] * len(requests)
-        for (task, _), indices in by_task.items():
+        for indices in by_setting.values():
             self._decoded = defaultdict(list)
             written = super().generate_until([requests[i] for i in indices], disable_tqdm=disable_tqdm)
             for index, text in zip(indices, written, strict=True):
-                # Equal requests of a task run in their order.
-                costs = self._decoded[requests[index].args[0]].pop(0)
-                texts[index], records[index] = text, GenerationForwards(task, requests[index].doc_id, **costs)
+                request = requests[index]
+                costs = self._decoded[request.args[0]].pop(0)  # equal requests run in their order
+                texts[index] = text
+                records[index] = GenerationForwards(request.task_name, request.doc_id, **costs)
         self.generation_forwards += records
         return texts
 

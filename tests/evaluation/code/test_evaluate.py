@@ -88,6 +88,31 @@ def test_run_that_was_killed_resumes_to_the_same_file(
         assert (path.read_bytes(), (tmp_path / "out/results.json").read_bytes()) == (content, results)
 
 
+def test_longest_problems_are_answered_first_and_the_file_has_their_order(
+    model: Any, chat_tokenizer: Any, arguments: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate, widths = model.generate, []
+    monkeypatch.setattr(model, "generate", lambda **o: widths.append(o["input_ids"].shape[1]) or generate(**o))
+    evaluate_code(model, chat_tokenizer, arguments())
+    assert len(widths) == 3
+    assert widths == sorted(widths, reverse=True)
+    path = tmp_path / "out/samples_threshold_0.3.jsonl"
+    assert [sample["task_id"] for sample in lines(path)] == [f"HumanEval/{number}" for number in range(5)]
+    assert [file.name for file in path.parent.glob("samples_*")] == [path.name]
+
+
+def test_file_of_an_interrupted_run_in_another_order_resumes(
+    model: Any, chat_tokenizer: Any, arguments: Any, tmp_path: Path
+) -> None:
+    """Earlier versions answered the problems in their order; the rest is answered, whatever it is."""
+    evaluate_code(model, chat_tokenizer, arguments())
+    path = tmp_path / "out/samples_threshold_0.3.jsonl"
+    content = path.read_bytes()
+    path.write_bytes(b"".join(content.splitlines(keepends=True)[:2]))
+    evaluate_code(model, chat_tokenizer, arguments())
+    assert path.read_bytes() == content
+
+
 def test_thresholds_that_differ_in_a_late_digit_have_files_of_their_own(
     model: Any, chat_tokenizer: Any, arguments: Any, tmp_path: Path
 ) -> None:

@@ -93,6 +93,24 @@ def test_generate_until_equals_generate_alone_cut_at_the_stop_text(
             assert getattr(record, name) == int(getattr(output, name)[0])
 
 
+def test_generate_until_requests_of_several_tasks_share_batches(
+    text_model: Callable[..., RelayForMaskedDiffusion], tokenizer: Any
+) -> None:
+    model = text_model(block_size=8)
+    requests = [
+        request
+        for task, contexts in {"first": CONTEXTS[:3], "second": CONTEXTS[1:4]}.items()
+        for request in generation_requests(contexts, task, max_gen_toks=9)
+    ]
+    generate, batches = model.generate, []
+    model.generate = lambda **options: batches.append(len(options["input_ids"])) or generate(**options)
+    lm = RelayLM(model, tokenizer=tokenizer, batch_size=4)
+    written = lm.generate_until(requests, disable_tqdm=True)
+    assert batches == [4, 2]
+    assert written == [alone(model, tokenizer, request.args[0], max_new_tokens=9)[0] for request in requests]
+    assert [(r.task_name, r.doc_id) for r in lm.generation_forwards] == [(r.task_name, r.doc_id) for r in requests]
+
+
 def test_stop_text_counts_new_tokens_only(tokenizer: Any) -> None:
     ids = tokenizer(["say a", "x[EOS]"], padding=True, padding_side="left", return_tensors="pt")["input_ids"]
     stops = StopTexts(tokenizer, ["ab", "", "[EOS]"], ids.shape[1])
@@ -190,7 +208,9 @@ def test_loglikelihood_is_bound_and_greedy_match_in_any_batch_and_order(
         lm = RelayLM(model, tokenizer=tokenizer, batch_size=batch_size, mc_samples=5)
         found = lm.loglikelihood(likelihood_requests(pairs[::order]), disable_tqdm=True)
         answers[batch_size] = found[::order]
-    assert answers[1] == answers[4] == answers[64]
+    for size in (4, 64):
+        assert [is_greedy for _, is_greedy in answers[size]] == [is_greedy for _, is_greedy in answers[1]]
+        assert [value for value, _ in answers[size]] == pytest.approx([value for value, _ in answers[1]], rel=1e-5)
     is_greedy = [answer[1] for answer in answers[1]]
     assert all(is_greedy[: len(greedy)])
     assert not any(is_greedy[2 * len(greedy) : 3 * len(greedy)])
@@ -198,7 +218,7 @@ def test_loglikelihood_is_bound_and_greedy_match_in_any_batch_and_order(
     # An empty context is the end-of-text token; a space at the end of the context belongs to the continuation.
     ids = [tokenizer(text)["input_ids"] for text in ("Tell me", " more", "hello")]
     tokens = [([tokenizer.eos_token_id], ids[2]), (ids[0], ids[1])]
-    expected = [value for _, value in LikelihoodBound(model, samples=5)(tokens)]
+    expected = [value for _, value in sorted(LikelihoodBound(model, samples=5)(tokens))]
     assert [answer[0] for answer in answers[1][-2:]] == expected
 
 
@@ -215,6 +235,23 @@ def test_loglikelihood_greedy_match_ends_at_the_stop_token_whoever_shares_the_ba
     for batch in (pairs, pairs[:3]):
         found = RelayLM(model, tokenizer=tokenizer, batch_size=4).loglikelihood(likelihood_requests(batch))
         assert [is_greedy for _, is_greedy in found][:3] == [True, False, True]
+
+
+def test_loglikelihood_runs_the_longest_first_in_batches_and_shows_progress(
+    text_model: Callable[..., RelayForMaskedDiffusion], tokenizer: Any, capsys: pytest.CaptureFixture
+) -> None:
+    model = text_model(block_size=8)
+    pairs = [("abcdefgh" * n, "bc") for n in (1, 3, 2)] + [("a" * 24, "de"), ("a" * 24, "fgh")]
+    shapes: list[tuple[int, ...]] = []
+    model.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)), prepend=True)
+    generate, batches = model.generate, []
+    model.generate = lambda **options: batches.append(options["input_ids"].shape) or generate(**options)
+    RelayLM(model, tokenizer=tokenizer, batch_size="auto").loglikelihood(likelihood_requests(pairs))
+    assert [tuple(shape) for shape in batches] == [(1, 24), (4, 24)]
+    assert shapes[-9:][::3] == [(2, 24), (1, 16), (1, 8)]  # a prefill and the two passes over the masks of each shape
+    printed = capsys.readouterr().err
+    assert "Decoding greedily: 100%" in printed
+    assert "Bounding log-likelihoods: 100%" in printed
 
 
 def test_loglikelihood_settings_reach_the_bound(
