@@ -26,7 +26,9 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
+import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor
 
 NAME = "fakegpu"
@@ -164,6 +166,18 @@ def load() -> torch.device:
     torch.utils.generate_methods_for_privateuse1_backend()
     ctypes.PyDLL(str(library())).fakegpu_start(ctypes.py_object(_hear))
     return torch.device(NAME, 0)
+
+
+def default_to(name: str, patch: pytest.MonkeyPatch) -> None:
+    """Makes accelerate, which decides once per process, decide anew for a device; or for the CPU, by the name "cpu".
+
+    Until `patch` undoes it, the libraries also believe that there is bf16, of which they ask devices of fixed names.
+    """
+    patch.setenv("ACCELERATE_TORCH_DEVICE", name)
+    patch.setattr(PartialState, "_shared_state", {})
+    patch.setattr(AcceleratorState, "_shared_state", {})
+    patch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    patch.setattr("accelerate.accelerator.is_bf16_available", lambda *arguments, **options: True)
 
 
 # -- counting ---------------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import torch
 
 from . import fakegpu
 from .costs import Costs, build_model, decoding_costs, training_costs
-from .training import choose_device
 
 LAYERS = 2
 # Waits of a start, of a block beside its steps, and of a denoise step; launches of a denoise step.
@@ -57,7 +56,7 @@ def test_decoding_costs_what_the_table_says(device: torch.device, name: str, cha
 def test_training_costs_what_the_table_says(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, objective: str, rollout_steps: int | None
 ) -> None:
-    choose_device(monkeypatch, fakegpu.NAME)
+    fakegpu.default_to(fakegpu.NAME, monkeypatch)
     costs = training_costs(LAYERS, objective, rollout_steps)
     step, logging = costs["step"], costs["logging"]
     check((step.waits, logging.waits, step.launches), TRAINING[objective, rollout_steps])

@@ -4,22 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate.state import AcceleratorState, PartialState
 
 from relay_hf.trainers import RelayTrainer
 
 from ..trainers.conftest import build_model_for, build_trainer
 from . import fakegpu
-
-
-def choose_device(patch: pytest.MonkeyPatch, name: str) -> None:
-    """Makes accelerate, which decides once per process, decide anew: for the test device, or for the CPU."""
-    # Both libraries ask CUDA and a list of other accelerators whether they can do bf16.
-    patch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
-    patch.setattr("accelerate.accelerator.is_bf16_available", lambda *args, **kwargs: True)
-    patch.setenv("ACCELERATE_TORCH_DEVICE", name)
-    patch.setattr(PartialState, "_shared_state", {})
-    patch.setattr(AcceleratorState, "_shared_state", {})
 
 
 def train(
@@ -41,7 +30,7 @@ def train(
         model: fields of the model's configuration.
         resumes: go on from the last checkpoint of the folder.
     """
-    choose_device(patch, place)
+    fakegpu.default_to(place, patch)
     options = {"use_cpu": place == "cpu", "bf16": False, "gradient_checkpointing": False, **options}
     trainer = build_trainer(folder / place, build_model_for(objective, **(model or {})), objective=objective, **options)
     trainer.train(resume_from_checkpoint=resumes or None)
