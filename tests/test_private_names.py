@@ -129,9 +129,11 @@ OVERRIDDEN = {
         "_tied_weights_keys",
     },
     "transformers.trainer.Trainer": {
+        "_get_grad_norm",
         "_load_best_model",
         "_load_from_checkpoint",
         "_load_optimizer_and_scheduler",
+        "_prepare_inputs",
     },
     "trl.trainer.base_trainer._BaseTrainer": {"_paper"},
     "trl.trainer.sft_trainer.SFTTrainer": {"_name", "_prepare_dataset", "_save_checkpoint", "_tag_names"},

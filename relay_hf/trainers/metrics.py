@@ -15,6 +15,13 @@ from .rollouts.rollout import Rollout
 Number = float | Tensor  # a tensor has no axes
 
 
+def fetch(numbers: list[Number]) -> list[float]:
+    """The numbers on the host; those on a device come in one transfer."""
+    on_device = [_whole(number).float() for number in numbers if isinstance(number, Tensor)]
+    fetched = iter(torch.stack([n.to(on_device[0].device) for n in on_device]).tolist() if on_device else [])
+    return [next(fetched) if isinstance(number, Tensor) else number for number in numbers]
+
+
 class RunningMeans:
     """Weighted means of numbers by name, kept on their device until they are logged."""
 
@@ -33,11 +40,7 @@ class RunningMeans:
 
     def pop(self) -> dict[str, float]:
         """The means since the last call, by name; names without a number are left out."""
-        flat = [number for pair in self._sums.values() for number in pair]
-        on_device = [number.float() for number in flat if isinstance(number, Tensor)]
-        # One transfer from the device for all numbers.
-        fetched = iter(torch.stack(on_device).tolist() if on_device else [])
-        numbers = [next(fetched) if isinstance(number, Tensor) else number for number in flat]
+        numbers = fetch([number for pair in self._sums.values() for number in pair])
         means = {
             name: total / count
             for name, total, count in zip(self._sums, numbers[::2], numbers[1::2], strict=True)
@@ -97,13 +100,16 @@ class ChannelNorms(TrainerCallback):
             "relay_weight_norm": total_norm(p for name, p in channel if name.endswith("weight")),
             "relay_bias_norm": total_norm(p for name, p in channel if name.endswith("bias")),
             "relay_grad_norm": gradient,
-            "relay_grad_ratio": gradient / max(backbone, torch.finfo(torch.float32).tiny),
+            "relay_grad_ratio": gradient / (backbone + torch.finfo(torch.float32).tiny),
         }
         self.means.add(norms)
 
 
-def total_norm(tensors: Iterable[Tensor | None]) -> float:
-    """Norm of all tensors that are not None, taken as one vector; 0 if all are None."""
+def total_norm(tensors: Iterable[Tensor | None]) -> Number:
+    """Norm of all tensors that are not None, taken as one vector, on their device; 0 if all are None."""
     present = [tensor.detach() for tensor in tensors if tensor is not None]
-    norm = torch.nn.utils.get_total_norm(present)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return _whole(torch.nn.utils.get_total_norm(present)) if present else 0.0
+
+
+def _whole(number: Tensor) -> Tensor:
+    return number.full_tensor() if isinstance(number, DTensor) else number

@@ -1,13 +1,11 @@
 """Stops a run whose numbers have become infinite or NaN, while its weights are still good."""
 
 import math
-from typing import Any
+from itertools import chain
 
-import torch
-from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import Tensor
 
-from .metrics import total_norm
+from .metrics import Number, fetch
 
 ADVICE = (
     "The weights are still those of the step before. Go on from the last checkpoint with a lower `learning_rate` (or "
@@ -15,38 +13,38 @@ ADVICE = (
 )
 
 
-def check_loss(loss: Tensor, step_losses: list[Tensor], global_step: int) -> None:
-    """Raise if a loss is not finite; called before the loss is differentiated.
+class FiniteCheck:
+    """Finds a loss or gradient that is infinite or NaN before the optimizer spreads it; a finite loss can have one.
 
-    Args:
-        loss: loss of a window.
-        step_losses: loss of each denoising step so far.
-        global_step: number of optimizer steps so far.
+    Losses stay on their device until the gradient is there, so that the host waits for both once.
 
-    Raises:
-        FloatingPointError: the loss is infinite or NaN.
+    Attributes:
+        losses: for each micro-batch since the last check, the losses of its denoising steps.
     """
-    if bool(torch.isfinite(loss)):
-        return
-    values = [float(value) for value in step_losses]
-    raise FloatingPointError(
-        f"The loss of training step {global_step + 1} is {float(loss.detach())} (denoising steps: {values}). {ADVICE}"
-    )
 
+    def __init__(self) -> None:
+        self.losses: list[list[Tensor]] = []
 
-class StopOnNonFiniteGradient(TrainerCallback):
-    """Ends training before an infinite gradient, which a finite loss can have, reaches every weight by clipping."""
+    def __call__(self, global_step: int, norm: Number = 0.0, norm_may_overflow: bool = False) -> float:
+        """Checks the losses since the last call, and the gradient.
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
-        """Checks the gradients before the optimizer step.
+        Args:
+            global_step: number of optimizer steps so far.
+            norm: of the gradient.
+            norm_may_overflow: accept any norm: the loss scaling of fp16 expects such gradients, and skips the step.
+
+        Returns:
+            The norm.
 
         Raises:
-            FloatingPointError: a gradient is infinite or NaN.
+            FloatingPointError: a loss or the norm is infinite or NaN.
         """
-        if args.fp16:  # the loss scaling of fp16 expects such gradients, and skips the step
-            return
-        norm = total_norm(parameter.grad for parameter in model.parameters())
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"The gradient of training step {state.global_step + 1} has norm {norm}. {ADVICE}")
+        batches, self.losses = self.losses, []
+        *losses, fetched = fetch([*chain.from_iterable(batches), norm])
+        where, of_step = f"of training step {global_step + 1}", iter(losses)
+        for values in ([next(of_step) for _ in batch] for batch in batches):
+            if not math.isfinite(sum(values)):
+                raise FloatingPointError(f"The loss {where} is {sum(values)} (denoising steps: {values}). {ADVICE}")
+        if not (norm_may_overflow or math.isfinite(fetched)):
+            raise FloatingPointError(f"The gradient {where} has norm {fetched}. {ADVICE}")
+        return fetched

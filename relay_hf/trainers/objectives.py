@@ -2,7 +2,7 @@
 
 A `Recipe` says everything about an objective. Other packages add theirs with `register_objective`.
 
-Legend: B rows, L positions, N masked positions, K steps.
+Legend: B rows, L positions, K steps.
 """
 
 from collections.abc import Callable
@@ -192,9 +192,9 @@ def mean_of_positions(recipe: Recipe, share: Callable[[Tensor], Tensor]) -> Call
             is the mean over all rows.
     """
 
-    def reduce_loss(token_losses: Tensor, rows: RolloutRows) -> Tensor:
+    def reduce_loss(losses: Tensor, rows: RolloutRows) -> Tensor:
         count = share(recipe.counted(rows).sum().float())
-        return token_losses.sum() / count.where(count > 0, 1.0)
+        return losses.sum() / count.where(count > 0, 1.0)
 
     return reduce_loss
 
@@ -202,9 +202,7 @@ def mean_of_positions(recipe: Recipe, share: Callable[[Tensor], Tensor]) -> Call
 def mean_of_rows(recipe: Recipe) -> Callable[[Tensor, RolloutRows], Tensor]:
     """The mean of evaluation: every row has the same weight, so that the batch size does not change the result."""
 
-    def reduce_loss(token_losses: Tensor, rows: RolloutRows) -> Tensor:
-        row = rows.masked.nonzero()[:, 0]  # (N,)
-        sums = token_losses.new_zeros(len(rows)).index_add(0, row, token_losses)  # (B,)
-        return (sums / recipe.counted(rows).sum(-1).clamp(min=1)).mean()
+    def reduce_loss(losses: Tensor, rows: RolloutRows) -> Tensor:
+        return (losses.sum(-1) / recipe.counted(rows).sum(-1).clamp(min=1)).mean()
 
     return reduce_loss

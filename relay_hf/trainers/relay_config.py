@@ -94,6 +94,8 @@ class RelayTrainerConfig(SFTConfig):
     relay_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the channel."})
     relay_weight_decay: float | None = field(default=None, metadata={"help": "Weight decay of the channel."})
     ema_decay: float | None = field(default=None, metadata={"help": "Decay of the moving average of the weights."})
+    # The Trainer's filter would wait for the device in every step; a loss that is not finite ends the run anyway.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave NaN out of the logged loss."})
     sample_rows: int = field(default=0, metadata={"help": "Rows whose prompts are answered at each evaluation."})
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ from .ema import FollowWeights, WeightAverage
 from .metrics import ChannelNorms, RunningMeans, record_rollout
 from .model_checks import check_arguments, check_learning, check_special_tokens
 from .model_preparation import KeepCaches, keeps_forward, prepare_model, without_init_kwargs
-from .non_finite import StopOnNonFiniteGradient, check_loss
+from .non_finite import FiniteCheck
 from .objectives import draw_masks, mean_of_positions, mean_of_rows
 from .processes import check_sharding, mean_over_processes, return_full_precision, without_exchange
 from .publishing import PublishingTrainer
@@ -94,8 +94,11 @@ class RelayTrainer(PublishingTrainer):
         self.rows_given = len(train_set) if hasattr(train_set, "__len__") else None  # before rows were left out
         self.relay_config: RelayConfig = config
         self.recipe = recipe
-        self.buffer = RolloutBuffer(config, recipe.keeps_state, args.buffer_queue_size, args.staggered_start)
+        self.buffer = RolloutBuffer(
+            config, recipe.keeps_state, args.buffer_queue_size, args.staggered_start, args.device
+        )
         self.means, self.eval_means = RunningMeans(), RunningMeans()
+        self.check_finite = FiniteCheck()
         self._eval_prefix: str | None = None  # prefix of the metrics while an evaluation runs
 
         used_up = without_init_kwargs(args) if isinstance(model, str) else nullcontext()
@@ -112,7 +115,6 @@ class RelayTrainer(PublishingTrainer):
         if prepared.reference is not None:
             frozen = self.accelerator.prepare_model(prepared.reference, evaluation_mode=True)
             self.reference = Reference(frozen, base)
-        self.add_callback(StopOnNonFiniteGradient())
         self.add_callback(ChannelNorms(self.means))
         self.add_callback(ReportShortfall(self.buffer))
         if self.weight_average is not None:
@@ -139,7 +141,6 @@ class RelayTrainer(PublishingTrainer):
 
         Raises:
             ValueError: `return_outputs` is True.
-            FloatingPointError: the loss is infinite or NaN.
         """
         if return_outputs:
             raise ValueError(NO_LOGITS)
@@ -150,13 +151,14 @@ class RelayTrainer(PublishingTrainer):
             # Processes exchange gradients once, when the Trainer differentiates the last window.
             with without_exchange(self.accelerator, model):
                 loss = rollout.run_window()
-                check_loss(loss, rollout.step_losses, self.state.global_step)
                 with torch.autocast(self.args.device.type, enabled=False):
                     self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
             earlier += loss.detach()
         loss = rollout.run_window()
         if is_training:
-            check_loss(loss, rollout.step_losses, self.state.global_step)
+            self.check_finite.losses.append(rollout.step_losses)
+            if self.is_deepspeed_enabled:  # its backward pass takes the optimizer step, too
+                self.check_finite(self.state.global_step)
             if self.recipe.uses_buffer:
                 self.buffer.store(rollout.rows)
         record_rollout(self.means if is_training else self.eval_means, rollout, reveals=self.recipe.uses_buffer)
@@ -169,9 +171,10 @@ class RelayTrainer(PublishingTrainer):
             refilled = self.buffer.refill(inputs, slots=self._train_batch_size)
             self.means.add({"buffer_refills": float(refilled), "buffer_queue": float(len(self.buffer.queue))})
             rows = self.buffer.rows
+        elif recipe.uses_buffer:
+            rows = fresh_rows(config, inputs, recipe.keeps_state, args.device)
         else:
-            rows = fresh_rows(config, inputs, recipe.keeps_state)
-            rows = rows if recipe.uses_buffer else draw_masks(args, config, rows, is_random=is_training)
+            rows = draw_masks(args, config, fresh_rows(config, inputs, recipe.keeps_state), is_training).to(args.device)
         advances = recipe.advances(args, config, is_training)
         reduce_loss = mean_of_positions(recipe, self._share) if is_training else mean_of_rows(recipe)
         window = args.gradient_window if is_training else None
@@ -182,6 +185,15 @@ class RelayTrainer(PublishingTrainer):
     def _share(self, count: Tensor) -> Tensor:
         """The mean of a count over processes: losses divided by it have as their mean that of all rows."""
         return mean_over_processes(self.accelerator, count) if self.args.average_tokens_across_devices else count
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
+        """The norm that clipping has computed, on the host: the Trainer has no public place for it before a step.
+
+        Raises:
+            FloatingPointError: the gradient, or a loss since the last step, is infinite or NaN.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        return self.check_finite(self.state.global_step, norm, norm_may_overflow=self.args.fp16)
 
     def get_train_dataloader(self) -> DataLoader:
         """As in SFTTrainer.

@@ -33,7 +33,7 @@ def test_loss_by_noise_sorts_positions_by_how_much_of_their_block_is_masked(
     model = build_model(block_size=block_size, token_shift=False)
     rows = fresh_rows(model.config, build_rows(1, length=12, prompt=0), keeps_state=False)
     masked = torch.tensor([[True, False, False, False, True, True, True, False, True, True, True, True]])
-    losses = torch.tensor([2.0, 1.0, 1.0, 2.0, 3.0, 3.0, 3.0, 3.0])
+    losses = torch.tensor([[2.0, 0, 0, 0, 1.0, 1.0, 2.0, 0, 3.0, 3.0, 3.0, 3.0]])
     result = loss_by_noise(losses, replace(rows, masked=masked), block_size).T.tolist()
     # As one block, eight of twelve positions are masked: all of them are in the third quarter.
     expected = bins or [(0, 0), (0, 0), (18.0, 8), (0, 0)]
@@ -43,7 +43,7 @@ def test_loss_by_noise_sorts_positions_by_how_much_of_their_block_is_masked(
 def test_loss_by_noise_means_over_what_is_learned_of_a_block() -> None:
     model = build_model(block_size=4)
     rows = fresh_rows(model.config, build_rows(1, length=8, prompt=7), keeps_state=False)
-    assert loss_by_noise(torch.tensor([5.0]), rows, 4).T.tolist() == [[0, 0], [0, 0], [0, 0], [5.0, 1.0]]
+    assert loss_by_noise(torch.tensor([[0.0] * 7 + [5.0]]), rows, 4).T.tolist() == [[0, 0], [0, 0], [0, 0], [5.0, 1.0]]
 
 
 def test_losses_at_comparable_noise_are_logged(make_trainer: Callable[..., RelayTrainer]) -> None:

@@ -364,11 +364,11 @@ def test_evaluation_does_not_depend_on_the_batch_size(
     assert scores == pytest.approx([scores[0]] * 3, rel=1e-5)
 
 
-@pytest.mark.parametrize("window", [None, 1])
+@pytest.mark.parametrize(("window", "micro_batches"), [(None, 1), (1, 1), (None, 2)])
 def test_train_non_finite_loss_stops_before_the_weights_change(
-    make_trainer: Callable[..., RelayTrainer], window: int | None
+    make_trainer: Callable[..., RelayTrainer], window: int | None, micro_batches: int
 ) -> None:
-    trainer = make_trainer(gradient_window=window)
+    trainer = make_trainer(gradient_window=window, gradient_accumulation_steps=micro_batches)
     before: list[dict[str, torch.Tensor]] = []
 
     class Spoil(TrainerCallback):
@@ -378,7 +378,9 @@ def test_train_non_finite_loss_stops_before_the_weights_change(
                 trainer.buffer.rows.relay_state.fill_(float("nan"))
 
     trainer.add_callback(Spoil())
-    with pytest.raises(FloatingPointError, match=r"loss of training step 3 is nan.*lower `learning_rate`"):
+    with pytest.raises(
+        FloatingPointError, match=r"loss of training step 3 is nan \(denoising steps: \[nan, .*lower `learn"
+    ):
         trainer.train()
     assert all(torch.equal(tensor, before[0][name]) for name, tensor in weights(trainer.model).items())
 

@@ -1,9 +1,10 @@
-"""Prepares data sets with `SFTTrainer`, and checks each one before and after."""
+"""Prepares data sets with `SFTTrainer`, checks each one before and after, and leaves batches in main memory."""
 
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from jinja2 import TemplateError
+from torch.utils.data import DataLoader
 from trl import SFTConfig, SFTTrainer
 
 from ...modeling import RelayConfig
@@ -28,6 +29,8 @@ def check_sources(args: SFTConfig, others: dict[str, Any]) -> None:
 
 class DataCheckingTrainer(SFTTrainer):
     """Checks the rows of all data sets, whether they come with the trainer or with a call of `evaluate`.
+
+    Batches stay in main memory, where they are checked and cut into rows; only rows in work go to the device.
 
     The only method that all data sets pass through is private; `tests/trainers/test_bad_input.py` fails if it moves.
     """
@@ -55,6 +58,24 @@ class DataCheckingTrainer(SFTTrainer):
         checked = check_prepared(prepared, name, self.relay_config)
         warn_of_dropped_rows(dataset, prepared, name)
         return checked
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As in SFTTrainer, but batches stay in main memory."""
+        return _in_main_memory(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As in SFTTrainer, but batches stay in main memory."""
+        return _in_main_memory(super().get_eval_dataloader(eval_dataset))
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return inputs  # the Trainer sends them to the device, and has no public hook that would keep it from that
+
+
+def _in_main_memory(loader: DataLoader) -> DataLoader:
+    """Keeps accelerate from sending batches to the device; only where it deals them out to processes, it has to."""
+    if getattr(loader, "device", None) is not None:
+        loader.device = None
+    return loader
 
 
 def _name(key: str) -> str:

@@ -4,7 +4,7 @@ Legend: B rows, L positions.
 """
 
 import torch
-from torch import Tensor, stack
+from torch import Tensor
 
 from ...modeling import RelayConfig
 
@@ -12,7 +12,7 @@ TextRow = tuple[Tensor, Tensor]  # (L,) ids, and (L,) bool, which of them are le
 
 
 def read_batch(batch: dict[str, Tensor], config: RelayConfig) -> list[TextRow]:
-    """Checks a batch and returns its rows, in main memory.
+    """Checks a batch and returns its rows, in main memory, where the trainer leaves batches.
 
     Args:
         batch: `input_ids` (B, L), `labels` (B, L) with -100 outside the response, and optionally `attention_mask`
@@ -24,6 +24,8 @@ def read_batch(batch: dict[str, Tensor], config: RelayConfig) -> list[TextRow]:
             from the token at its position or is [MASK], a token is not in the vocabulary, or the padding is not on the
             right.
     """
+    # A loader that deals batches out to processes sends them to the device.
+    batch = {name: tensor.cpu() for name, tensor in batch.items()}
     ids, labels = batch["input_ids"], batch.get("labels")
     if labels is None:
         raise ValueError("The batch has no `labels`: mark what to learn, with -100 everywhere else.")
@@ -56,8 +58,7 @@ def _check_values(ids: Tensor, labels: Tensor, is_text: Tensor, config: RelayCon
         (learned & (ids != labels)).any(),
         (learned & (ids == config.mask_token_id)).any(),
     )
-    # One answer for all checks, since each answer waits for the accelerator.
-    if not stack(found).any():
+    if not any(found):
         return
     unknown = int(ids[outside][0]) if found[4] else -1
     messages = (

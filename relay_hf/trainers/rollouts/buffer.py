@@ -6,7 +6,7 @@ from torch import Tensor
 from ...modeling import RelayConfig
 from .batches import TextRow, cut_padding, read_batch
 from .noise import stagger
-from .rows import FIELDS, RolloutRows, all_masked, blank_rows
+from .rows import FIELDS, MAIN_MEMORY, RolloutRows, all_masked, blank_rows
 
 COUNTS = "counts"  # in the state dictionary
 # Name in checkpoints of earlier versions -> name today.
@@ -27,13 +27,22 @@ class RolloutBuffer:
             row that finds no free slot, as the published code does.
         staggered: whether the first rows start with different fractions of their positions revealed, so that they do
             not all finish together.
+        device: where the rows in slots are.
     """
 
-    def __init__(self, config: RelayConfig, keeps_state: bool, queue_size: int = 0, staggered: bool = False) -> None:
+    def __init__(
+        self,
+        config: RelayConfig,
+        keeps_state: bool,
+        queue_size: int = 0,
+        staggered: bool = False,
+        device: torch.device = MAIN_MEMORY,
+    ) -> None:
         self.config = config
         self.keeps_state = keeps_state
         self.queue_size = queue_size
         self.staggered = staggered
+        self.device = device
         self.rows: RolloutRows | None = None
         self.queue: list[TextRow] = []
         self.entered = self.dropped = 0  # rows since the first batch
@@ -51,18 +60,23 @@ class RolloutBuffer:
         Raises:
             ValueError: `read_batch` refuses the batch.
         """
-        incoming, device = read_batch(batch, self.config), batch["input_ids"].device
+        incoming = read_batch(batch, self.config)
         self.queue += [row for row in incoming if row[1].any()]
         is_cold = self.rows is None
         if is_cold:
-            self.rows = blank_rows(self.config, slots or len(incoming), self.keeps_state, device)
+            self.rows = blank_rows(self.config, slots or len(incoming), self.keeps_state, self.device)
         elif slots is not None and slots != len(self.rows):
             self._resize(slots)
-        free = self.rows.is_finished.nonzero()[: len(self.queue), 0]
-        if len(free):
-            fresh = all_masked(self.config, self.queue[: len(free)], self.keeps_state, device)
+        # All that the host has to know of the slots, in one transfer.
+        finished, lengths = torch.stack([self.rows.is_finished, self.rows.attention_mask.sum(-1)]).tolist()
+        free = [slot for slot, is_free in enumerate(finished) if is_free][: len(self.queue)]
+        if free:
+            fresh = all_masked(self.config, self.queue[: len(free)], self.keeps_state, self.device)
             del self.queue[: len(free)]
-            self._put(stagger(fresh) if is_cold and self.staggered else fresh, free)
+            kept = [length for slot, length in enumerate(lengths) if slot not in free]
+            # Without trimming, the longest row ever seen would set the cost of every later step.
+            longest = max([fresh.clean_ids.shape[1], *kept])
+            self._put(stagger(fresh) if is_cold and self.staggered else fresh, longest)
         self.entered += len(free)
         self.dropped += len(self.queue[self.queue_size :])
         del self.queue[self.queue_size :]
@@ -131,12 +145,10 @@ class RolloutBuffer:
         self.entered -= len(again)
         self.rows = self.rows.map(lambda tensor: tensor[:slots])
         if missing := slots - len(self.rows):
-            length, device = self.rows.clean_ids.shape[1], self.rows.clean_ids.device
-            blank = blank_rows(self.config, missing, self.keeps_state, device).fit(length)
+            blank = blank_rows(self.config, missing, self.keeps_state, self.device).fit(self.rows.clean_ids.shape[1])
             self.rows = self.rows.map(lambda *tensors: torch.cat(tensors), blank)
 
-    def _put(self, fresh: RolloutRows, slots: Tensor) -> None:
-        length = max(self.rows.clean_ids.shape[1], fresh.clean_ids.shape[1])
-        rows = self.rows.fit(length).map(lambda kept, new: kept.index_copy(0, slots, new), fresh.fit(length))
-        # Without trimming, the longest row ever seen would set the cost of every later step.
-        self.rows = rows.fit(int(rows.attention_mask.sum(-1).max()))
+    def _put(self, fresh: RolloutRows, length: int) -> None:
+        """Puts rows in place of the first finished ones, and gives all of them a length."""
+        slots = torch.nonzero_static(self.rows.is_finished, size=len(fresh))[:, 0]
+        self.rows = self.rows.fit(length).map(lambda kept, new: kept.index_copy(0, slots, new), fresh.fit(length))

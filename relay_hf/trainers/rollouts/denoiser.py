@@ -36,17 +36,19 @@ from ...modeling.versions_relay import as_cache_argument
 from .clean_text import CleanPrefix, CleanText
 from .rows import RolloutRows, fit_positions
 
+Places = tuple[Tensor, Tensor]  # rows and columns, (N,) each
+
 
 class StepResult(NamedTuple):
     """What one denoising step gives.
 
     Args:
-        token_losses: (N,) fp32 cross-entropy at the masked positions, in row-major order.
-        confidence: (N,) fp32 probability of the best token there.
+        losses: (B, L) fp32 cross-entropy at the masked positions, 0 at all others.
+        confidence: (B, L) fp32 probability of the best token there, 0 at all others.
         state: (B, L, D) position-aligned state the step leaves, or None.
     """
 
-    token_losses: Tensor
+    losses: Tensor
     confidence: Tensor
     state: Tensor | None
 
@@ -102,8 +104,19 @@ def receives_state(config: RelayConfig, rows: RolloutRows) -> Tensor:
     return receives & rows.has_state[:, None] if config.relay_initial_state == "none" else receives
 
 
+def places_of(chosen: Tensor, count: int) -> Places:
+    """Rows and columns of the True entries of (B, L), in row-major order; their number is given, so nothing waits."""
+    rows, columns = torch.nonzero_static(chosen, size=count).unbind(-1)
+    return rows, columns
+
+
+def spread(numbers: Tensor, places: Places, like: Tensor) -> Tensor:
+    """(N,) numbers of the positions at (N,) rows and (N,) columns -> (B, L), the shape of `like`, 0 at all others."""
+    return numbers.new_zeros(like.shape).index_put(places, numbers)
+
+
 class SequenceDenoiser:
-    """Whole-sequence models: every position sees every other."""
+    """Whole-sequence models: every position sees every other. A step waits for the device once."""
 
     def __init__(self, model: Callable[..., Any], config: RelayConfig) -> None:
         self.model = model
@@ -113,13 +126,15 @@ class SequenceDenoiser:
         """Steps share nothing but the state."""
 
     def step(self, rows: RolloutRows, state: Tensor | None, leaves_state: bool) -> StepResult:
-        output = self._forward(rows, state, rows.masked, targets=rows.clean_ids, leaves_state=leaves_state)
-        return StepResult(output.token_losses, output.confidence, output.relay_state)
+        places = places_of(rows.masked, int(rows.masked.sum()))
+        output = self._forward(rows, state, places, targets=rows.clean_ids, leaves_state=leaves_state)
+        losses, confidence = (spread(n, places, rows.masked) for n in (output.token_losses, output.confidence))
+        return StepResult(losses, confidence, output.relay_state)
 
     def predicted_state(self, rows: RolloutRows) -> Tensor:
         return self._forward(rows, None, None).relay_state
 
-    def _forward(self, rows: RolloutRows, state: Tensor | None, scored: Tensor | None, **scoring: Any) -> RelayOutput:
+    def _forward(self, rows: RolloutRows, state: Tensor | None, scored: Places | None, **scoring: Any) -> RelayOutput:
         ids, receives = rows.noisy_ids(self.config.mask_token_id), receives_state(self.config, rows)
         return denoise(
             self.model, ids, None, state, scored, receives=receives, attention_mask=rows.attention_mask, **scoring
@@ -127,7 +142,7 @@ class SequenceDenoiser:
 
 
 class PackedBlocks:
-    """The blocks that still hold a mask, side by side in each row.
+    """The blocks that still hold a mask, side by side in each row. To pack them waits for the device once.
 
     Args:
         masked: (B, L') bool, L' a multiple of S.
@@ -135,24 +150,27 @@ class PackedBlocks:
 
     Attributes:
         is_masked: (B, A * S) bool, `masked` packed.
-        columns: (B, A * S) where packed positions come from. Rows with fewer active blocks repeat inactive ones, whose
-            results are not read.
+        columns: (B, A * S) where packed positions come from. Rows with fewer active blocks are filled up with inactive
+            ones, whose results are not read.
         is_active: (B, A * S) bool, packed positions of active blocks.
-        active_columns: (B, L') bool, the same before packing.
         last: index of the last active block of all rows.
+        scored: rows and packed columns, (N,) each, of the masked positions.
+        places: rows and columns, (N,) each, of the same positions before packing.
     """
 
     def __init__(self, masked: Tensor, size: int) -> None:
         active = masked.view(len(masked), -1, size).any(-1)  # (B, blocks)
+        last = (active * torch.arange(active.shape[1], device=masked.device)).max()
+        # All that the host has to know of a step, in one transfer; with these sizes, nothing else waits.
+        count, self.last, total = torch.stack([active.sum(-1).max(), last, masked.sum()]).tolist()
         # Active blocks first, in their order.
-        count = max(int(active.sum(-1).max()), 1)
-        blocks = active.long().argsort(dim=-1, descending=True, stable=True)[:, :count]  # (B, A)
+        blocks = active.long().argsort(dim=-1, descending=True, stable=True)[:, : max(count, 1)]  # (B, A)
         self.columns = (blocks[..., None] * size + torch.arange(size, device=blocks.device)).flatten(1)
         self.is_active = active.gather(1, blocks).repeat_interleave(size, dim=1)
-        self.active_columns = active.repeat_interleave(size, dim=1)
-        self.last = int(blocks.where(active.gather(1, blocks), 0).max())
         self._row = torch.arange(len(blocks), device=blocks.device)[:, None]  # (B, 1)
         self.is_masked = self.pack(masked)
+        self.scored = places_of(self.is_masked, total)
+        self.places = self.scored[0], self.columns[self.scored]
 
     def pack(self, tensor: Tensor) -> Tensor:
         """(B, L', ...) -> (B, A * S, ...)."""
@@ -160,8 +178,9 @@ class PackedBlocks:
 
     def unpack(self, packed: Tensor, known: Tensor) -> Tensor:
         """(B, A * S, ...) -> (B, L', ...): what is packed, and in blocks that are not what is `known`."""
-        columns = self.active_columns.view(*self.active_columns.shape, *[1] * (packed.ndim - 2))
-        return known.masked_scatter(columns, packed[self.is_active].to(known.dtype))
+        is_active = self.is_active.view(*self.is_active.shape, *[1] * (packed.ndim - 2))
+        values = torch.where(is_active, packed.to(known.dtype), self.pack(known))
+        return known.index_put((self._row, self.columns), values)
 
 
 class BlockDenoiser:
@@ -178,9 +197,11 @@ class BlockDenoiser:
         self.clean_block_starts = clean_block_starts
         self.size: int = config.block_size
         self.length = rows.clean_ids.shape[1]
-        self.is_text = self._pad(rows.attention_mask)  # (B, L') with L' a multiple of S
-        self.clean_ids = self._pad(rows.clean_ids)
-        self.positions = torch.arange(self.is_text.shape[1], device=self.is_text.device)[None]
+        self.clean_ids = self._pad(rows.clean_ids)  # (B, L') with L' a multiple of S
+        self.positions = torch.arange(self.clean_ids.shape[1], device=self.clean_ids.device)[None]
+        # Rows are filled up to whole blocks, so that text never sees padding, unless the model's positions end before.
+        is_cut = config.positions is not None and config.positions < self.clean_ids.shape[1]
+        self.is_text = self._pad(rows.attention_mask) if is_cut else None  # (B, L')
         # The first window fills the clean pass; every window sets what its steps see of it.
         self.clean_pass: CleanText | None = None
         self.clean_losses: Tensor | None = None
@@ -200,7 +221,7 @@ class BlockDenoiser:
         ids = torch.cat([self.clean_ids, torch.full_like(self.clean_ids[:, :1], self.config.mask_token_id)], dim=1)
         output = self.model(
             input_ids=ids,
-            attention_mask=None if bool(self.is_text.all()) else fit_positions(self.is_text, width),
+            attention_mask=None if self.is_text is None else fit_positions(self.is_text, width),
             position_ids=self._existing(torch.arange(width, device=ids.device)[None]),
             cache=clean,
             logits_to_keep=torch.empty(0, dtype=torch.long, device=ids.device),
@@ -229,21 +250,23 @@ class BlockDenoiser:
 
     def step(self, rows: RolloutRows, state: Tensor | None, leaves_state: bool) -> StepResult:
         blocks = PackedBlocks(self._pad(rows.masked), self.size)
-        targets, scored = blocks.pack(self.clean_ids), blocks.is_masked & blocks.is_active
-        receives = None
+        targets, receives = blocks.pack(self.clean_ids), None
         if state is not None:
             state = blocks.pack(self._pad(state))
             receives = blocks.pack(self._pad(receives_state(self.config, rows)))
-        output = self._forward(blocks, state, scored, receives=receives, targets=targets, leaves_state=leaves_state)
+        output = self._forward(
+            blocks, state, blocks.scored, receives=receives, targets=targets, leaves_state=leaves_state
+        )
         state = output.relay_state[:, : self.length] if leaves_state else None
-        return StepResult(output.token_losses + self.edge, output.confidence, state)
+        losses, confidence = (spread(n, blocks.places, rows.masked) for n in (output.token_losses, output.confidence))
+        return StepResult(losses + self.edge, confidence, state)
 
     def predicted_state(self, rows: RolloutRows) -> Tensor:
         blocks = PackedBlocks(self._pad(rows.masked), self.size)
         return self._forward(blocks, None, None).relay_state[:, : self.length]
 
     def _forward(
-        self, blocks: PackedBlocks, state: Tensor | None, scored: Tensor | None, **scoring: Any
+        self, blocks: PackedBlocks, state: Tensor | None, scored: Places | None, **scoring: Any
     ) -> RelayOutput:
         """Runs packed blocks behind the clean text before each; arguments of `denoise`, packed."""
         before = blocks.pack(self.clean_hidden) if self.config.token_shift else None
@@ -256,7 +279,7 @@ class BlockDenoiser:
             prefix,
             state,
             scored,
-            attention_mask=self._attention(blocks.columns, blocks.pack(self.is_text), prefix),
+            attention_mask=self._attention(blocks, prefix),
             position_ids=self._existing(blocks.columns),
             inputs_embeds=torch.where(
                 blocks.is_masked[..., None], self.clean.embeds[:, -1:], blocks.pack(self.clean.embeds)
@@ -280,17 +303,17 @@ class BlockDenoiser:
         if self.config.token_shift:
             before = align_to_positions(clean, self.positions) if self.clean_block_starts else None
             read_out = align_to_positions(read_out, self.positions, before, self._takes_before(self.positions))
-        nothing = torch.zeros_like(blocks.active_columns)
+        nothing = torch.zeros_like(self.clean_ids, dtype=torch.bool)
         return read_out, blocks.unpack(head_inputs, self.clean_hidden), blocks.unpack(is_masked, nothing)
 
     def _takes_before(self, positions: Tensor) -> Tensor | None:
         """(B, L) bool, block starts that read the clean text before the block; None unless `clean_block_starts`."""
         return positions % self.size == 0 if self.clean_block_starts else None
 
-    def _attention(self, columns: Tensor, is_text: Tensor, prefix: CleanPrefix) -> Any:
+    def _attention(self, blocks: PackedBlocks, prefix: CleanPrefix) -> Any:
         """A packed position sees its own block, and the clean text of the blocks before it."""
         length = prefix.get_seq_length()
-        block = columns // self.size  # (B, A*S)
+        block = blocks.columns // self.size  # (B, A*S)
         clean_block = self.positions[:, :length].expand(len(block), -1) // self.size
         key_block = torch.cat([clean_block, block], dim=1)
         is_noisy = torch.arange(key_block.shape[1], device=block.device) >= length
@@ -299,18 +322,19 @@ class BlockDenoiser:
             here = block[row, query - length]
             return torch.where(is_noisy[key], key_block[row, key] == here, key_block[row, key] < here)
 
+        is_text = self.is_text
         return create_bidirectional_mask(
             self.config.text_config,
             # Stands for the embeddings, of which only shape and device matter here.
             torch.empty(*block.shape, 0, device=block.device),
-            torch.cat([self.is_text[:, :length], is_text], dim=1),
+            None if is_text is None else torch.cat([is_text[:, :length], blocks.pack(is_text)], dim=1),
             **as_cache_argument(prefix),
             and_mask_function=sees,
         )
 
     def _existing(self, positions: Tensor) -> Tensor:
         """No text looks at what fills up the blocks, so it takes no position that a table may not have."""
-        return positions.minimum(self.is_text.sum(-1).amax() - 1)
+        return positions if self.is_text is None else positions.clamp(max=self.config.positions - 1)
 
     def _pad(self, tensor: Tensor) -> Tensor:
         """Pads the positions, the second axis, to whole blocks."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ...modeling import RelayConfig
-from .rows import RolloutRows
+from .rows import RolloutRows, to_device
 
 # Keeps every mask probability away from 0, as in Fast-dLLM v2: p = (1 - eps) t + eps.
 MINIMUM_MASK_PROBABILITY = 1e-3
@@ -39,7 +39,7 @@ def mask_uniformly(
         draws = torch.rand(processes, count, length, 2)[process]
     else:
         draws = torch.stack([torch.rand(length, 2, generator=generator) for generator in generators])
-    draw, time = draws.to(rows.clean_ids.device).unbind(-1)  # (B, L)
+    draw, time = to_device(draws, rows.clean_ids.device).unbind(-1)  # (B, L)
     width = config.block_size or length
     time = time[:, ::width].repeat_interleave(width, dim=1)[:, :length]
     return _mask(rows, (1 - MINIMUM_MASK_PROBABILITY) * time + MINIMUM_MASK_PROBABILITY, draw)
@@ -49,7 +49,7 @@ def stagger(rows: RolloutRows) -> RolloutRows:
     """Rows as if they had come in one after the other: row i of B with about (B - i) / B of its positions masked."""
     count = len(rows)
     fraction = torch.arange(count, 0, -1, device=rows.masked.device)[:, None] / count
-    return _mask(rows, fraction, torch.rand(rows.masked.shape).to(rows.masked.device))
+    return _mask(rows, fraction, to_device(torch.rand(rows.masked.shape), rows.masked.device))
 
 
 def _mask(rows: RolloutRows, probability: Tensor, draw: Tensor) -> RolloutRows:

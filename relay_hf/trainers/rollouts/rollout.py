@@ -1,6 +1,6 @@
 """Denoising steps on training text, differentiated in windows. `denoiser.py` computes a single step.
 
-Legend: B rows, L positions, S positions of a block, N masked positions, K steps.
+Legend: B rows, L positions, S positions of a block, K steps.
 """
 
 from collections.abc import Callable, Sequence
@@ -57,11 +57,11 @@ def stay(rows: RolloutRows, confidence: Tensor) -> RolloutRows:
     return rows
 
 
-def loss_by_noise(token_losses: Tensor, rows: RolloutRows, block_size: int | None) -> Tensor:
+def loss_by_noise(losses: Tensor, rows: RolloutRows, block_size: int | None) -> Tensor:
     """Sums the losses of positions at comparable noise, without waiting for the device.
 
     Args:
-        token_losses: (N,) losses of the masked positions, row by row.
+        losses: (B, L) losses of the masked positions, 0 at all others.
         rows: the rows before the step that computed the losses.
         block_size: block size of the model; None = a row is one block.
 
@@ -69,12 +69,9 @@ def loss_by_noise(token_losses: Tensor, rows: RolloutRows, block_size: int | Non
         (2, 4): sum of losses and number of positions, by the fraction of the learned positions of a block that is
         masked: up to 25 %, 50 %, 75 % or all.
     """
-    losses = torch.zeros(rows.masked.shape, device=token_losses.device).masked_scatter(
-        rows.masked, token_losses.float()
-    )
     masked, learned = (_blocks(flags, block_size).sum(-1) for flags in (rows.masked, rows.learned))  # (blocks,)
     quarter = ((NOISE_BINS * masked - 1) // learned.clamp(min=1)).clamp(min=0)
-    sums = torch.stack([_blocks(losses, block_size).sum(-1), masked.float()])
+    sums = torch.stack([_blocks(losses.float(), block_size).sum(-1), masked.float()])
     return sums.new_zeros(2, NOISE_BINS).index_add(1, quarter, sums)
 
 
@@ -99,7 +96,7 @@ class Rollout:
         advances: K changes of the rows, one after each step.
         carry: `"gradient"` lets gradients flow through the state, `"state"` cuts them between steps, `"prediction"`
             gives each step the state that a first pass over the same rows makes, `"nothing"` carries no state.
-        reduce_loss: the scalar loss of a step, from its (N,) losses and the rows before it.
+        reduce_loss: the scalar loss of a step, from its (B, L) losses and the rows before it.
         window: steps per window; None = K. The last window may be shorter.
         reference: the denoiser of the model that makes the first pass of `"prediction"`; None = `denoiser` itself.
 
@@ -148,10 +145,9 @@ class Rollout:
                 state = self._predicted_state()
                 self.rows = replace(self.rows, has_state=torch.ones_like(self.rows.has_state))
             masked = self.rows.masked
-            token_losses, probability, next_state = self.denoiser.step(self.rows, state, leaves_state=goes_on)
-            losses.append(self.reduce_loss(token_losses, self.rows))
-            self.loss_by_noise += loss_by_noise(token_losses.detach(), self.rows, self.denoiser.config.block_size)
-            confidence = torch.zeros(masked.shape, device=masked.device).masked_scatter(masked, probability)
+            of_positions, confidence, next_state = self.denoiser.step(self.rows, state, leaves_state=goes_on)
+            losses.append(self.reduce_loss(of_positions, self.rows))
+            self.loss_by_noise += loss_by_noise(of_positions.detach(), self.rows, self.denoiser.config.block_size)
             self.rows = advance(self.rows, confidence)
             if goes_on:
                 state = next_state.detach() if self.carry == "state" else next_state

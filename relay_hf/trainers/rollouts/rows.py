@@ -11,6 +11,14 @@ from torch.nn import functional as F
 from ...modeling import RelayConfig
 from .batches import TextRow, read_batch
 
+MAIN_MEMORY = torch.device("cpu")
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Sends a tensor; from main memory, without waiting for the device, which reads pinned memory by itself."""
+    is_sent = device.type != "cpu" and tensor.device.type == "cpu"
+    return tensor.pin_memory().to(device, non_blocking=True) if is_sent else tensor.to(device)
+
 
 def fit_positions(tensor: Tensor, length: int) -> Tensor:
     """Pads the second axis (the positions) with zeros on the right, or trims it; returns a (B,) tensor unchanged."""
@@ -48,6 +56,10 @@ class RolloutRows:
         """(B,) bool, rows with nothing left to reveal."""
         return ~self.masked.any(-1)
 
+    def to(self, device: torch.device) -> "RolloutRows":
+        """The rows on another device."""
+        return self.map(lambda tensor: to_device(tensor, device))
+
     def noisy_ids(self, mask_token_id: int) -> Tensor:
         """(B, L) the text with [MASK] at the positions that are still masked."""
         return torch.where(self.masked, mask_token_id, self.clean_ids)
@@ -68,9 +80,11 @@ class RolloutRows:
 FIELDS = tuple(field.name for field in fields(RolloutRows))
 
 
-def fresh_rows(config: RelayConfig, batch: dict[str, Tensor], keeps_state: bool) -> RolloutRows:
+def fresh_rows(
+    config: RelayConfig, batch: dict[str, Tensor], keeps_state: bool, device: torch.device = MAIN_MEMORY
+) -> RolloutRows:
     """The rows of a batch, all masked; arguments and errors are those of `read_batch` and `all_masked`."""
-    return all_masked(config, read_batch(batch, config), keeps_state, batch["input_ids"].device)
+    return all_masked(config, read_batch(batch, config), keeps_state, device)
 
 
 def blank_rows(config: RelayConfig, count: int, keeps_state: bool, device: torch.device) -> RolloutRows:
@@ -113,4 +127,4 @@ def all_masked(config: RelayConfig, texts: Sequence[TextRow], keeps_state: bool,
         relay_state=state,
         has_state=torch.zeros(len(texts), dtype=torch.bool),
     )
-    return rows.map(lambda tensor: tensor.to(device))
+    return rows.to(device)

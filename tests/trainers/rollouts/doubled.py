@@ -47,7 +47,7 @@ class DoubledDenoiser:
             output = self.model(**self._inputs(rows, state), logits_to_keep=torch.arange(length))
         next_state = self._shift(output.relay_state[:, :length]) if leaves_state else None
         losses, confidence = self._score(self._shift(output.logits).float(), rows)
-        return StepResult(losses[rows.masked], confidence[rows.masked], next_state)
+        return StepResult(losses.where(rows.masked, 0.0), confidence.where(rows.masked, 0.0), next_state)
 
     def _inputs(self, rows: RolloutRows, state: Tensor | None) -> dict[str, Any]:
         length = rows.clean_ids.shape[1]

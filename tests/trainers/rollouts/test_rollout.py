@@ -115,7 +115,7 @@ def test_rollout_equals_decoding_the_block_behind_its_clean_prefix(clean_block_s
         model, rows, [make_policy("confidence_threshold", 1.0)], "relay_sg", clean_block_starts=clean_block_starts
     )
     losses: list[torch.Tensor] = []
-    result.reduce_loss = lambda token_losses, rows: losses.append(token_losses) or token_losses.sum()
+    result.reduce_loss = lambda step, rows: losses.append(step) or step.sum()
     result.run_window()
     cache = RelayCache(config=model.config.text_config)
     model(batch["input_ids"][:, :8], cache=cache)
@@ -126,8 +126,8 @@ def test_rollout_equals_decoding_the_block_behind_its_clean_prefix(clean_block_s
         result.rows.relay_state[:, 8 + first :], output.relay_state[:, first:], rtol=0, atol=1e-5
     )
     expected = torch.nn.functional.cross_entropy(output.logits[0], batch["input_ids"][0, 8:], reduction="none")
-    torch.testing.assert_close(losses[0][-4 + first :], expected[first:], rtol=0, atol=1e-5)
-    assert clean_block_starts or not torch.isclose(losses[0][-4], expected[0], atol=1e-3)
+    torch.testing.assert_close(losses[0][0, -4 + first :], expected[first:], rtol=0, atol=1e-5)
+    assert clean_block_starts or not torch.isclose(losses[0][0, -4], expected[0], atol=1e-3)
 
 
 @pytest.mark.parametrize("token_shift", [False, True])
@@ -142,7 +142,7 @@ def test_rollout_of_distribution_channel_equals_decoding_the_block(channel: str,
     policies = [make_policy("confidence_threshold", 1.0)] * 2
     result = begin_rollout(model, rows, policies, "relay_sg", clean_block_starts=True)
     losses: list[torch.Tensor] = []
-    result.reduce_loss = lambda token_losses, rows: losses.append(token_losses) or token_losses.sum()
+    result.reduce_loss = lambda step, rows: losses.append(step) or step.sum()
     result.run_window()
     last = batch["input_ids"][:, 8:].masked_fill(result.step_masked[1][:, 8:], MASK)
     cache = RelayCache(config=model.config.text_config)
@@ -156,7 +156,7 @@ def test_rollout_of_distribution_channel_equals_decoding_the_block(channel: str,
         torch.nn.functional.cross_entropy(output.logits[0], batch["input_ids"][0, 8:], reduction="none")[masked]
         for output in (second, without)
     )
-    torch.testing.assert_close(losses[1][-int(masked.sum()) :], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(losses[1][0, 8:][masked], expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(result.rows.relay_state[:, 8:], second.relay_state, rtol=0, atol=1e-5)
     assert not torch.allclose(expected, otherwise, atol=1e-3)
 
