@@ -29,14 +29,14 @@ DECODING: dict[tuple[str, str], tuple[float, float, float, float]] = {
 }
 # Waits of an optimizer step, what logging adds to them, and launches of an optimizer step; for objective and K.
 TRAINING: dict[tuple[str, int | None], tuple[float, float, float]] = {
-    ("relay", 1): (18, 7, 1186),
-    ("relay", 2): (28, 7, 1845),
-    ("relay", 4): (48, 7, 3163),
-    ("relay_sg", 2): (26, 7, 1826),
-    ("rollout", 2): (20, 6, 1748),
-    ("masked", None): (14, 6, 1142),
-    ("complementary", None): (19, 6, 1727),
-    ("residual_context", None): (20, 3, 1397),
+    ("relay", 1): (3, 2, 1137),
+    ("relay", 2): (4, 2, 1792),
+    ("relay", 4): (6, 2, 3102),
+    ("relay_sg", 2): (4, 2, 1767),
+    ("rollout", 2): (4, 2, 1689),
+    ("masked", None): (2, 2, 1076),
+    ("complementary", None): (3, 2, 1651),
+    ("residual_context", None): (4, 2, 1323),
 }
 
 
