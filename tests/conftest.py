@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import functools
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,11 @@ settings.load_profile("repeatable")
 
 REFERENCE = Path(os.environ.get("RELAY_HF_REFERENCE", Path(__file__).parent / "reference"))
 VOCAB_SIZE, MASK = 64, 63
+
+
+def pytest_collection_finish() -> None:
+    """Spares what libraries and tests have made so far: at its end, every trainer looks for garbage in all there is."""
+    gc.freeze()
 
 
 @pytest.fixture(name="tiny_text_config")
