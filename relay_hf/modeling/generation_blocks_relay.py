@@ -4,7 +4,7 @@ Legend: B rows still being decoded, n of them that take part in a forward, W col
 block, s of a part of it, N positions that a step scores.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,78 +14,14 @@ from .attention_relay import BlockAttention
 from .cache_relay import RelayCache, rows_of
 from .generation_grid_relay import DecodingGrid, RevealRecorder
 from .generation_options_relay import DecodingOptions
-from .generation_shortcuts_relay import Part, SubBlockCache, state_of_part
+from .generation_shortcuts_relay import SubBlockCache, state_of_part
 from .generation_start_relay import RelayStart
+from .generation_steps_relay import Block, Forward, Step, StepPlanner
 from .generation_stopping_relay import Stopping
 from .generation_tokens_relay import Choice, TokenChooser, other_than_mask, uniform_numbers
 from .outputs_relay import RelayGenerateOutput
 from .prefix_relay import denoise
-from .unmasking_relay import Progress, in_earliest_sub_block, sub_blocks_of
-
-
-@dataclass
-class Block:
-    """The block in work.
-
-    Args:
-        columns: the block's columns in the grid.
-        masks_at_begin: (B,) number of each row's positions that were masked, at least 1.
-        sub_block: (B,) long, number of the sub-block that each row's last step was about.
-        progress: each row's steps within its sub-block.
-        shortcut: decides which forwards run a part of the block only; None = all of them run the whole block.
-        attention: attention masks of the block's forwards.
-        is_new: no forward has run the block yet.
-    """
-
-    columns: slice
-    masks_at_begin: Tensor
-    sub_block: Tensor
-    progress: Progress
-    shortcut: SubBlockCache | None
-    attention: BlockAttention
-    is_new: bool = True
-
-
-@dataclass
-class Forward:
-    """One denoise forward, before it runs.
-
-    Args:
-        rows: (n,) rows that the forward runs; None = all.
-        part: (n, s) positions of the block that the forward runs; None = all.
-        where: (N,) rows and (N,) positions of the block that the forward scores.
-        scored: the same positions, counted among the rows and positions that the forward runs.
-    """
-
-    rows: Tensor | None
-    part: Tensor | None
-    where: tuple[Tensor, Tensor]
-    scored: tuple[Tensor, Tensor]
-
-
-@dataclass
-class Step:
-    """One denoise step of all rows: one forward, or two if some rows need their whole block and others do not.
-
-    Args:
-        masked: (B, S) bool, masked positions of the rows' own texts.
-        candidates: (B, S) bool, masked positions that the step scores.
-        certain: (B, S) bool, candidates that the step reveals without asking the policy.
-        active: (B,) bool, rows that take part in the step.
-        sub_block: (B,) long, number of the sub-block that each row's candidates are in.
-        begins: (B,) long, position of the block at which that sub-block begins; negative if the block cuts it off.
-        progress: each row's steps within its sub-block, before this one.
-        forwards: the forwards to run, none if the block is complete.
-    """
-
-    masked: Tensor
-    candidates: Tensor
-    certain: Tensor
-    active: Tensor
-    sub_block: Tensor
-    begins: Tensor
-    progress: Progress
-    forwards: list[Forward] = field(default_factory=list)
+from .unmasking_relay import Progress
 
 
 @dataclass
@@ -118,7 +54,7 @@ class BlockDecoder:
         grid, config = self.grid, self.model.config
         self.mask_token_id: int = config.mask_token_id
         self.token_shift: bool = config.token_shift
-        self.is_canvas = config.block_size is None
+        self.planner = StepPlanner(grid, self.options, config, self.stopping)
         self.recorder = RevealRecorder(grid.tokens) if self.options.output_history else None
         self.uncommitted = 0  # columns before the block that the next denoise forward commits
         # (B,) forwards of each row of the batch.
@@ -148,7 +84,7 @@ class BlockDecoder:
             self._stream(columns)
             if (alive := grid.retire(columns.stop)) is not None and len(alive):
                 self.cache.batch_select_indices(alive)
-            if columns.stop == final_column or len(grid.rows) == 0:
+            if columns.stop == final_column or not grid.ends:
                 break
             # 4. Commit the block.
             if self.options.fuse_commits:
@@ -178,9 +114,9 @@ class BlockDecoder:
     def _reveal_first(self, column: int) -> None:
         """Reveals the first position of a block, which a token-shift model scored at the end of the block before."""
         grid, first = self.grid, slice(column, column + 1)
-        is_masked = grid.tokens[:, first] == self.mask_token_id
-        if not (self.token_shift and bool(is_masked.any())):
+        if not self.token_shift or all(prompt_end > column for prompt_end in grid.prompt_ends):
             return
+        is_masked = grid.tokens[:, first] == self.mask_token_id
         rows = torch.arange(len(grid.rows), device=is_masked.device)
         choice = self._choose(self.cache.last_hidden[:, 0], rows, column, torch.ones_like(rows))
         grid.tokens[:, first] = torch.where(is_masked, choice.tokens[:, None], grid.tokens[:, first])
@@ -192,7 +128,8 @@ class BlockDecoder:
     def _denoise(self, columns: slice) -> None:
         """Reveals the block's positions step by step; ends rows that reach a stop token.
 
-        In every step at least one row takes part, and the policy reveals a position of it or ends its schedule later.
+        In every step the policy reveals a position of each row that takes part, or ends its schedule later. At least
+        one takes part, unless a commit has just ended all of them: that becomes known behind the forward.
         """
         grid = self.grid
         nowhere = torch.full_like(grid.rows, torch.iinfo(torch.long).min)
@@ -205,86 +142,12 @@ class BlockDecoder:
             attention=BlockAttention(self.model, grid.attention_mask(columns.stop)),
         )
         self.cache.write_relay_state(None)
-        while (step := self._plan(block)).forwards:
+        while (step := self.planner.plan(block, is_committed=not self.uncommitted)).forwards:
             if self.start is not None and block.is_new:
                 self.start(self, block, step)
             head_inputs = torch.cat([self._forward(block, forward) for forward in step.forwards])
             self._reveal(block, step, head_inputs)
-        grid.end = torch.minimum(grid.end, self.stopping.first_stop_token(grid, columns) + 1)
-
-    def _plan(self, block: Block) -> Step:
-        """Plans which positions to score next; the one place where a step waits for the device."""
-        grid, columns = self.grid, block.columns
-        size = self.options.sub_block_size or grid.width
-        masked = grid.masked(columns)
-        column = torch.arange(columns.start, columns.stop, device=masked.device)  # (S,)
-        # Masks behind the row's end or its stop token need no forward.
-        end = torch.minimum(grid.end, self.stopping.first_stop_token(grid, columns))
-        needed = masked & (column < end[:, None])
-        active = needed.any(-1)
-        sub_blocks = sub_blocks_of(grid.width, size, grid.anchor - columns.start)  # (B, S)
-        candidates = masked & in_earliest_sub_block(needed, sub_blocks) & active[:, None]
-        sub_block = sub_blocks.gather(1, needed.long().argmax(-1, keepdim=True))[:, 0]  # (B,)
-        step = Step(
-            masked=masked,
-            candidates=candidates,
-            certain=torch.zeros_like(candidates),
-            active=active,
-            sub_block=sub_block,
-            begins=grid.anchor - columns.start + sub_block * size,
-            progress=self._advance(block, active, sub_block, candidates.sum(-1)),
-        )
-        if self.token_shift and self.uncommitted:
-            # The fused commit scores the block's first token, as a commit of its own would; the policy has no say.
-            step.certain[:, 0] = candidates[:, 0]
-        parts = [Part(active, None, active.sum())] if block.shortcut is None else block.shortcut.parts(step)
-        numbers = [n for p in parts for n in (p.rows.sum(), (step.candidates & p.rows[:, None]).sum(), p.length)]
-        counts = torch.stack(numbers).view(-1, 3).tolist()
-        step.forwards = [
-            self._forward_over(block, step, part, *numbers)
-            for part, numbers in zip(parts, counts, strict=True)
-            if numbers[1]
-        ]
-        return step
-
-    def _advance(self, block: Block, active: Tensor, sub_block: Tensor, masks: Tensor) -> Progress:
-        """Counts one more step of each active row; returns the progress before it.
-
-        In a block model, the steps are for all positions of a sub-block, prompt included, as SDAR counts them; on a
-        canvas, for those that were masked at the sub-block's first step.
-
-        Args:
-            block: the block in work; its `sub_block` and `progress` are brought up to date.
-            active: (B,) bool, rows that take part in the step.
-            sub_block: (B,) long, sub-block that each row's step is about.
-            masks: (B,) long, masked positions of that sub-block.
-        """
-        is_new = active & (sub_block != block.sub_block)
-        step, positions = block.progress
-        size = self.options.sub_block_size or self.grid.width
-        total = masks if self.is_canvas else torch.full_like(masks, size)
-        before = Progress(step.where(~is_new, 0), positions.where(~is_new, total))
-        block.sub_block = sub_block.where(active, block.sub_block)
-        block.progress = Progress(before.step + active, before.positions)
-        return before
-
-    def _forward_over(self, block: Block, step: Step, part: Part, takers: int, count: int, length: int) -> Forward:
-        """Builds the forward over a part of `takers` rows, `length` positions long, which scores `count` positions.
-
-        The numbers are passed in so that `nonzero_static` need not wait for the device.
-        """
-        rows, places = torch.nonzero_static(step.candidates & part.rows[:, None], size=count).unbind(-1)
-        scored, scored_places, among = rows, places, None
-        # The first forward of a block runs all rows, so that memory and state are those of all.
-        if takers < len(part.rows) and not block.is_new:
-            among = torch.nonzero_static(part.rows, size=takers)[:, 0]
-            scored = (part.rows.cumsum(0) - 1)[rows]
-        if part.begins is None:
-            return Forward(among, None, (rows, places), (scored, scored_places))
-        run = rows_of(part.begins, among)[:, None] + torch.arange(length, device=rows.device)
-        # Where the block cuts the part off, the block's last position is repeated.
-        run = run.clamp(min=0, max=self.grid.width - 1)
-        return Forward(among, run, (rows, places), (scored, places - part.begins[rows]))
+        grid.move_ends(step.end, step.ends)
 
     def _forward(self, block: Block, forward: Forward, injects: bool = True) -> Tensor:
         """Runs the network, commits the block before if `fuse_commits` left it, and stores the state for the next step.
@@ -392,7 +255,7 @@ class BlockDecoder:
         filled = ((grid.prompts == self.mask_token_id) & grid.is_text).sum(-1)
         forwards = self.denoise_forwards + self.commit_forwards + self.prefill_forwards
         return RelayGenerateOutput(
-            sequences=grid.as_given(grid.all_tokens, grid.prompts, self.stopping.padding),
+            sequences=grid.as_given(grid.all_tokens, grid.prompts, self.stopping.padding, grid.most_new),
             denoise_forwards=self.denoise_forwards,
             commit_forwards=self.commit_forwards,
             prefill_forwards=self.prefill_forwards,

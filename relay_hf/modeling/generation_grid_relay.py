@@ -9,6 +9,8 @@ Legend: B rows still being decoded, P columns of the prompts as they were given,
 block.
 """
 
+from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import torch
@@ -18,15 +20,51 @@ from .configuration_relay import RelayConfig
 from .outputs_relay import RelayGenerateHistory
 
 
+@dataclass
+class Prompts:
+    """The prompts of a batch, and what the host has to know of them.
+
+    Args:
+        ids: (B, P) prompts, padded on any side.
+        is_text: (B, P) bool, False at padding.
+        lengths: tokens of each row.
+        masks: how many of them are [MASK].
+    """
+
+    ids: Tensor
+    is_text: Tensor
+    lengths: list[int]
+    masks: list[int]
+
+    @classmethod
+    def read(cls, input_ids: Tensor, attention_mask: Tensor | None, mask_token_id: int) -> "Prompts":
+        """Reads prompts where they are; on a device, waits for it once."""
+        ids = input_ids.long()
+        is_text = torch.ones_like(ids) if attention_mask is None else attention_mask.to(ids.device)
+        is_text = is_text.bool()
+        numbers = torch.stack([is_text.sum(-1), ((ids == mask_token_id) & is_text).sum(-1)])
+        return cls(ids, is_text, *numbers.tolist())
+
+    def check(self, new_tokens: int, block_size: int | None) -> None:
+        """Raise a ValueError if a row cannot be decoded; arguments of `DecodingGrid`."""
+        if not all(self.lengths):
+            raise ValueError("A prompt is empty: give every row at least one token.")
+        holds_masks = any(self.masks)
+        if block_size is not None and holds_masks:
+            raise ValueError("The prompt holds [MASK] tokens: only models with `block_size=None` fill in a canvas.")
+        if block_size is None and new_tokens == 0 and not holds_masks:
+            raise ValueError("The canvas has no [MASK] to fill in: put masks into it, or set `max_new_tokens`.")
+
+
 class DecodingGrid:
     """Tokens of all rows, with the borders between prompts, new tokens and what fills up the last block.
 
     Args:
-        input_ids: (B, P) prompts, padded on any side.
-        attention_mask: (B, P), 0 at padding.
+        prompts: the prompts.
         new_tokens: number of tokens to append to every row; 0 = only masks of a canvas are filled.
         config: configuration of the model. The masks that fill up the last block stop at the model's last position.
         sub_block_size: positions of a sub-block, or None; where text is appended to a canvas, sub-blocks begin with it.
+        device: the model's.
 
     Raises:
         ValueError: a row is empty, a prompt of a block model holds [MASK], or there is nothing to fill in.
@@ -37,54 +75,66 @@ class DecodingGrid:
         rows: (B,) indices in the batch of the rows that are still decoded.
         tokens: (B, W) tokens of these rows, [MASK] where none is revealed yet.
         visible: (B, W) bool, columns that hold a position of the row.
+        visible_stop: the first column, behind the prompts, that holds no position of some row.
         offset: (B,) column of the row's position 0.
         prompt_end: (B,) column of the first new token.
         end: (B,) column behind the last token; moves left when the row stops.
+        prompt_ends, ends: the same numbers on the host, so that nobody has to wait for them.
         anchor: (B,) column from which sub-blocks are counted.
         appends: whether new tokens follow the prompts.
+        most_new: the most new tokens of the rows that have ended.
     """
 
     def __init__(
         self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
+        prompts: Prompts,
         new_tokens: int,
         config: RelayConfig,
         sub_block_size: int | None,
+        device: torch.device,
     ) -> None:
-        is_text, block_size, positions = attention_mask.bool(), config.block_size, config.positions
-        self.appends = new_tokens > 0
+        block_size, positions = config.block_size, config.positions
+        prompts.check(new_tokens, block_size)
+        self.appends, self.most_new = new_tokens > 0, 0
         self.mask_token_id: Any = config.mask_token_id
-        check_prompts(input_ids, is_text, new_tokens, block_size, self.mask_token_id)
-        lengths = is_text.sum(-1)  # (B,)
-        ends = lengths + new_tokens  # (B,)
-        if block_size is None:
-            self.starts, self.width = torch.zeros_like(lengths), int(ends.max())
-        else:
-            self.starts, self.width = lengths // block_size * block_size, block_size
-        self.prefix = int(self.starts.max())
-        blocks = int(((ends - self.starts + self.width - 1) // self.width).max())
+        self.prompts, self.is_text = prompts.ids.to(device), prompts.is_text.to(device)
 
-        device = input_ids.device
-        column = torch.arange(self.prefix + blocks * self.width, device=device)
+        # On the host: columns of the grid.
+        longest = max(prompts.lengths) + new_tokens
+        self.width = longest if block_size is None else block_size
+        starts = [0 if block_size is None else length // block_size * block_size for length in prompts.lengths]
+        self.prefix = max(starts)
+        self.prompt_ends = [self.prefix - start + n for start, n in zip(starts, prompts.lengths, strict=True)]
+        self.ends = [prompt_end + new_tokens for prompt_end in self.prompt_ends]
+        blocks = max(-(-(end - self.prefix) // self.width) for end in self.ends)
+        final = self.prefix + blocks * self.width
+        self.last_position = None if positions is None else max(positions, longest) - 1
+
+        # On the device: the same for each row.
+        column = torch.arange(final, device=device)
+        lengths = self.is_text.sum(-1)  # (B,)
+        ends = lengths + new_tokens  # (B,)
+        self.starts = torch.zeros_like(lengths) if block_size is None else lengths // block_size * block_size
         self.rows = torch.arange(len(lengths), device=device)
         self.offset = self.prefix - self.starts
         self.prompt_end = self.offset + lengths
         self.end = self.offset + ends
         is_canvas = block_size is None and self.appends and sub_block_size is not None
         self.anchor = self.prompt_end if is_canvas else torch.zeros_like(self.prompt_end)
-        self.visible = column >= self.offset[:, None]
+        self.visible, self.visible_stop = column >= self.offset[:, None], final
         if block_size is None:
             self.visible &= column < self.end[:, None]
+            self.visible_stop = min(self.ends)
         elif positions is not None:
             self.visible &= column < (self.offset + ends.clamp(min=positions))[:, None]
-        self.is_padded = not bool(self.visible.all())
+            last = [max(end, self.prefix - start + positions) for start, end in zip(starts, self.ends, strict=True)]
+            self.visible_stop = min(final, *last)
+        self.is_padded = min(starts) < self.prefix or self.visible_stop < final
         self.tokens = torch.full((len(lengths), len(column)), self.mask_token_id, device=device)
-        self.prompts, self.is_text = input_ids, is_text
-        self.last_position = None if positions is None else max(positions, int(ends.max())) - 1
-        places = is_text.long().cumsum(-1) - 1  # (B, P)
-        self._prompt_columns = (places + self.offset[:, None])[is_text]
-        self.tokens[is_text.nonzero()[:, 0], self._prompt_columns] = input_ids[is_text]
+        self._text = torch.nonzero_static(self.is_text, size=sum(prompts.lengths)).unbind(-1)
+        places = self.is_text.long().cumsum(-1) - 1 + self.offset[:, None]  # (B, P)
+        self._columns = (self._text[0], places[self._text])
+        self.tokens[self._columns] = self.prompts[self._text]
 
         # All rows, as they were given.
         self.all_prompt_end, self.all_end, self.all_tokens = self.prompt_end, self.end.clone(), self.tokens.clone()
@@ -104,8 +154,12 @@ class DecodingGrid:
 
     def shown(self, columns: slice) -> Tensor:
         """The tokens of the only row's block that a streamer gets: new ones, or all if nothing is appended."""
-        first = max(columns.start, int(self.prompt_end[0])) if self.appends else columns.start
-        return self.tokens[0, first : min(columns.stop, int(self.end[0]))].cpu()
+        first = max(columns.start, self.prompt_ends[0]) if self.appends else columns.start
+        return self.tokens[0, first : min(columns.stop, self.ends[0])].cpu()
+
+    def move_ends(self, end: Tensor, ends: list[int]) -> None:
+        """Ends the rows there: (B,) columns, and the same on the host."""
+        self.end, self.ends = end, ends
 
     def save_active_rows(self, stop: int) -> None:
         """Copies tokens and ends of the rows, up to column `stop`, into the arrays of the whole batch."""
@@ -118,27 +172,32 @@ class DecodingGrid:
             (n,) indices of the rows that stay, or None if all do.
         """
         self.save_active_rows(stop)
-        alive = (self.end > stop).nonzero()[:, 0]
-        if len(alive) == len(self.rows):
+        stays = [end > stop for end in self.ends]
+        if all(stays):
             return None
+        left = [end - prompt_end for end, prompt_end in zip(self.ends, self.prompt_ends, strict=True) if end <= stop]
+        self.most_new = max(self.most_new, *left)
+        self.ends, self.prompt_ends = (list(compress(each, stays)) for each in (self.ends, self.prompt_ends))
+        alive = torch.nonzero_static(self.end > stop, size=sum(stays))[:, 0]
         for name in ("rows", "tokens", "visible", "offset", "prompt_end", "end", "anchor"):
             setattr(self, name, getattr(self, name)[alive])
         return alive
 
-    def as_given(self, grid: Tensor, padding: Tensor, behind: float | Tensor) -> Tensor:
+    def as_given(self, grid: Tensor, padding: Tensor, behind: float | Tensor, new_tokens: int) -> Tensor:
         """Undoes the alignment: values of the grid in the caller's padded layout, new tokens behind the prompts.
 
         Args:
             grid: (B, W), one value for every column.
             padding: (B, P) values for the padding of the prompts.
             behind: value behind a row's saved tokens; one for all, or (B, 1).
+            new_tokens: number of columns behind the prompts.
 
         Returns:
-            (B, P + the most new tokens of any row).
+            (B, P + `new_tokens`).
         """
-        prompts = padding.masked_scatter(self.is_text, grid[self.is_text.nonzero()[:, 0], self._prompt_columns])
+        prompts = padding.index_put(self._text, grid[self._columns])
         counts = self.all_end - self.all_prompt_end  # (B,)
-        step = torch.arange(int(counts.max()), device=counts.device)
+        step = torch.arange(new_tokens, device=counts.device)
         columns = (self.all_prompt_end[:, None] + step).clamp(max=grid.shape[1] - 1)
         new = grid.gather(-1, columns).where(step < counts[:, None], behind)
         return torch.cat([prompts, new], dim=-1)
@@ -174,26 +233,13 @@ class RevealRecorder:
     def history(self, grid: DecodingGrid, denoise_forwards: Tensor) -> RelayGenerateHistory:
         """The recorded numbers in the layout of the caller's prompts; `denoise_forwards`: (B,), one count per row."""
         prompts = grid.prompts
-        revealed_at = grid.as_given(self.revealed_at, torch.full_like(prompts, -1), -1)
+        revealed_at = grid.as_given(self.revealed_at, torch.full_like(prompts, -1), -1, grid.most_new)
         no_confidence = torch.zeros_like(prompts, dtype=torch.float32)
         given = torch.zeros_like(revealed_at, dtype=torch.bool)
         given[:, : prompts.shape[1]] = grid.is_text & (prompts != grid.mask_token_id)
         return RelayGenerateHistory(
             revealed_at=revealed_at,
-            confidence=grid.as_given(self.confidence, no_confidence, 0.0),
+            confidence=grid.as_given(self.confidence, no_confidence, 0.0, grid.most_new),
             given=given,
             denoise_forwards=denoise_forwards,
         )
-
-
-def check_prompts(
-    input_ids: Tensor, is_text: Tensor, new_tokens: int, block_size: int | None, mask_token_id: int
-) -> None:
-    """Raise a ValueError if a row cannot be decoded; arguments of `DecodingGrid`."""
-    if not bool(is_text.any(-1).all()):
-        raise ValueError("A prompt is empty: give every row at least one token.")
-    holds_masks = bool(((input_ids == mask_token_id) & is_text).any())
-    if block_size is not None and holds_masks:
-        raise ValueError("The prompt holds [MASK] tokens: only models with `block_size=None` fill in a canvas.")
-    if block_size is None and new_tokens == 0 and not holds_masks:
-        raise ValueError("The canvas has no [MASK] to fill in: put masks into it, or set `max_new_tokens`.")

@@ -16,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 from .cache_relay import RelayCache
 from .configuration_relay import RelayConfig
 from .generation_blocks_relay import BlockDecoder
-from .generation_grid_relay import DecodingGrid
+from .generation_grid_relay import DecodingGrid, Prompts
 from .generation_options_relay import DecodingOptions, complete_generation_config
 from .generation_processors_relay import check_counts, drop_empty
 from .generation_start_relay import STARTS
@@ -177,17 +177,11 @@ class RelayGenerationMixin(GenerationMixin):
         options = options or DecodingOptions.of(self.config, generation_config, reference_model)
         if streamer is not None and rows > 1:
             raise ValueError(f"A streamer shows one row, but the batch has {rows}: generate rows one by one.")
-        longest = input_ids.shape[1] if attention_mask is None else int(attention_mask.sum(-1).max())
-        check_length(self.config, self.learned_positions, longest + new_tokens)
+        prompts = Prompts.read(input_ids, attention_mask, self.config.mask_token_id)
+        check_length(self.config, self.learned_positions, max(prompts.lengths) + new_tokens)
         draws, device = generation_config.do_sample, self.get_input_embeddings().weight.device
         cache: RelayCache = pop_cache(model_kwargs)
-        grid = DecodingGrid(
-            input_ids.long().to(device),
-            torch.ones_like(input_ids, device=device) if attention_mask is None else attention_mask.to(device),
-            new_tokens,
-            self.config,
-            options.sub_block_size,
-        )
+        grid = DecodingGrid(prompts, new_tokens, self.config, options.sub_block_size, device)
         decoder = BlockDecoder(
             model=self,
             cache=cache,

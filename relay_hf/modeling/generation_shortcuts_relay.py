@@ -19,13 +19,15 @@ class Part(NamedTuple):
 
     Args:
         rows: (B,) bool, True for those rows.
+        candidates: (B, S) bool, positions of theirs that the forward scores.
         begins: (B,) long, position of the block where each row's part begins; None = the rows run the whole block.
-        length: scalar, positions of the part; not read if the rows run the whole block.
+        length: scalar, positions of the part; None = the whole block.
     """
 
     rows: Tensor
+    candidates: Tensor
     begins: Tensor | None
-    length: Tensor
+    length: Tensor | None
 
 
 @dataclass
@@ -67,7 +69,9 @@ class SubBlockCache:
             step.certain = step.candidates & is_first_masked[:, None]
         rest = len(place) - step.begins.where(step.active, len(place)).amin()
         length = rest if self.reaches_end else torch.full_like(rest, self.size)
-        return [Part(is_stale, None, length), Part(step.active & ~is_stale, step.begins, length)]
+        is_fresh = step.active & ~is_stale
+        whole, part = (step.candidates & rows[:, None] for rows in (is_stale, is_fresh))
+        return [Part(is_stale, whole, None, None), Part(is_fresh, part, step.begins, length)]
 
 
 def state_of_part(state: Tensor, part: Tensor, old: Tensor | None) -> Tensor:

@@ -39,9 +39,11 @@ class Stopping:
         cls, generation_config: GenerationConfig, criteria: Iterable[Callable[..., Tensor]], mask_token_id: int
     ) -> "Stopping":
         """The stopping that the options of one `generate` ask for, with the criteria that transformers made of them."""
-        token_ids = generation_config._eos_token_tensor
-        padding = padding_token(generation_config._pad_token_tensor, token_ids, mask_token_id)
-        return cls(token_ids, padding, criteria, mask_token_id)
+        # The numbers that transformers has put on the device are here as they were given.
+        stops = generation_config.eos_token_id
+        stops = [] if stops is None else torch.as_tensor(stops).flatten().tolist()
+        padding = padding_token(generation_config.pad_token_id, stops, mask_token_id)
+        return cls(generation_config._eos_token_tensor, padding, criteria, mask_token_id)
 
     def first_stop_token(self, grid: DecodingGrid, columns: slice) -> Tensor:
         """(B,) column of the first stop token among the new tokens of a block, or one that is never reached."""
@@ -49,7 +51,8 @@ class Stopping:
         if self.token_ids is None:
             return torch.full_like(grid.end, never)
         column = torch.arange(columns.start, columns.stop, device=grid.tokens.device)
-        is_stop = torch.isin(grid.tokens[:, columns], self.token_ids) & (column >= grid.prompt_end[:, None])
+        # Not `isin`, which sorts many stop tokens, and waits for the device to do so.
+        is_stop = (grid.tokens[:, columns, None] == self.token_ids).any(-1) & (column >= grid.prompt_end[:, None])
         return torch.where(is_stop, column, never).amin(-1)
 
     def apply(self, grid: DecodingGrid, columns: slice) -> None:
@@ -57,8 +60,9 @@ class Stopping:
         ends all rows behind this block."""
         if self.readers:
             self._apply_readers(grid, columns)
-        if any(bool(clock(grid.tokens, None).any()) for clock in self.clocks):
-            grid.end = grid.end.clamp(max=columns.stop)
+        # Clocks answer where the tokens are, so that these ones, which they do not read, are on the host.
+        if any(bool(clock(torch.zeros(1, 1), None).any()) for clock in self.clocks):
+            grid.move_ends(grid.end.clamp(max=columns.stop), [min(end, columns.stop) for end in grid.ends])
 
     def _apply_readers(self, grid: DecodingGrid, columns: slice) -> None:
         """Asks about every prefix, because a block brings many tokens at once.
@@ -69,28 +73,33 @@ class Stopping:
         """
         first = (columns.start - grid.prompt_end).clamp(min=0)  # (B,) new tokens known before this block
         known = grid.end.clamp(max=columns.stop) - grid.prompt_end  # (B,) and with it
+        # The same on the host: from the fewest new tokens before the block to the most with it.
+        fewest = min(max(columns.start - prompt_end, 0) for prompt_end in grid.prompt_ends)
+        most = max(min(end, columns.stop) - n for end, n in zip(grid.ends, grid.prompt_ends, strict=True))
+        end = grid.end
         grid.save_active_rows(columns.stop)
         behind = torch.full_like(grid.all_end, self.padding)
         behind[grid.rows] = behind[grid.rows].where(grid.end <= columns.stop, self.mask_token_id)
-        texts, width = grid.as_given(grid.all_tokens, grid.prompts, behind[:, None]), grid.prompts.shape[1]
-        for count in range(int(first.min()) + 1, int(known.max()) + 1):
+        texts, width = grid.as_given(grid.all_tokens, grid.prompts, behind[:, None], most), grid.prompts.shape[1]
+        for count in range(fewest + 1, most + 1):
             verdicts = [criterion(texts[:, : width + count], None) for criterion in self.readers]
             stops = torch.stack([torch.as_tensor(v, device=texts.device).expand(len(texts)) for v in verdicts]).any(0)
             ends = (first < count) & (count <= known) & stops[grid.rows]
             known = known.where(~ends, count)
-            grid.end = grid.end.where(~ends, grid.prompt_end + count)
+            end = end.where(~ends, grid.prompt_end + count)
+        grid.move_ends(end, end.tolist())
 
 
-def padding_token(pad_token_id: Tensor | None, stop_token_ids: Tensor | None, mask_token_id: int) -> int:
+def padding_token(pad_token_id: int | None, stop_token_ids: list[int], mask_token_id: int) -> int:
     """The padding token; if there is none, or it is [MASK], the first stop token; if there is none, 0 or 1.
 
     Args:
-        pad_token_id: scalar, or None.
-        stop_token_ids: (n,) ids, or None.
+        pad_token_id: the one that was given, or None.
+        stop_token_ids: tokens that end a row.
         mask_token_id: id of [MASK], never the padding.
     """
     if pad_token_id is not None and int(pad_token_id) != mask_token_id:
         return int(pad_token_id)
-    if stop_token_ids is not None and len(stop_token_ids):
-        return int(stop_token_ids[0])
+    if stop_token_ids:
+        return stop_token_ids[0]
     return 1 if mask_token_id == 0 else 0

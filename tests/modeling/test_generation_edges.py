@@ -296,9 +296,7 @@ def test_generate_mask_token_as_padding_is_not_written(
     make_model: Callable, mask: int, pad: int | None, stop: int | None
 ) -> None:
     model = make_model(mask_token_id=mask, text={"pad_token_id": None})
-    padding = padding_token(
-        None if pad is None else torch.tensor(pad), None if stop is None else torch.tensor([stop]), mask
-    )
+    padding = padding_token(pad, [] if stop is None else [stop], mask)
     assert padding == (stop if stop is not None else 1 if mask == 0 else 0)
     # The first row ends at once, the second goes on: the first is padded.
     prompts = torch.tensor([[5, 6, 9], [8, 3, 2]])

@@ -1,0 +1,229 @@
+"""Plans of denoise steps: the positions that a step scores, and the forwards that score them.
+
+Legend: B rows still being decoded, n of them that a forward runs, S positions of a block, s of a part of it,
+N positions that a step scores.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .attention_relay import BlockAttention
+from .cache_relay import rows_of
+from .generation_grid_relay import DecodingGrid
+from .generation_options_relay import DecodingOptions
+from .generation_shortcuts_relay import Part, SubBlockCache
+from .generation_stopping_relay import Stopping
+from .unmasking_relay import Progress, in_earliest_sub_block, sub_blocks_of
+
+
+@dataclass
+class Block:
+    """The block in work.
+
+    Args:
+        columns: the block's columns in the grid.
+        masks_at_begin: (B,) number of each row's positions that were masked, at least 1.
+        sub_block: (B,) long, number of the sub-block that each row's last step was about.
+        progress: each row's steps within its sub-block.
+        shortcut: decides which forwards run a part of the block only; None = all of them run the whole block.
+        attention: attention masks of the block's forwards.
+        is_new: no forward has run the block yet.
+    """
+
+    columns: slice
+    masks_at_begin: Tensor
+    sub_block: Tensor
+    progress: Progress
+    shortcut: SubBlockCache | None
+    attention: BlockAttention
+    is_new: bool = True
+
+
+@dataclass
+class Forward:
+    """One denoise forward, before it runs.
+
+    Args:
+        rows: (n,) rows that the forward runs; None = all.
+        part: (n, s) positions of the block that the forward runs; None = all.
+        where: (N,) rows and (N,) positions of the block that the forward scores.
+        scored: the same positions, counted among the rows and positions that the forward runs.
+    """
+
+    rows: Tensor | None
+    part: Tensor | None
+    where: tuple[Tensor, Tensor]
+    scored: tuple[Tensor, Tensor]
+
+
+@dataclass
+class Step:
+    """One denoise step of all rows: one forward, or two if some rows need their whole block and others do not.
+
+    Args:
+        masked: (B, S) bool, masked positions of the rows' own texts.
+        candidates: (B, S) bool, masked positions that the step scores.
+        certain: (B, S) bool, candidates that the step reveals without asking the policy.
+        active: (B,) bool, rows that take part in the step.
+        sub_block: (B,) long, number of the sub-block that each row's candidates are in.
+        begins: (B,) long, position of the block at which that sub-block begins; negative if the block cuts it off.
+        progress: each row's steps within its sub-block, before this one.
+        end: (B,) column behind the last token, known stop tokens considered.
+        ends: the same numbers on the host.
+        forwards: the forwards to run, none if the block is complete.
+    """
+
+    masked: Tensor
+    candidates: Tensor
+    certain: Tensor
+    active: Tensor
+    sub_block: Tensor
+    begins: Tensor
+    progress: Progress
+    end: Tensor
+    ends: list[int]
+    forwards: list[Forward] = field(default_factory=list)
+
+
+class Size(NamedTuple):
+    """What the host has to know of a part before its forward can run.
+
+    Args:
+        rows: rows that run it.
+        scored: positions that are scored.
+        length: positions of each row that pass the network; not read if that is the whole block.
+    """
+
+    rows: int
+    scored: int
+    length: int
+
+
+@dataclass
+class StepPlanner:
+    """Plans the steps of one batch.
+
+    Args:
+        grid: the rows of the batch.
+        options: options of this `generate`.
+        config: configuration of the model.
+        stopping: finds stop tokens.
+    """
+
+    grid: DecodingGrid
+    options: DecodingOptions
+    config: Any
+    stopping: Stopping
+
+    def __post_init__(self) -> None:
+        self.size = self.options.sub_block_size or self.grid.width
+        self.is_canvas = self.config.block_size is None
+
+    def plan(self, block: Block, is_committed: bool) -> Step:
+        """Plans which positions to score next.
+
+        It is the one place where a step waits for the device. The first step of a block does not even wait: the host
+        knows what it takes.
+
+        Args:
+            block: the block in work.
+            is_committed: a commit has scored the block's first position, if the model scores it there.
+        """
+        grid, columns = self.grid, block.columns
+        masked = grid.masked(columns)
+        column = torch.arange(columns.start, columns.stop, device=masked.device)  # (S,)
+        # Masks behind the row's end or its stop token need no forward.
+        end = torch.minimum(grid.end, self.stopping.first_stop_token(grid, columns) + 1)
+        needed = masked & (column < end[:, None])
+        active = needed.any(-1)
+        sub_blocks = sub_blocks_of(grid.width, self.size, grid.anchor - columns.start)  # (B, S)
+        candidates = masked & in_earliest_sub_block(needed, sub_blocks) & active[:, None]
+        sub_block = sub_blocks.gather(1, needed.long().argmax(-1, keepdim=True))[:, 0]  # (B,)
+        step = Step(
+            masked=masked,
+            candidates=candidates,
+            certain=torch.zeros_like(candidates),
+            active=active,
+            sub_block=sub_block,
+            begins=grid.anchor - columns.start + sub_block * self.size,
+            progress=self._advance(block, active, sub_block, candidates.sum(-1)),
+            end=end,
+            ends=grid.ends,
+        )
+        if self.config.token_shift and not is_committed:
+            # The fused commit scores the block's first token, as a commit of its own would; the policy has no say.
+            step.certain[:, 0] = candidates[:, 0]
+        whole = [Part(active, candidates, None, None)]
+        parts = whole if block.shortcut is None else block.shortcut.parts(step)
+        sizes = self._foreseen(block, is_committed) or self._read(step, parts)
+        step.forwards = [
+            self._forward_over(block, part, size) for part, size in zip(parts, sizes, strict=False) if size.scored
+        ]
+        return step
+
+    def _advance(self, block: Block, active: Tensor, sub_block: Tensor, masks: Tensor) -> Progress:
+        """Counts one more step of each active row; returns the progress before it.
+
+        In a block model, the steps are for all positions of a sub-block, prompt included, as SDAR counts them; on a
+        canvas, for those that were masked at the sub-block's first step.
+
+        Args:
+            block: the block in work; its `sub_block` and `progress` are brought up to date.
+            active: (B,) bool, rows that take part in the step.
+            sub_block: (B,) long, sub-block that each row's step is about.
+            masks: (B,) long, masked positions of that sub-block.
+        """
+        is_new = active & (sub_block != block.sub_block)
+        step, positions = block.progress
+        total = masks if self.is_canvas else torch.full_like(masks, self.size)
+        before = Progress(step.where(~is_new, 0), positions.where(~is_new, total))
+        block.sub_block = sub_block.where(active, block.sub_block)
+        block.progress = Progress(before.step + active, before.positions)
+        return before
+
+    def _foreseen(self, block: Block, is_committed: bool) -> list[Size]:
+        """The size of a block's first forward, by what the host knows; nothing if it cannot know, or none is needed.
+
+        It is too high for a row that ends with the token that a commit has just revealed, because that is a stop token.
+        """
+        grid, begin, width = self.grid, block.columns.start, self.grid.width
+        if not block.is_new or self.is_canvas or block.columns.stop > grid.visible_stop:
+            return []
+        known = int(self.config.token_shift and is_committed and begin > 0)
+        firsts = [max(prompt_end - begin, known) for prompt_end in grid.prompt_ends]
+        scored = [
+            self.size - first % self.size
+            for first, end in zip(firsts, grid.ends, strict=True)
+            if first < width and begin + first < end
+        ]
+        return [Size(len(scored), sum(scored), width)] if scored else []
+
+    def _read(self, step: Step, parts: list[Part]) -> list[Size]:
+        """Waits for the device, which has the sizes of the parts and the ends of the rows."""
+        numbers: list[Tensor] = []
+        for part in parts:
+            rows = part.rows.sum()
+            numbers += [rows, part.candidates.sum(), rows if part.length is None else part.length]
+        read = torch.cat([torch.stack(numbers), step.end]).tolist()
+        step.ends = read[len(numbers) :]
+        return [Size(*read[i : i + 3]) for i in range(0, len(numbers), 3)]
+
+    def _forward_over(self, block: Block, part: Part, size: Size) -> Forward:
+        """Builds the forward over a part; `nonzero_static` need not wait for the device, as it is given the size."""
+        # Where fewer are scored than were foreseen, the first position stands in, which a commit has revealed: what
+        # is found there is never read.
+        rows, places = torch.nonzero_static(part.candidates, size=size.scored, fill_value=0).unbind(-1)
+        scored, scored_places, among = rows, places, None
+        # The first forward of a block runs all rows, so that memory and state are those of all.
+        if size.rows < len(part.rows) and not block.is_new:
+            among = torch.nonzero_static(part.rows, size=size.rows)[:, 0]
+            scored = (part.rows.cumsum(0) - 1)[rows]
+        if part.begins is None:
+            return Forward(among, None, (rows, places), (scored, scored_places))
+        run = rows_of(part.begins, among)[:, None] + torch.arange(size.length, device=rows.device)
+        # Where the block cuts the part off, the block's last position is repeated.
+        run = run.clamp(min=0, max=self.grid.width - 1)
+        return Forward(among, run, (rows, places), (scored, places - part.begins[rows]))
