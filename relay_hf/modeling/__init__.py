@@ -7,8 +7,8 @@ The folder is flat, because the Hub copies its files next to a checkpoint: prefi
   with the pattern of `attention`. `prefix`: what the forward sees before its own positions; `cache`: committed text and
   the block in work, with `cache_layers`; `outputs`: what forward and `generate` return.
 - `generation`: `generate` of transformers with block diffusion. Its `options` are parsed once, with the `processors` of
-  transformers; the `grid` lines rows up; `blocks` is the loop, `tokens` what is chosen, `stopping` what ends a row.
-  `start` and `shortcuts` are options: the first state of a block, and the sub-block cache.
+  transformers; the `grid` lines rows up; `blocks` is the loop, `steps` what a step scores, `tokens` what is chosen,
+  `stopping` what ends a row. `start` and `shortcuts` are options: the first state of a block, the sub-block cache.
 - `unmasking`: policies, shared by decoding and training.
 - `loading_families`, `loading_adapters`, `loading_backbones`, `loading_files`: configurations and names of other
   libraries, adapters, what a backbone must offer, damaged files.
@@ -20,11 +20,11 @@ Importing it registers `RelayConfig` and `RelayForMaskedDiffusion` with the Auto
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from .cache_relay import RelayCache
-from .channel_relay import Channel, DistributionChannel, Readings, register_channel
+from .channel_relay import Channel, DistributionChannel, register_channel
 from .configuration_relay import RelayConfig
 from .generation_options_relay import DecodingOptions
 from .modeling_relay import RelayForMaskedDiffusion
-from .outputs_relay import RelayGenerateHistory, RelayGenerateOutput, RelayOutput
+from .outputs_relay import Readings, RelayGenerateHistory, RelayGenerateOutput, RelayOutput
 from .unmasking_relay import (
     Bounds,
     ConfidenceBudget,

@@ -29,6 +29,7 @@ class BlockPrefix(Prefix):
         places: (n, s) positions of the block that the forward runs; None = all.
         width: S, positions of the block, with `places`.
         is_one_block: whether the forward is about one block only.
+        masks: how many [MASK]s the forward runs; None = unknown.
     """
 
     can_replay = False
@@ -40,6 +41,7 @@ class BlockPrefix(Prefix):
         places: Tensor | None,
         width: int | None,
         is_one_block: bool,
+        masks: int | None,
     ) -> None:
         before, read_out_before = cache._tail(rows)
         super().__init__(
@@ -49,6 +51,7 @@ class BlockPrefix(Prefix):
             before=before,
             read_out_before=read_out_before,
             is_one_block=is_one_block,
+            masks=masks,
         )
         self.places = places
         self.width = width
@@ -126,6 +129,7 @@ class RelayCache(DynamicCache):
         places: Tensor | None = None,
         width: int | None = None,
         is_one_block: bool = True,
+        masks: int | None = None,
     ) -> BlockPrefix:
         """What a forward over the block behind the committed text sees; arguments of `BlockPrefix`."""
         # Here and not where it is written, because compiled code cannot ask.
@@ -133,7 +137,7 @@ class RelayCache(DynamicCache):
             for layer in self.layers:
                 layer.copy()  # outside, what was taken in inference mode cannot be written
         self._is_inference = torch.is_inference_mode_enabled()
-        self._in_work = BlockPrefix(self, rows, places, width, is_one_block)
+        self._in_work = BlockPrefix(self, rows, places, width, is_one_block, masks)
         return self._in_work
 
     def shared_prefix(self, rows: Tensor | None = None) -> Prefix:

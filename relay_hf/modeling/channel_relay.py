@@ -9,7 +9,7 @@ Legend: B rows, L positions, N masked ones among them, D hidden size, W width of
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,28 +18,11 @@ from transformers import PreTrainedConfig
 from transformers import initialization as init
 
 from .head_relay import token_table
+from .outputs_relay import Readings
 from .registry_relay import Registry
 
 # Logits held at a time while states are made of them.
 LOGITS_AT_ONCE = 2**24
-
-
-class Readings(NamedTuple):
-    """What a forward pass offers a channel.
-
-    Attributes:
-        read_out: (B, L, D) position-aligned hidden states of `config.relay_layer`.
-        head_inputs: (B, L, D), what the head turns into the position-aligned logits.
-        is_masked: (B, L) bool, where the input was [MASK].
-        head: (N, D) -> (N, V) logits.
-        embeddings: module that looks up the input tokens.
-    """
-
-    read_out: Tensor
-    head_inputs: Tensor
-    is_masked: Tensor
-    head: Callable[[Tensor], Tensor]
-    embeddings: nn.Module
 
 
 class ChannelPart(nn.Module):
@@ -242,7 +225,7 @@ class DistributionChannel(Channel):
     @torch.no_grad()
     def next_state(self, readings: Readings) -> Tensor:
         """The masked positions' distributions, summarised; zeros elsewhere. (B, L, D + 1) fp32."""
-        hidden = readings.head_inputs[readings.is_masked]  # (N, D)
+        hidden = readings.head_inputs[readings.places()]  # (N, D)
         return self.state_of(hidden, readings.is_masked, readings.head, readings.embeddings)
 
     @torch.no_grad()
@@ -252,7 +235,8 @@ class DistributionChannel(Channel):
         """The state that any model's predictions make, so that another model can supply it.
 
         Args:
-            head_inputs: (N, D') hidden states of that model at the masked positions, in row-major order.
+            head_inputs: (N, D') hidden states of that model at the masked positions, in row-major order; what comes
+                behind them is not read.
             is_masked: (B, L) bool.
             head: (n, D') -> (n, V) logits of that model.
             embeddings: module that looks up the input tokens of the model that the state is for.

@@ -54,7 +54,8 @@ class BlockDecoder:
         grid, config = self.grid, self.model.config
         self.mask_token_id: int = config.mask_token_id
         self.token_shift: bool = config.token_shift
-        self.planner = StepPlanner(grid, self.options, config, self.stopping)
+        self.shows_drafts = hasattr(self.streamer, "put_draft")
+        self.planner = StepPlanner(grid, self.options, config, self.stopping, is_watched=self.shows_drafts)
         self.recorder = RevealRecorder(grid.tokens) if self.options.output_history else None
         self.uncommitted = 0  # columns before the block that the next denoise forward commits
         # (B,) forwards of each row of the batch.
@@ -167,7 +168,8 @@ class BlockDecoder:
         if part is not None:
             ids, positions = ids.gather(1, part), positions.expand(len(ids), -1).gather(1, part)
         state, receives = self._state(rows, part, len(ids)) if injects else None, None
-        prefix = self.cache.prefix(rows, part, None if part is None else grid.width, is_one_block=before == 0)
+        width = None if part is None else grid.width
+        prefix = self.cache.prefix(rows, part, width, is_one_block=before == 0, masks=forward.masks)
         if before and state is not None:
             # The state never reaches committed keys and values.
             state = torch.cat([torch.zeros_like(state[:, :1]).expand(-1, before, -1), state], dim=1)
@@ -241,7 +243,7 @@ class BlockDecoder:
         grid.tokens[:, columns] = torch.where(revealed, before.index_put((rows, places), choice.tokens), before)
         if self.recorder is not None:
             self.recorder.record(grid.rows, columns, revealed, confidence, self.denoise_forwards[grid.rows])
-        if hasattr(self.streamer, "put_draft"):
+        if self.shows_drafts:
             self.streamer.put_draft(grid.shown(columns))
 
     # -- what comes out ---------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ Legend: B rows still being decoded, S positions of a block, N masked ones among 
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+
 
 @dataclass
 class RelayStart:
@@ -64,7 +66,8 @@ class ReferenceStart(RelayStart):
         device = self.reference.get_input_embeddings().weight.device
         visible = grid.attention_mask(stop)
         masked = step.masked & step.active[:, None]
-        rows, places = masked.nonzero().unbind(-1)
+        # The forward runs at least these masks; where it runs more, positions that nobody reads fill up.
+        rows, places = torch.nonzero_static(masked, size=step.forwards[0].masks, fill_value=0).unbind(-1)
         output = self.reference(
             grid.tokens[:, :stop].to(device),
             attention_mask=None if visible is None else visible.to(device),

@@ -51,12 +51,14 @@ class Forward:
         part: (n, s) positions of the block that the forward runs; None = all.
         where: (N,) rows and (N,) positions of the block that the forward scores.
         scored: the same positions, counted among the rows and positions that the forward runs.
+        masks: how many [MASK]s the forward runs; None = the channel does not read it.
     """
 
     rows: Tensor | None
     part: Tensor | None
     where: tuple[Tensor, Tensor]
     scored: tuple[Tensor, Tensor]
+    masks: int | None
 
 
 @dataclass
@@ -95,11 +97,13 @@ class Size(NamedTuple):
         rows: rows that run it.
         scored: positions that are scored.
         length: positions of each row that pass the network; not read if that is the whole block.
+        masks: how many [MASK]s pass the network; None = the channel does not read it.
     """
 
     rows: int
     scored: int
     length: int
+    masks: int | None = None
 
 
 @dataclass
@@ -111,16 +115,19 @@ class StepPlanner:
         options: options of this `generate`.
         config: configuration of the model.
         stopping: finds stop tokens.
+        is_watched: somebody is shown every step, so that no forward may run in vain.
     """
 
     grid: DecodingGrid
     options: DecodingOptions
     config: Any
     stopping: Stopping
+    is_watched: bool
 
     def __post_init__(self) -> None:
         self.size = self.options.sub_block_size or self.grid.width
         self.is_canvas = self.config.block_size is None
+        self.counts_masks = self.options.use_relay and self.config.channel_class.reads_distribution
 
     def plan(self, block: Block, is_committed: bool) -> Step:
         """Plans which positions to score next.
@@ -158,7 +165,7 @@ class StepPlanner:
             step.certain[:, 0] = candidates[:, 0]
         whole = [Part(active, candidates, None, None)]
         parts = whole if block.shortcut is None else block.shortcut.parts(step)
-        sizes = self._foreseen(block, is_committed) or self._read(step, parts)
+        sizes = self._foreseen(block, is_committed) or self._read(block, step, parts)
         step.forwards = [
             self._forward_over(block, part, size) for part, size in zip(parts, sizes, strict=False) if size.scored
         ]
@@ -190,7 +197,7 @@ class StepPlanner:
         It is too high for a row that ends with the token that a commit has just revealed, because that is a stop token.
         """
         grid, begin, width = self.grid, block.columns.start, self.grid.width
-        if not block.is_new or self.is_canvas or block.columns.stop > grid.visible_stop:
+        if not block.is_new or self.is_canvas or self.is_watched or block.columns.stop > grid.visible_stop:
             return []
         known = int(self.config.token_shift and is_committed and begin > 0)
         firsts = [max(prompt_end - begin, known) for prompt_end in grid.prompt_ends]
@@ -199,17 +206,37 @@ class StepPlanner:
             for first, end in zip(firsts, grid.ends, strict=True)
             if first < width and begin + first < end
         ]
-        return [Size(len(scored), sum(scored), width)] if scored else []
+        masks = sum(width - first for first in firsts) if self.counts_masks else None
+        return [Size(len(scored), sum(scored), width, masks)] if scored else []
 
-    def _read(self, step: Step, parts: list[Part]) -> list[Size]:
+    def _read(self, block: Block, step: Step, parts: list[Part]) -> list[Size]:
         """Waits for the device, which has the sizes of the parts and the ends of the rows."""
         numbers: list[Tensor] = []
         for part in parts:
             rows = part.rows.sum()
             numbers += [rows, part.candidates.sum(), rows if part.length is None else part.length]
+            numbers += [self._masks(block, part)] if self.counts_masks else []
         read = torch.cat([torch.stack(numbers), step.end]).tolist()
         step.ends = read[len(numbers) :]
-        return [Size(*read[i : i + 3]) for i in range(0, len(numbers), 3)]
+        each = len(numbers) // len(parts)
+        return [Size(*read[i : i + each]) for i in range(0, len(numbers), each)]
+
+    def _masks(self, block: Block, part: Part) -> Tensor:
+        """How many [MASK]s the forward over a part runs, a scalar; a position that is run twice counts twice."""
+        is_mask = self.grid.tokens[:, block.columns] == self.config.mask_token_id
+        if part.begins is None or part.length is None:
+            return (is_mask if block.is_new else is_mask & part.rows[:, None]).sum()
+        step = torch.arange(self.grid.width + self.size, device=is_mask.device)
+        return (is_mask.gather(1, self._run(part.begins, step)) & (step < part.length) & part.rows[:, None]).sum()
+
+    def _run(self, begins: Tensor, step: Tensor) -> Tensor:
+        """Positions of a part of the block; where the block cuts it off, the first or last position is repeated.
+
+        Args:
+            begins: (n,) where each row's part begins.
+            step: (s,) 0, 1, ..
+        """
+        return (begins[:, None] + step).clamp(min=0, max=self.grid.width - 1)
 
     def _forward_over(self, block: Block, part: Part, size: Size) -> Forward:
         """Builds the forward over a part; `nonzero_static` need not wait for the device, as it is given the size."""
@@ -222,8 +249,6 @@ class StepPlanner:
             among = torch.nonzero_static(part.rows, size=size.rows)[:, 0]
             scored = (part.rows.cumsum(0) - 1)[rows]
         if part.begins is None:
-            return Forward(among, None, (rows, places), (scored, scored_places))
-        run = rows_of(part.begins, among)[:, None] + torch.arange(size.length, device=rows.device)
-        # Where the block cuts the part off, the block's last position is repeated.
-        run = run.clamp(min=0, max=self.grid.width - 1)
-        return Forward(among, run, (rows, places), (scored, places - part.begins[rows]))
+            return Forward(among, None, (rows, places), (scored, scored_places), size.masks)
+        run = self._run(rows_of(part.begins, among), torch.arange(size.length, device=rows.device))
+        return Forward(among, run, (rows, places), (scored, places - part.begins[rows]), size.masks)

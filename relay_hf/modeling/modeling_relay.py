@@ -22,7 +22,7 @@ from .attention_relay import (
     new_positions,
 )
 from .cache_relay import RelayCache, prefix_of
-from .channel_relay import ChannelPart, Readings, in_scope
+from .channel_relay import ChannelPart, in_scope
 from .configuration_relay import RelayConfig
 from .generation_relay import RelayGenerationMixin
 from .head_relay import RelayHead, best_token, is_plain, kept_labels, kept_positions, score
@@ -30,7 +30,7 @@ from .loading_adapters_relay import complete_adapter, loaded_adapter, merge_adap
 from .loading_backbones_relay import check_attention, check_backbone, embedding_name, learned_positions
 from .loading_families_relay import FOREIGN_PARAMETER_NAMES, check_whole
 from .loading_files_relay import check_json_files, explained
-from .outputs_relay import RelayOutput
+from .outputs_relay import Readings, RelayOutput
 from .prefix_relay import Prefix
 from .versions_relay import (
     as_cache_argument,
@@ -310,7 +310,7 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
 
     def _next_state(self, read_out: Tensor, hidden: Tensor, input_ids: Tensor, prefix: Prefix) -> Tensor | None:
         seen = prefix.rows_for_channel(read_out, hidden, input_ids == self.config.mask_token_id)
-        return self.relay.next_state(Readings(*seen, self.lm_head, self.get_input_embeddings()))
+        return self.relay.next_state(Readings(*seen, self.lm_head, self.get_input_embeddings(), prefix.masks))
 
     def _score(
         self,

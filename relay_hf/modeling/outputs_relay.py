@@ -1,8 +1,11 @@
-"""What a forward pass and what `generate` return."""
+"""What a forward pass and what `generate` return, and what a forward pass offers a channel."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
@@ -86,3 +89,34 @@ class RelayGenerateOutput(CacheOutput):
     tokens_per_forward: Tensor | None = None
     cache: Cache | None = None
     history: RelayGenerateHistory | None = None
+
+
+class Readings(NamedTuple):
+    """What a forward pass offers a channel.
+
+    Attributes:
+        read_out: (B, L, D) position-aligned hidden states of `config.relay_layer`.
+        head_inputs: (B, L, D), what the head turns into the position-aligned logits.
+        is_masked: (B, L) bool, where the input was [MASK].
+        head: (N, D) -> (N, V) logits.
+        embeddings: module that looks up the input tokens.
+        masks: how many positions are masked, at most; None = only the device knows.
+    """
+
+    read_out: Tensor
+    head_inputs: Tensor
+    is_masked: Tensor
+    head: Callable[[Tensor], Tensor]
+    embeddings: nn.Module
+    masks: int | None = None
+
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Rows and columns of the masked positions, (N,) each, in row-major order.
+
+        With `masks` it does not wait for the device, and where these are too many, (0, 0) fills up.
+        """
+        if self.masks is None:
+            rows, columns = self.is_masked.nonzero().unbind(-1)
+        else:
+            rows, columns = torch.nonzero_static(self.is_masked, size=self.masks, fill_value=0).unbind(-1)
+        return rows, columns

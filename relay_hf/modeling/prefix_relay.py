@@ -26,6 +26,8 @@ class Prefix(Cache):
         read_out_before: the raw hidden states that the channel reads at these predecessors.
         takes_before: (B, L) bool, positions that use `before` although their predecessor is in the column before.
         is_one_block: whether all new positions are of one block, so that each sees all the others.
+        masks: how many [MASK]s are among the new positions, at most; None = a channel that has to know waits for the
+            device.
 
     Attributes:
         can_replay: whether gradient checkpointing may run the forward a second time.
@@ -45,6 +47,7 @@ class Prefix(Cache):
         read_out_before: Tensor | None = None,
         takes_before: Tensor | None = None,
         is_one_block: bool = False,
+        masks: int | None = None,
     ) -> None:
         super().__init__(layers=layers)
         self.length = length
@@ -53,6 +56,7 @@ class Prefix(Cache):
         self.read_out_before = read_out_before
         self.takes_before = takes_before
         self.is_one_block = is_one_block
+        self.masks = masks
         self.hidden: Tensor | None = None
         self.read_out: Tensor | None = None
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import GPT2Config
 
 from relay_hf import RelayConfig, RelayForMaskedDiffusion
-from relay_hf.modeling import make_policy
-from relay_hf.modeling.channel_relay import CHANNELS, LayerNormChannel, Readings
+from relay_hf.modeling import Readings, make_policy
+from relay_hf.modeling.channel_relay import CHANNELS, LayerNormChannel
 from relay_hf.trainers.model_preparation import KeepCaches, keep_caches_under_checkpointing
 from relay_hf.trainers.objectives import RECIPES
 from relay_hf.trainers.rollouts.denoiser import BlockDenoiser
