@@ -132,8 +132,7 @@ class StepPlanner:
     def plan(self, block: Block, is_committed: bool) -> Step:
         """Plans which positions to score next.
 
-        It is the one place where a step waits for the device. The first step of a block does not even wait: the host
-        knows what it takes.
+        It is the one place where a step waits for the device, and the first step of a block does not wait either.
 
         Args:
             block: the block in work.
@@ -143,7 +142,7 @@ class StepPlanner:
         masked = grid.masked(columns)
         column = torch.arange(columns.start, columns.stop, device=masked.device)  # (S,)
         # Masks behind the row's end or its stop token need no forward.
-        end = torch.minimum(grid.end, self.stopping.first_stop_token(grid, columns) + 1)
+        end = self.stopping.ends(grid, columns)
         needed = masked & (column < end[:, None])
         active = needed.any(-1)
         sub_blocks = sub_blocks_of(grid.width, self.size, grid.anchor - columns.start)  # (B, S)
@@ -194,7 +193,7 @@ class StepPlanner:
     def _foreseen(self, block: Block, is_committed: bool) -> list[Size]:
         """The size of a block's first forward, by what the host knows; nothing if it cannot know, or none is needed.
 
-        It is too high for a row that ends with the token that a commit has just revealed, because that is a stop token.
+        It is too high where a commit has just revealed a stop token, which ends the row.
         """
         grid, begin, width = self.grid, block.columns.start, self.grid.width
         if not block.is_new or self.is_canvas or self.is_watched or block.columns.stop > grid.visible_stop:
@@ -240,8 +239,8 @@ class StepPlanner:
 
     def _forward_over(self, block: Block, part: Part, size: Size) -> Forward:
         """Builds the forward over a part; `nonzero_static` need not wait for the device, as it is given the size."""
-        # Where fewer are scored than were foreseen, the first position stands in, which a commit has revealed: what
-        # is found there is never read.
+        # Where fewer are scored than were foreseen, the rest repeats the block's first position in row 0. A commit has
+        # revealed it, so that nobody reads what is scored there.
         rows, places = torch.nonzero_static(part.candidates, size=size.scored, fill_value=0).unbind(-1)
         scored, scored_places, among = rows, places, None
         # The first forward of a block runs all rows, so that memory and state are those of all.

@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import PrinterCallback, Qwen2Config, TrainerCallback
+from transformers.generation.streamers import BaseStreamer
 
 from relay_hf import RelayConfig, RelayForMaskedDiffusion, RelayTrainer, RelayTrainerConfig
 from relay_hf.modeling import make_policy
@@ -23,6 +24,22 @@ from relay_hf.tasks.sudoku import make_sudoku_tokenizer
 from . import fakegpu
 
 BLOCK, VOCAB = 32, 128
+
+
+class Blocks(BaseStreamer):
+    """Takes finished blocks."""
+
+    def put(self, value: Tensor) -> None: ...
+
+    def end(self) -> None: ...
+
+
+class Drafts(Blocks):
+    """Takes what every step leaves."""
+
+    def put_draft(self, value: Tensor) -> None: ...
+
+
 # Lengths of the prompts: "ragged" rows differ in the number of whole blocks, and in what is left of the last one.
 BATCHES = {"one row": [72], "8 even": [72] * 8, "8 ragged": [33 + 32 * (row % 3) + row for row in range(8)]}
 # What is generated beside plain greedy decoding: prompts, and options.
@@ -32,6 +49,11 @@ DECODING: dict[str, tuple[str, dict[str, Any]]] = {
     "8 ragged, sampling": ("8 ragged", {"do_sample": True}),
     "one row, fused commits": ("one row", {"fuse_commits": True}),
     "one row, sub-block cache": ("one row", {"use_sub_block_cache": True}),
+    "one row, self start": ("one row", {"relay_start": "self"}),
+    "8 even, criteria": ("8 even", {"stopping_criteria": [lambda ids, scores: ids[:, -1] < 0]}),
+    "one row, time limit": ("one row", {"max_time": 1e6}),
+    "one row, streamer": ("one row", {"streamer": Blocks()}),
+    "one row, drafts": ("one row", {"streamer": Drafts()}),
     "8 ragged, stop tokens": ("8 ragged", {"eos_token_id": [VOCAB - 2], "sequence_bias": [[[VOCAB - 2], -1e9]]}),
 }
 CHANNELS = ("none", "layer_norm", "residual_context", "soft_mask")

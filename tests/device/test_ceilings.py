@@ -15,17 +15,24 @@ from .costs import Costs, build_model, decoding_costs, training_costs
 LAYERS = 2
 # Waits of a start, of a block beside its steps, and of a denoise step; launches of a denoise step.
 DECODING: dict[tuple[str, str], tuple[float, float, float, float]] = {
-    ("one row", "none"): (16, 3, 1, 216),
-    ("one row", "layer_norm"): (16, 3, 1, 223),
-    ("one row", "residual_context"): (16, 3, 2, 243),
-    ("one row", "soft_mask"): (16, 3, 2, 249),
-    ("8 even", "layer_norm"): (17, 3, 1, 224),
-    ("8 ragged", "layer_norm"): (18, 4, 1, 234),
-    ("one row, sampling", "layer_norm"): (16, 3, 1, 265),
-    ("8 ragged, sampling", "layer_norm"): (18, 4, 1, 281.8),
-    ("one row, fused commits", "layer_norm"): (17, 2, 1, 223),
-    ("one row, sub-block cache", "layer_norm"): (16, 3, 1, 263.9),
-    ("8 ragged, stop tokens", "layer_norm"): (20, 4, 1, 285),
+    ("one row", "none"): (4, 0, 1, 212),
+    ("one row", "layer_norm"): (4, 0, 1, 219),
+    ("one row", "residual_context"): (4, 0, 1, 242),
+    ("one row", "soft_mask"): (4, 0, 1, 248),
+    ("8 even", "layer_norm"): (5, 0, 1, 220),
+    ("8 ragged", "layer_norm"): (5, 1, 1, 230),
+    ("8 ragged", "residual_context"): (5, 1, 1, 253),
+    ("one row, sampling", "layer_norm"): (4, 0, 1, 261),
+    ("8 ragged, sampling", "layer_norm"): (5, 1, 1, 277.8),
+    ("one row, fused commits", "layer_norm"): (4, 0, 1, 219),
+    ("one row, sub-block cache", "layer_norm"): (4, 0, 1, 261.9),
+    ("one row, self start", "layer_norm"): (4, 0, 1, 219),
+    ("8 even, criteria", "layer_norm"): (5, 1, 1, 234),
+    ("one row, time limit", "layer_norm"): (4, 0, 1, 219),
+    ("one row, streamer", "layer_norm"): (5, 1, 1, 219),
+    # A step is shown, and a block when it is done; its first step is planned with a wait, lest it be in vain.
+    ("one row, drafts", "layer_norm"): (5, 2, 2, 219),
+    ("8 ragged, stop tokens", "layer_norm"): (7, 1, 1, 285),
 }
 # Waits of an optimizer step, what logging adds to them, and launches of an optimizer step; for objective and K.
 TRAINING: dict[tuple[str, int | None], tuple[float, float, float]] = {

@@ -187,6 +187,18 @@ def test_generate_counts_are_forwards_that_ran(model: RelayForMaskedDiffusion) -
     assert output.tokens_per_forward.tolist() == pytest.approx([21 / len(drafts)])
 
 
+def test_generate_forward_behind_a_stop_token_of_a_commit_is_no_ones(model: RelayForMaskedDiffusion) -> None:
+    """The commit that reveals it is not waited for, so that the block's first forward runs; no row takes part in it."""
+    text = run(model, prompt_of(8), max_new_tokens=24).sequences[0].tolist()
+    assert text[16] not in text[8:16]
+    shorter = run(model, prompt_of(8), max_new_tokens=8)
+    with counting_forwards(model) as drafts:
+        output = run(model, prompt_of(8), max_new_tokens=24, eos_token_id=text[16])
+    assert output.sequences[0].tolist() == text[:17]
+    assert output.denoise_forwards.equal(shorter.denoise_forwards)
+    assert (output.commit_forwards.tolist(), sum(drafts)) == ([1], output.denoise_forwards.item() + 1)
+
+
 def test_generate_no_forward_beyond_last_needed_sub_block(model: RelayForMaskedDiffusion) -> None:
     """Position 8 comes from the prefill; the rest of its sub-block takes three forwards, the block would take seven."""
     with counting_forwards(model) as drafts:

@@ -1,4 +1,4 @@
-"""What a denoise step costs beside the network: one wait for the device, and a head for the positions it can reveal."""
+"""What decoding costs beside the network: one wait for the device a step, and a head for positions it can reveal."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -55,7 +55,7 @@ def counting_drafts(model: RelayForMaskedDiffusion) -> Iterator[list[int]]:
     rows: list[int] = []
 
     def note(module: Any, arguments: tuple, kwargs: dict[str, Any]) -> None:
-        if isinstance(kwargs["logits_to_keep"], tuple):
+        if isinstance(kwargs["logits_to_keep"], tuple) and len(kwargs["logits_to_keep"][0]):
             rows.append(len(arguments[0]))
 
     handle = model.register_forward_pre_hook(note, with_kwargs=True)
@@ -112,6 +112,55 @@ def test_generate_every_step_waits_once(
     assert steps[0] > steps[1] + 8
     assert lists[0] - lists[1] == steps[0] - steps[1]
     assert waits[0] == waits[1]
+
+
+def waits_beside_steps(
+    model: RelayForMaskedDiffusion, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> list[tuple[int, int]]:
+    """What waits in texts of three blocks and of seven: lists beside one for each step, and other waits."""
+    waits = []
+    for new_tokens in (16, 48):
+        torch.manual_seed(0)
+        with counting_drafts(model) as drafts, counting_waits(monkeypatch) as counted:
+            run(model, prompt_of(11).expand(2, -1), max_new_tokens=new_tokens, **options)
+        waits.append((counted.lists - len(drafts), counted.count))
+    return waits
+
+
+@pytest.mark.parametrize("token_shift", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_generate_blocks_wait_for_nothing_beside_their_steps(
+    make_model: Callable, monkeypatch: pytest.MonkeyPatch, name: str, token_shift: bool
+) -> None:
+    _, options, thresholds = CASES[name]
+    model = make_model(open_channel=True, token_shift=token_shift)
+    few, many = waits_beside_steps(model, monkeypatch, **options, unmasking_threshold=thresholds[0])
+    assert few == many
+    assert few[0] == 2  # at the start, about tokens and lengths of the prompts
+
+
+@pytest.mark.parametrize("options", [{}, {"relay_start": "self"}, {"relay_start": "reference"}, {"sub_block_size": 4,
+    "use_sub_block_cache": "prefix"}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("channel", ["residual_context", "soft_mask"])
+def test_generate_channel_that_reads_distributions_waits_for_nothing(
+    make_model: Callable, monkeypatch: pytest.MonkeyPatch, channel: str, options: dict[str, Any]
+) -> None:
+    model = make_model(relay_channel=channel, token_shift=True)
+    if options.get("relay_start") == "reference":
+        options = {**options, "reference_model": make_model(relay_channel="none", seed=1)}
+    few, many = waits_beside_steps(model, monkeypatch, **options)
+    assert few == many
+    assert few[0] == 2
+
+
+def test_generate_criteria_wait_once_a_block(make_model: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(ids: Tensor, scores: Any) -> Tensor:
+        return ids[:, -1] < 0
+
+    model = make_model(token_shift=True)
+    few, many = waits_beside_steps(model, monkeypatch, stopping_criteria=[never])
+    assert many[0] - few[0] == 4  # blocks
+    assert many[1] == few[1]
 
 
 def test_counting_waits_counts_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
