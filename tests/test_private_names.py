@@ -50,7 +50,7 @@ def layers_may_keep_caches() -> None:
 def special_tokens_as_tensors() -> None:
     options = GenerationConfig(eos_token_id=5, pad_token_id=3, bos_token_id=1)
     GenerationMixin._prepare_special_tokens(SimpleNamespace(config=Qwen2Config()), options, True, device="cpu")
-    assert (options._eos_token_tensor.tolist(), options._pad_token_tensor.tolist()) == ([5], 3)
+    assert options._eos_token_tensor.tolist() == [5]
 
 
 def forward_hooks() -> None:
@@ -103,7 +103,6 @@ CHECKS: dict[str, Callable[[], None]] = {
     "_from_model_config": config_made_of_a_model,
     "_get_output_dir": read_by(Trainer, name="self._get_output_dir(trial=trial)"),
     "_internal_call": read_by(Trainer, name="def save_model(self, output_dir: str | None = None, _internal_call: bool"),
-    "_pad_token_tensor": special_tokens_as_tensors,
     "_parser": read_by(DirectStreamer, name="if self._parser is None"),
     "_raise_exceptions_for_missing_entries": missing_files_are_none,
     "_resolve_model": read_by(ChatCompletionHandler, name="self._resolve_model(body)"),
