@@ -11,6 +11,7 @@ from torch import Tensor
 
 from relay_hf import RelayConfig, RelayForMaskedDiffusion
 from relay_hf.modeling import channel_relay
+from relay_hf.modeling.prefix_relay import Prefix
 
 from ..conftest import MASK, text_config
 from .decoding import PAD, decode_alone, new_tokens_of, padded, prompts_of, run
@@ -155,3 +156,46 @@ def test_generate_without_relay_makes_no_state(make_model: Callable, monkeypatch
 def test_config_of_senseless_channel_raises(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RelayConfig(text_config=text_config(), mask_token_id=MASK, **fields)
+
+
+# -- the number of masks ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channel", CHANNELS)
+@pytest.mark.parametrize("masks", [10, 13])
+def test_state_with_known_number_of_masks_same_as_without(
+    make_model: Callable, ids: Tensor, channel: str, masks: int
+) -> None:
+    """It may be too high, but here it is 10."""
+    model = make_model(relay_channel=channel)
+    with torch.no_grad():
+        states = [model(ids, cache=Prefix([], 0, masks=known)).relay_state for known in (None, masks)]
+    torch.testing.assert_close(states[1], states[0])
+
+
+@pytest.mark.parametrize("token_shift", [False, True])
+@pytest.mark.parametrize(
+    ("block_size", "options"),
+    [
+        (8, {}),
+        (8, {"fuse_commits": True}),
+        (8, {"sub_block_size": 2, "use_sub_block_cache": True}),
+        (8, {"sub_block_size": 4, "use_sub_block_cache": "prefix", "relay_start": "self"}),
+        (None, {}),
+        (None, {"sub_block_size": 4, "use_sub_block_cache": "prefix"}),
+    ],
+    ids=str,
+)
+def test_generate_knows_how_many_masks_each_forward_runs(
+    make_model: Callable, block_size: int | None, options: dict[str, Any], token_shift: bool
+) -> None:
+    model, seen = make_model(relay_channel="residual_context", block_size=block_size, token_shift=token_shift), []
+
+    def note(module: Any, arguments: tuple, kwargs: dict[str, Any]) -> None:
+        if isinstance(kwargs["cache"], Prefix):
+            seen.append((kwargs["cache"].masks, int((arguments[0] == MASK).sum())))
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    run(model, padded(prompts_of(), "mixed"), max_new_tokens=21, eos_token_id=5, **options)
+    assert len(seen) > 4
+    assert all(known == count for known, count in seen)
