@@ -4,8 +4,9 @@ The folder is flat, because the Hub copies its files next to a checkpoint: prefi
 
 - `configuration`: every switch of a model. `registry`: names of channels and policies, also those of other packages.
 - `modeling`: one forward of backbone, `channel` (what is carried) and `head` (logits, losses, best tokens, in tiles),
-  with the pattern of `attention`. `prefix`: what the forward sees before its own positions; `cache`: committed text and
-  the block in work, with `cache_layers`; `outputs`: what forward and `generate` return.
+  with the pattern of `attention`, which `attention_blocks` computes without dense masks. `prefix`: what the forward
+  sees before its own positions; `cache`: committed text and the block in work, with `cache_layers`; `outputs`: what
+  forward and `generate` return.
 - `generation`: `generate` of transformers with block diffusion. Its `options` are parsed once, with the `processors` of
   transformers; the `grid` lines rows up; `blocks` is the loop, `steps` what a step scores, `tokens` what is chosen,
   `stopping` what ends a row. `start` and `shortcuts` are options: the first state of a block, the sub-block cache.

@@ -5,7 +5,6 @@ are counted in each row's own positions, so padding never moves a block border.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,8 +13,9 @@ from torch.nn import functional as F
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .attention_blocks_relay import BLOCK_ATTENTION, block_pattern
 from .loading_backbones_relay import check_attention
-from .prefix_relay import Prefix
+from .prefix_relay import OtherCache, Prefix
 from .versions_relay import as_cache_argument
 
 
@@ -72,6 +72,14 @@ def block_attention_mask(
         or prefix.is_one_block
         or (attention_mask is None and cached // block_size == (cached + length - 1) // block_size)
     )
+    is_aligned = prefix.is_aligned or (attention_mask is None and not isinstance(prefix, OtherCache))
+    if config._attn_implementation == BLOCK_ATTENTION and is_aligned:
+        if is_one_block:
+            return block_pattern(config, embeds, attention_mask, prefix, length)
+        if cached % block_size == 0 and block_size > 1:
+            return block_pattern(config, embeds, attention_mask, prefix, block_size)
+    if is_one_block and attention_mask is None:
+        return None
     if is_one_block:
         return create_bidirectional_mask(config, embeds, attention_mask, **as_cache_argument(prefix))
     if attention_mask is None:
@@ -82,38 +90,6 @@ def block_attention_mask(
     return create_bidirectional_mask(
         config, embeds, attention_mask, **as_cache_argument(prefix), and_mask_function=_no_later_block(blocks)
     )
-
-
-@dataclass
-class BlockAttention:
-    """Attention masks of the forwards over one block of padded rows; each is prepared once, because to prepare one,
-    transformers waits for the device.
-
-    Args:
-        model: the `RelayForMaskedDiffusion`.
-        visible: (B, K) bool, False at padding, up to the end of the block; None = there is no padding.
-        prepared: masks of all rows, by the number of positions that a forward runs.
-    """
-
-    model: Any
-    visible: Tensor | None
-    prepared: dict[int, Any] = field(default_factory=dict)
-
-    def mask(self, prefix: Prefix, length: int, rows: Tensor | None) -> Any:
-        """The mask of a forward over `length` positions behind a prefix, of all rows or of the (n,) given ones."""
-        if self.visible is None:
-            return None
-        if length not in self.prepared:
-            self.prepared[length] = self._prepare(self.visible, prefix, length)
-        mask = self.prepared[length]
-        if mask is None or rows is None:
-            return mask
-        # Flex attention's masks are functions of a row's number, and cannot be indexed.
-        return mask[rows] if isinstance(mask, Tensor) else self._prepare(self.visible[rows], prefix, length)
-
-    def _prepare(self, visible: Tensor, prefix: Prefix, length: int) -> Any:
-        like = torch.empty(len(visible), length, 0, dtype=self.model.dtype, device=visible.device)
-        return block_attention_mask(self.model.model.config, like, visible, prefix, self.model.config.block_size)
 
 
 def _no_later_block(blocks: Tensor) -> Callable[..., Tensor]:

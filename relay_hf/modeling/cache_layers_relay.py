@@ -29,9 +29,7 @@ class RelayLayer(DynamicLayer):
         self.length = 0
         self.wanted = wanted
 
-    def write(
-        self, new: tuple[Tensor, Tensor], rows: Tensor | None, places: Tensor | None, width: int
-    ) -> tuple[Tensor, Tensor]:
+    def write(self, new: tuple[Tensor, Tensor], rows: Tensor | None, places: Tensor | None, width: int) -> None:
         """Writes keys and values behind the committed ones, without committing them.
 
         Args:
@@ -39,9 +37,6 @@ class RelayLayer(DynamicLayer):
             rows: (n,) whose they are; None = of all rows.
             places: (n, L) where they belong behind the committed ones; None = side by side.
             width: positions behind the committed ones that the forward sees.
-
-        Returns:
-            Keys and values of those rows, committed ones and `width` more, (n, heads, P + width, width).
         """
         begin, end = self.length, self.length + width
         memory = self._room_for(new, end)
@@ -53,8 +48,15 @@ class RelayLayer(DynamicLayer):
                 held[rows, :, begin:end] = states
             else:
                 held[:, :, begin:end] = states
-        keys, values = (held[:, :, :end] if rows is None else held[:, :, :end][rows] for held in memory)
-        return keys, values
+
+    def seen(self, rows: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of these rows, committed ones and `width` more, (n, heads, P + width, width).
+
+        Of all rows they are views, of some they are copies.
+        """
+        memory: Any = self.memory
+        keys, values = (held[:, :, : self.length + width] for held in memory)
+        return (keys, values) if rows is None else (keys[rows], values[rows])
 
     def _room_for(self, new: tuple[Tensor, Tensor], end: int) -> tuple[Tensor, Tensor]:
         """The memory; taken anew if it ends before `end`, or must not be written in place."""
@@ -68,8 +70,11 @@ class RelayLayer(DynamicLayer):
         capacity = self.wanted
         if capacity < end:  # half as much again, so that many commits do not copy the text each time
             capacity = end if held is None else end + end // 2
-        shapes = [(rows, states.shape[1], capacity, states.shape[3]) for states in new]
-        keys, values = (states.new_empty(shape, dtype=dtype) for states, shape in zip(new, shapes, strict=True))
+        # Token by token, as variable-length attention reads it.
+        shapes = [(rows, capacity, states.shape[1], states.shape[3]) for states in new]
+        keys, values = (
+            states.new_empty(shape, dtype=dtype).transpose(1, 2) for states, shape in zip(new, shapes, strict=True)
+        )
         if self.length:
             keys[:, :, : self.length], values[:, :, : self.length] = self.keys, self.values
         self._hold((keys, values), self.length)
@@ -80,13 +85,13 @@ class RelayLayer(DynamicLayer):
         self._hold(self.memory, self.length + count)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        seen = self.write((key_states, value_states), None, None, key_states.shape[-2])
+        self.write((key_states, value_states), None, None, key_states.shape[-2])
         self.advance(key_states.shape[-2])
-        return seen
+        return self.keys, self.values
 
     def copy(self) -> None:
         """Moves the committed numbers to memory that ends with them."""
-        self._map(lambda held: held.clone(memory_format=torch.contiguous_format))
+        self._map(lambda held: held.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2))
 
     def get_seq_length(self) -> int:
         return self.length

@@ -29,10 +29,12 @@ class BlockPrefix(Prefix):
         places: (n, s) positions of the block that the forward runs; None = all.
         width: S, positions of the block, with `places`.
         is_one_block: whether the forward is about one block only.
+        is_aligned: as in `Prefix`.
         masks: how many [MASK]s the forward runs; None = unknown.
     """
 
     can_replay = False
+    is_in_place = True
 
     def __init__(
         self,
@@ -41,6 +43,7 @@ class BlockPrefix(Prefix):
         places: Tensor | None,
         width: int | None,
         is_one_block: bool,
+        is_aligned: bool,
         masks: int | None,
     ) -> None:
         before, read_out_before = cache._tail(rows)
@@ -51,6 +54,7 @@ class BlockPrefix(Prefix):
             before=before,
             read_out_before=read_out_before,
             is_one_block=is_one_block,
+            is_aligned=is_aligned,
             masks=masks,
         )
         self.places = places
@@ -64,7 +68,8 @@ class BlockPrefix(Prefix):
             self.layers.append(RelayLayer(self.wanted))
         width = key_states.shape[-2] if self.width is None else self.width
         layer: Any = self.layers[layer_idx]
-        return layer.write((key_states, value_states), self.rows, self.places, width)
+        layer.write((key_states, value_states), self.rows, self.places, width)
+        return layer.memory if self.shows_memory else layer.seen(self.rows, width)
 
     def check_rows(self, count: int) -> None:
         layers: list[Any] = self.layers
@@ -129,6 +134,7 @@ class RelayCache(DynamicCache):
         places: Tensor | None = None,
         width: int | None = None,
         is_one_block: bool = True,
+        is_aligned: bool = False,
         masks: int | None = None,
     ) -> BlockPrefix:
         """What a forward over the block behind the committed text sees; arguments of `BlockPrefix`."""
@@ -137,7 +143,7 @@ class RelayCache(DynamicCache):
             for layer in self.layers:
                 layer.copy()  # outside, what was taken in inference mode cannot be written
         self._is_inference = torch.is_inference_mode_enabled()
-        self._in_work = BlockPrefix(self, rows, places, width, is_one_block, masks)
+        self._in_work = BlockPrefix(self, rows, places, width, is_one_block, is_aligned, masks)
         return self._in_work
 
     def shared_prefix(self, rows: Tensor | None = None) -> Prefix:
@@ -197,7 +203,7 @@ class RelayCache(DynamicCache):
                 positions only.
         """
         ran = prefix.hidden is not None and prefix is self._in_work
-        if not ran or prefix.rows is not None or prefix.places is not None:  # type: ignore[attr-defined]
+        if not ran or prefix.rows is not None or self._in_work.places is not None:
             raise ValueError(
                 "`commit` takes the prefix of the cache's last forward, over all rows and positions: make it by "
                 "`prefix = cache.prefix()`, call the model with `cache=prefix`, and then commit."

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention_relay import BlockAttention
 from .cache_relay import RelayCache, rows_of
 from .generation_grid_relay import DecodingGrid, RevealRecorder
 from .generation_options_relay import DecodingOptions
@@ -103,14 +102,16 @@ class BlockDecoder:
 
     def _commit(self, begin: int, stop: int) -> None:
         """Writes complete columns to the cache, without any relay state."""
+        ids, prefix = self.grid.tokens[:, begin:stop], self.cache.prefix(is_one_block=False, is_aligned=True)
         self.model(
-            self.grid.tokens[:, begin:stop],
+            ids,
             attention_mask=self.grid.attention_mask(stop),
             position_ids=self.grid.positions(begin, stop),
-            cache=self.cache,
+            cache=prefix,
             logits_to_keep=self.grid.rows.new_empty(0),
             output_relay_state=False,
         )
+        self.cache.commit(prefix, ids)
 
     def _reveal_first(self, column: int) -> None:
         """Reveals the first position of a block, which a token-shift model scored at the end of the block before."""
@@ -140,7 +141,6 @@ class BlockDecoder:
             sub_block=nowhere,
             progress=Progress(torch.zeros_like(nowhere), torch.zeros_like(nowhere)),
             shortcut=SubBlockCache.of(self.options, self.model.config, nowhere),
-            attention=BlockAttention(self.model, grid.attention_mask(columns.stop)),
         )
         self.cache.write_relay_state(None)
         while (step := self.planner.plan(block, is_committed=not self.uncommitted)).forwards:
@@ -169,7 +169,8 @@ class BlockDecoder:
             ids, positions = ids.gather(1, part), positions.expand(len(ids), -1).gather(1, part)
         state, receives = self._state(rows, part, len(ids)) if injects else None, None
         width = None if part is None else grid.width
-        prefix = self.cache.prefix(rows, part, width, is_one_block=before == 0, masks=forward.masks)
+        prefix = self.cache.prefix(rows, part, width, is_one_block=before == 0, is_aligned=True, masks=forward.masks)
+        visible = grid.attention_mask(stop)
         if before and state is not None:
             # The state never reaches committed keys and values.
             state = torch.cat([torch.zeros_like(state[:, :1]).expand(-1, before, -1), state], dim=1)
@@ -183,7 +184,7 @@ class BlockDecoder:
             (forward.scored[0], forward.scored[1] + before),
             receives=receives,
             leaves_state=self.options.use_relay,
-            attention_mask=grid.attention_mask(stop) if before else block.attention.mask(prefix, ids.shape[1], rows),
+            attention_mask=None if visible is None else rows_of(visible, rows),
             position_ids=positions,
         )
         if before:

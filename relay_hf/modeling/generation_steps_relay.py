@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .attention_relay import BlockAttention
 from .cache_relay import rows_of
 from .generation_grid_relay import DecodingGrid
 from .generation_options_relay import DecodingOptions
@@ -29,7 +28,6 @@ class Block:
         sub_block: (B,) long, number of the sub-block that each row's last step was about.
         progress: each row's steps within its sub-block.
         shortcut: decides which forwards run a part of the block only; None = all of them run the whole block.
-        attention: attention masks of the block's forwards.
         is_new: no forward has run the block yet.
     """
 
@@ -38,7 +36,6 @@ class Block:
     sub_block: Tensor
     progress: Progress
     shortcut: SubBlockCache | None
-    attention: BlockAttention
     is_new: bool = True
 
 

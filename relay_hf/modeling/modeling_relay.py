@@ -14,6 +14,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils.generic import can_return_tuple
 
+from .attention_blocks_relay import BLOCK_ATTENTION
 from .attention_relay import (
     align_to_positions,
     attend_without_causality,
@@ -71,6 +72,7 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
     def __init__(self, config: RelayConfig) -> None:
         for each in (config, config.text_config):
             check_attention(each._attn_implementation)
+        has_choice = config.text_config._attn_implementation is not None
         super().__init__(config)
         if config.mask_token_id is None:
             raise ValueError(
@@ -80,6 +82,8 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         # torch's default dtype, which the head gets too: the backbone must not follow a dtype in `text_config`.
         self.model = AutoModel.from_config(config.text_config, dtype=torch.get_default_dtype())
         check_backbone(config.text_config, self.model)
+        if not has_choice and self.model.config._attn_implementation == "sdpa":  # transformers' own choice
+            self.set_attn_implementation(BLOCK_ATTENTION)
         attend_without_causality(self.model)
         # Rows of a table of positions; None where positions are computed, as rotary ones are.
         self.learned_positions = learned_positions(self.model)

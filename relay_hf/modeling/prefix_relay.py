@@ -26,16 +26,20 @@ class Prefix(Cache):
         read_out_before: the raw hidden states that the channel reads at these predecessors.
         takes_before: (B, L) bool, positions that use `before` although their predecessor is in the column before.
         is_one_block: whether all new positions are of one block, so that each sees all the others.
+        is_aligned: whether blocks begin at the same columns in all rows, and each row's text is one run of columns.
         masks: how many [MASK]s are among the new positions, at most; None = a channel that has to know waits for the
             device.
 
     Attributes:
         can_replay: whether gradient checkpointing may run the forward a second time.
+        is_in_place: whether keys and values of the forward are written behind those of the prefix.
+        shows_memory: whether `update` returns what it holds of all rows and of room for more columns; if in place.
         hidden: (B, L, D) raw inputs of the head, None before the forward has run.
         read_out: (B, L, D) raw hidden states that the channel reads, likewise; neither is position-aligned.
     """
 
     can_replay = True
+    is_in_place = False
 
     def __init__(
         self,
@@ -47,6 +51,7 @@ class Prefix(Cache):
         read_out_before: Tensor | None = None,
         takes_before: Tensor | None = None,
         is_one_block: bool = False,
+        is_aligned: bool = False,
         masks: int | None = None,
     ) -> None:
         super().__init__(layers=layers)
@@ -56,6 +61,8 @@ class Prefix(Cache):
         self.read_out_before = read_out_before
         self.takes_before = takes_before
         self.is_one_block = is_one_block
+        self.is_aligned = is_aligned
+        self.shows_memory = False
         self.masks = masks
         self.hidden: Tensor | None = None
         self.read_out: Tensor | None = None

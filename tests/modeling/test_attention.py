@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask, sdpa_mask
 
 from relay_hf import RelayConfig, RelayForMaskedDiffusion
+from relay_hf.modeling.attention_blocks_relay import BLOCK_ATTENTION
 
 from ..conftest import MASK, text_config
 from .decoding import padded, prompts_of, run
@@ -48,7 +49,7 @@ def test_attention_without_a_mask_is_refused_wherever_it_is_set(
     for argument in (name, {"text_config": name}):
         with pytest.raises(ValueError, match=REFUSED.format(name)):
             model.set_attn_implementation(argument)
-    assert (model.config._attn_implementation, model.model.config._attn_implementation) == ("sdpa", "sdpa")
+    assert (model.config._attn_implementation, model.model.config._attn_implementation) == (BLOCK_ATTENTION,) * 2
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=REFUSED.format(name)):
         RelayForMaskedDiffusion.from_pretrained(tmp_path, attn_implementation=name)
@@ -76,6 +77,7 @@ def test_flash_and_paged_attention_are_refused_in_our_words(make_model: Callable
 @torch.no_grad()
 def test_attention_with_a_mask_function_of_its_own_is_used(make_model: Callable, register: Callable[..., str]) -> None:
     model = make_model()
+    model.set_attn_implementation("sdpa")
     expected = model(IDS).logits
     model.set_attn_implementation(register(sdpa_mask))
     assert model.model.config._attn_implementation == "mine"

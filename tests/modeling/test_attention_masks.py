@@ -67,6 +67,7 @@ def test_block_attention_mask_equals_brute_force(
 @pytest.mark.parametrize("block", [1, BLOCK, 12, None])
 def test_block_attention_mask_no_mask_equals_mask_of_ones(make_model: Callable, cached: int, block: int | None) -> None:
     model, new = make_model(), 12 - cached
+    model.set_attn_implementation("sdpa")
     with_ones = pattern_of(model, torch.ones(2, 12, dtype=torch.long), cached, new, block)
     assert pattern_of(model, None, cached, new, block).equal(with_ones)
 

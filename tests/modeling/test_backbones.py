@@ -128,6 +128,8 @@ def test_forward_same_as_backbone_under_prepared_mask(
 def test_fresh_channel_and_no_channel_bit_equal_to_backbone(backbone: PreTrainedConfig, ids: Tensor) -> None:
     """The base model itself, of transformers, under the same attention pattern and with the same weights."""
     model, plain = build(backbone), build(backbone, relay_channel="none")
+    for each in (model, plain):
+        each.set_attn_implementation("sdpa")
     base = AutoModelForCausalLM.from_config(copy.deepcopy(backbone)).eval()
     base_model = getattr(base, base.base_model_prefix)
     base_model.load_state_dict(model.model.state_dict())

@@ -87,6 +87,17 @@ def test_compiled_backbone_sub_block_cache_needs_a_higher_limit(model: RelayForM
         check(model, model.model, prompt_of(13), most=10, **CACHED)
 
 
+@torch.no_grad()
+def test_compiled_backbone_prefill_of_any_length_is_one_graph(model: RelayForMaskedDiffusion) -> None:
+    backend = CountingBackend()
+    prompts = [prompt_of(length) for length in (40, 64, 16, 96)]
+    expected = [model(prompt).logits for prompt in prompts]
+    model.model.compile(backend=backend, fullgraph=True, dynamic=True)
+    for prompt, logits in zip(prompts, expected, strict=True):
+        torch.testing.assert_close(model(prompt).logits, logits, atol=1e-5, rtol=1e-5)
+    assert backend.count == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", ["row", "even", "padded"])
 @pytest.mark.parametrize("options", [{}, {"fuse_commits": True}, CACHED])

@@ -214,9 +214,9 @@ def interrupt(module: nn.Module, when: Callable[[], bool]) -> Any:
 
 
 def note_forwards(model: RelayForMaskedDiffusion, commits: list[bool]) -> None:
-    """Notes of each forward whether it commits: those are given the cache itself."""
+    """Notes of each forward whether it commits: those ask for no inputs of the head."""
     model.register_forward_pre_hook(
-        lambda module, arguments, kwargs: commits.append(isinstance(kwargs["cache"], RelayCache)), with_kwargs=True
+        lambda module, arguments, kwargs: commits.append("unscored" not in kwargs), with_kwargs=True
     )
 
 
