@@ -9,15 +9,19 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 import functools
 import gc
 import json
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers.integrations.flex_attention as their_flex
+import transformers.masking_utils as their_masks
 from hypothesis import settings
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import PreTrainedTokenizerFast, Qwen2Config
 
 from relay_hf import RelayForMaskedDiffusion
@@ -90,3 +94,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for name in [name for name in metafunc.fixturenames if name.endswith("_case")]:
         ids = [case if isinstance(case, str) else case["key"] for case in reference_cases()[name]]
         metafunc.parametrize(name, reference_cases()[name], ids=ids)
+
+
+@pytest.fixture
+def plain_flex(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Flex attention as torch computes it without a compiler."""
+    monkeypatch.setattr(
+        their_masks, "create_block_mask", lambda *a, **k: create_block_mask(*a, **{**k, "_compile": False})
+    )
+    monkeypatch.setattr(
+        their_flex, "compile_friendly_flex_attention", lambda q, k, v, training=False, **o: flex_attention(q, k, v, **o)
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+        yield

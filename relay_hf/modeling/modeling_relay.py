@@ -284,7 +284,7 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
             )
 
         if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
+            inputs_embeds = prefix.look_up(self.get_input_embeddings(), input_ids)
         embeds = inputs_embeds
         if relay_state is not None:
             receives = relay_mask if relay_mask is not None else self.receives_state(input_ids)

@@ -8,7 +8,7 @@ Legend: B rows, P positions of the prefix, L positions of the forward, D hidden 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from .outputs_relay import RelayOutput
@@ -92,6 +92,10 @@ class Prefix(Cache):
     def take(self, hidden: Tensor, read_out: Tensor) -> None:
         """Stores the raw outputs of the forward, (B, L, D) each."""
         self.hidden, self.read_out = hidden, read_out
+
+    def look_up(self, embeddings: nn.Module, input_ids: Tensor) -> Tensor:
+        """(B, L, D) embeddings of (B, L) tokens."""
+        return embeddings(input_ids)
 
     def rows_for_channel(
         self, read_out: Tensor, head_inputs: Tensor, is_masked: Tensor

@@ -1,15 +1,11 @@
 """Attention implementations: the same pattern whoever computes attention, or a refusal."""
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers.integrations.flex_attention as their_flex
-import transformers.masking_utils as their_masks
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask, sdpa_mask
@@ -82,20 +78,6 @@ def test_attention_with_a_mask_function_of_its_own_is_used(make_model: Callable,
     model.set_attn_implementation(register(sdpa_mask))
     assert model.model.config._attn_implementation == "mine"
     assert torch.equal(model(IDS).logits, expected)
-
-
-@pytest.fixture
-def plain_flex(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Flex attention as torch computes it without a compiler."""
-    monkeypatch.setattr(
-        their_masks, "create_block_mask", lambda *a, **k: create_block_mask(*a, **{**k, "_compile": False})
-    )
-    monkeypatch.setattr(
-        their_flex, "compile_friendly_flex_attention", lambda q, k, v, training=False, **o: flex_attention(q, k, v, **o)
-    )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
-        yield
 
 
 @pytest.mark.parametrize("block_size", [8, None])

@@ -6,7 +6,8 @@ Legend: B rows, A active blocks, S positions of a block, D hidden size.
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from ...modeling.prefix_relay import Prefix
@@ -16,11 +17,27 @@ class CleanText(Prefix):
     """What the clean pass leaves, with its gradient: embeddings, keys, values and raw outputs. It sees nothing before.
 
     Written once: gradient checkpointing replays the pass during backward, and must then see what it saw the first time.
+
+    Args:
+        mask_token_id: whose embedding is looked up, too.
+
+    Attributes:
+        embeds: (B, L, D) embeddings of the text.
+        mask_embeds: (B, 1, D) embedding of [MASK].
     """
 
-    def __init__(self) -> None:
+    def __init__(self, mask_token_id: int) -> None:
         super().__init__([], 0)
+        self.mask_token_id = mask_token_id
         self.embeds: Tensor | None = None
+        self.mask_embeds: Tensor | None = None
+
+    def look_up(self, embeddings: nn.Module, input_ids: Tensor) -> Tensor:
+        """Looks up all that the rollout needs at once: the gradient of a lookup is as large as the vocabulary."""
+        mask = torch.full_like(input_ids[:, :1], self.mask_token_id)
+        looked_up = embeddings(torch.cat([input_ids, mask], dim=1))
+        self.embeds, self.mask_embeds = looked_up[:, :-1], looked_up[:, -1:]
+        return self.embeds
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -31,8 +48,9 @@ class CleanText(Prefix):
 
     def stand_in(self) -> "CleanText":
         """A detached copy; gradients collect in its leaves, and are added when the clean pass is differentiated."""
-        other = CleanText()
-        other.embeds, other.hidden, other.read_out = map(_stand_in, (self.embeds, self.hidden, self.read_out))
+        other = CleanText(self.mask_token_id)
+        for name in ("embeds", "mask_embeds", "hidden", "read_out"):
+            setattr(other, name, _stand_in(getattr(self, name)))
         source: Any
         for source in self.layers:
             other.layers.append(_filled_layer(_stand_in(source.keys), _stand_in(source.values)))

@@ -19,6 +19,7 @@ Legend: B rows, L positions, S positions of a block, A active blocks of the row 
 V vocabulary, N masked positions.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -36,6 +37,7 @@ from ...modeling.versions_relay import as_cache_argument
 from .clean_text import CleanPrefix, CleanText
 from .rows import RolloutRows, fit_positions
 
+FLEX_TILE = 128  # positions of a tile of FlexAttention, whatever the kernel's own tiles are
 Places = tuple[Tensor, Tensor]  # rows and columns, (N,) each
 
 
@@ -141,30 +143,38 @@ class SequenceDenoiser:
         )
 
 
+def rounded_up(number: int, unit: int) -> int:
+    """The multiple of `unit` that is not below the number, and nearest to it."""
+    return -(-number // unit) * unit
+
+
 class PackedBlocks:
     """The blocks that still hold a mask, side by side in each row. To pack them waits for the device once.
 
     Args:
-        masked: (B, L') bool, L' a multiple of S.
+        masked: (B, L') bool, L' a multiple of `unit`.
         size: S.
+        unit: a multiple of S, to multiples of which A * S and the clean text that the blocks see are rounded up.
 
     Attributes:
         is_masked: (B, A * S) bool, `masked` packed.
         columns: (B, A * S) where packed positions come from. Rows with fewer active blocks are filled up with inactive
             ones, whose results are not read.
         is_active: (B, A * S) bool, packed positions of active blocks.
-        last: index of the last active block of all rows.
+        seen: columns of the clean text, behind which no active block begins.
         scored: rows and packed columns, (N,) each, of the masked positions.
         places: rows and columns, (N,) each, of the same positions before packing.
     """
 
-    def __init__(self, masked: Tensor, size: int) -> None:
+    def __init__(self, masked: Tensor, size: int, unit: int) -> None:
         active = masked.view(len(masked), -1, size).any(-1)  # (B, blocks)
         last = (active * torch.arange(active.shape[1], device=masked.device)).max()
         # All that the host has to know of a step, in one transfer; with these sizes, nothing else waits.
-        count, self.last, total = torch.stack([active.sum(-1).max(), last, masked.sum()]).tolist()
+        count, last, total = torch.stack([active.sum(-1).max(), last, masked.sum()]).tolist()
+        self.seen = rounded_up(last * size, unit)
+        width = rounded_up(max(count, 1) * size, unit)
         # Active blocks first, in their order.
-        blocks = active.long().argsort(dim=-1, descending=True, stable=True)[:, : max(count, 1)]  # (B, A)
+        blocks = active.long().argsort(dim=-1, descending=True, stable=True)[:, : width // size]  # (B, A)
         self.columns = (blocks[..., None] * size + torch.arange(size, device=blocks.device)).flatten(1)
         self.is_active = active.gather(1, blocks).repeat_interleave(size, dim=1)
         self._row = torch.arange(len(blocks), device=blocks.device)[:, None]  # (B, 1)
@@ -196,8 +206,11 @@ class BlockDenoiser:
         self.config = config
         self.clean_block_starts = clean_block_starts
         self.size: int = config.block_size
+        # FlexAttention computes whole tiles, and is compiled for each shape: widths of whole tiles keep shapes few.
+        is_flex = config.text_config._attn_implementation == "flex_attention"
+        self.unit = math.lcm(self.size, FLEX_TILE) if is_flex else self.size
         self.length = rows.clean_ids.shape[1]
-        self.clean_ids = self._pad(rows.clean_ids)  # (B, L') with L' a multiple of S
+        self.clean_ids = self._pad(rows.clean_ids)  # (B, L') with L' a multiple of the unit
         self.positions = torch.arange(self.clean_ids.shape[1], device=self.clean_ids.device)[None]
         # Rows are filled up to whole blocks, so that text never sees padding, unless the model's positions end before.
         is_cut = config.positions is not None and config.positions < self.clean_ids.shape[1]
@@ -211,25 +224,21 @@ class BlockDenoiser:
         self.edge: Tensor | None = None
 
     def _run_clean_pass(self) -> tuple[CleanText, Tensor]:
-        """Looks up the embeddings of the whole rollout, too: the last column is a [MASK] that no position attends to.
+        """Runs the clean text, and looks up the embeddings of the whole rollout.
 
         Returns:
             What the pass leaves, and the (0,) losses of no position, which are part of its graph.
         """
-        clean = CleanText()
-        width = self.clean_ids.shape[1] + 1
-        ids = torch.cat([self.clean_ids, torch.full_like(self.clean_ids[:, :1], self.config.mask_token_id)], dim=1)
+        clean = CleanText(self.config.mask_token_id)
         output = self.model(
-            input_ids=ids,
-            attention_mask=None if self.is_text is None else fit_positions(self.is_text, width),
-            position_ids=self._existing(torch.arange(width, device=ids.device)[None]),
+            input_ids=self.clean_ids,
+            attention_mask=self.is_text,
+            position_ids=self._existing(self.positions),
             cache=clean,
-            logits_to_keep=torch.empty(0, dtype=torch.long, device=ids.device),
-            targets=ids,
+            logits_to_keep=self.clean_ids.new_empty(0),
+            targets=self.clean_ids,
             output_relay_state=False,
         )
-        # Under autocast, accelerate turns every output of a wrapped model into fp32, whatever the backbone's dtype.
-        clean.embeds = output.inputs_embeds.to(clean.hidden.dtype)
         return clean, output.token_losses
 
     def begin_window(self, is_last: bool) -> None:
@@ -245,11 +254,11 @@ class BlockDenoiser:
             self.stand_in = self.stand_in or self.clean_pass.stand_in()
             self.clean = self.stand_in
             self.edge = torch.zeros((), device=self.clean_ids.device)
-        hidden = self.clean.hidden[:, :-1]
+        hidden = self.clean.hidden
         self.clean_hidden = align_to_positions(hidden, self.positions) if self.config.token_shift else hidden
 
     def step(self, rows: RolloutRows, state: Tensor | None, leaves_state: bool) -> StepResult:
-        blocks = PackedBlocks(self._pad(rows.masked), self.size)
+        blocks = PackedBlocks(self._pad(rows.masked), self.size, self.unit)
         targets, receives = blocks.pack(self.clean_ids), None
         if state is not None:
             state = blocks.pack(self._pad(state))
@@ -262,7 +271,7 @@ class BlockDenoiser:
         return StepResult(losses + self.edge, confidence, state)
 
     def predicted_state(self, rows: RolloutRows) -> Tensor:
-        blocks = PackedBlocks(self._pad(rows.masked), self.size)
+        blocks = PackedBlocks(self._pad(rows.masked), self.size, self.unit)
         return self._forward(blocks, None, None).relay_state[:, : self.length]
 
     def _forward(
@@ -272,7 +281,7 @@ class BlockDenoiser:
         before = blocks.pack(self.clean_hidden) if self.config.token_shift else None
         whole_rows = partial(self._whole_rows, blocks)
         takes_before = self._takes_before(blocks.columns)
-        prefix = CleanPrefix(self.clean, blocks.last * self.size, before, takes_before, whole_rows)
+        prefix = CleanPrefix(self.clean, blocks.seen, before, takes_before, whole_rows)
         return denoise(
             self.model,
             blocks.pack(self.clean_ids).masked_fill(blocks.is_masked, self.config.mask_token_id),
@@ -282,7 +291,7 @@ class BlockDenoiser:
             attention_mask=self._attention(blocks, prefix),
             position_ids=self._existing(blocks.columns),
             inputs_embeds=torch.where(
-                blocks.is_masked[..., None], self.clean.embeds[:, -1:], blocks.pack(self.clean.embeds)
+                blocks.is_masked[..., None], self.clean.mask_embeds, blocks.pack(self.clean.embeds)
             ),
             **scoring,
         )
@@ -298,7 +307,7 @@ class BlockDenoiser:
             head_inputs: (B, A * S, D) aligned.
             is_masked: (B, A * S) bool.
         """
-        clean = self.clean.read_out[:, :-1]
+        clean = self.clean.read_out
         read_out = blocks.unpack(raw, clean)
         if self.config.token_shift:
             before = align_to_positions(clean, self.positions) if self.clean_block_starts else None
@@ -337,5 +346,5 @@ class BlockDenoiser:
         return positions if self.is_text is None else positions.clamp(max=self.config.positions - 1)
 
     def _pad(self, tensor: Tensor) -> Tensor:
-        """Pads the positions, the second axis, to whole blocks."""
-        return fit_positions(tensor, -(-self.length // self.size) * self.size)
+        """Pads the positions, the second axis, to whole units."""
+        return fit_positions(tensor, rounded_up(self.length, self.unit))

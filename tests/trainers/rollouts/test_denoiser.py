@@ -143,7 +143,7 @@ def test_block_denoiser_runs_only_active_blocks() -> None:
         lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
     )
     run_rollout(model, rows, [make_policy("confidence_threshold", 0.5)], "rollout")
-    assert [embeds.shape[1] for embeds in seen] == [17, 8], "the clean text and a [MASK], then two blocks with masks"
+    assert [embeds.shape[1] for embeds in seen] == [16, 8], "the clean text, then two blocks with masks"
 
 
 def test_denoiser_construction_runs_no_model() -> None:
