@@ -3,6 +3,7 @@
     python benchmarks/rollout_step.py                 # against the doubled sequence, over a buffer lifetime
     python benchmarks/rollout_step.py --scaling       # K = 1, 2, 4, 8, with and without gradient checkpointing
     python benchmarks/rollout_step.py --against sft   # `relay` against `complementary`, the plain fine-tuning
+    python benchmarks/rollout_step.py --length 512 1024 2048 4096   # the first length as above, then growth with length
 
 Everything that is compared runs in one process, in turns; medians are reported. Memory is the peak of a process that
 makes one step, less that of an idle process with the same imports. The last line is one JSON object.
@@ -13,6 +14,7 @@ and one more loss over all labels, which the published code computes and drops. 
 
 import argparse
 import json
+import math
 import platform
 from dataclasses import replace
 
@@ -23,7 +25,8 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--scaling", action="store_true", help="how time and memory grow with K")
 parser.add_argument("--against", choices=["doubled", "sft"], default="doubled")
 parser.add_argument("--vocab", type=int, nargs="+", default=[4096, 151_936])
-for name in ("hidden", "layers", "length", "prompt", "batch", "steps", "threads"):
+parser.add_argument("--length", type=int, nargs="+", default=[Workload.length])
+for name in ("hidden", "layers", "prompt", "batch", "steps", "threads"):
     parser.add_argument(f"--{name}", type=int, default=getattr(Workload, name))
 parser.add_argument("--repeats", type=int, default=3)
 parser.add_argument("--no-memory", action="store_true")
@@ -94,15 +97,39 @@ def against_sft(base: Workload, repeats: int, weigh: bool) -> dict:
     return result
 
 
+def growth(base: Workload, lengths: list[int], repeats: int, weigh: bool) -> dict:
+    """Time and memory of a step at each length, all blocks active; growth is the exponent of the length in between."""
+    rows: list[dict] = []
+    for length in lengths:
+        sides = {name: replace(base, denoiser=name, length=length) for name in ("plain", "engine")}
+        median_seconds({"warm": replace(sides["engine"], active_blocks=1)}, 1)
+        row = {"length": length, "seconds": median_seconds(sides, repeats)}
+        if weigh:
+            row["mebibytes"] = {name: side.peak_mebibytes() for name, side in sides.items()}
+        for kind in [kind for kind in ("seconds", "mebibytes") if kind in row]:
+            row[f"{kind}_ratio"] = row[kind]["plain"] / row[kind]["engine"]
+            if rows:
+                before, longer = rows[-1], math.log(length / rows[-1]["length"])
+                row[f"{kind}_growth"] = {n: math.log(row[kind][n] / before[kind][n]) / longer for n in sides}
+        rows.append(row)
+        print(f"vocabulary {base.vocab}, growth: {json.dumps(row)}", flush=True)
+    return {"vocabulary": base.vocab, "lengths": rows}
+
+
 if __name__ == "__main__":
     arguments = parser.parse_args()
-    names = ("hidden", "layers", "length", "prompt", "batch", "steps", "threads")
-    settings = {name: getattr(arguments, name) for name in names}
+    names = ("hidden", "layers", "prompt", "batch", "steps", "threads")
+    settings = {"length": arguments.length[0], **{name: getattr(arguments, name) for name in names}}
     measure = scaling if arguments.scaling else against_sft if arguments.against == "sft" else against_doubled
     results = {}
     for vocab in arguments.vocab:
         workload = Workload(vocab=vocab, **settings)
         results[vocab] = measure(workload, arguments.repeats, weigh=not arguments.no_memory)
         print(f"vocabulary {vocab}: {json.dumps(results[vocab])}", flush=True)
+    grown = {}
+    if len(arguments.length) > 1:
+        # The logits of a large vocabulary, which the doubled sequence holds, would hide how attention grows.
+        smallest = Workload(vocab=min(arguments.vocab), **settings)
+        grown = {"growth": growth(smallest, arguments.length, arguments.repeats, not arguments.no_memory)}
     environment = {"machine": platform.machine(), "torch": torch.__version__, "repeats": arguments.repeats}
-    print(json.dumps({**results[arguments.vocab[-1]], "by_vocabulary": results, **settings, **environment}))
+    print(json.dumps({**results[arguments.vocab[-1]], "by_vocabulary": results, **grown, **settings, **environment}))

@@ -1,7 +1,7 @@
 """The attention function "relay_blocks": no mask has a row for every query, because a block sees one run of columns.
 
 All positions of a block see the same columns: those from the row's first to the block's last. So what transformers
-hands to the function as its mask is much smaller than a mask, in one of two forms:
+hands to the function as its mask is much smaller than a mask, in one of three forms:
 
 - **Columns**, 0 where they are seen and -inf elsewhere: (n, 1, 1, K) for all queries; or (n or 1, 1, S, K or 0), alike
   along S, where the queries are blocks of S positions and no block sees a later one; with 0 columns nothing else is
@@ -9,6 +9,8 @@ hands to the function as its mask is much smaller than a mask, in one of two for
 - **Runs**, int32, (4, n + 1, J, S), alike along S: for each row and each of its J blocks, the block's first query, the
   row of the memory that holds its keys, the first key, and how many keys follow. Computed by torch's variable-length
   attention, over the memory of all rows and without a copy of it. Needs CUDA and half precision; has no gradient.
+- **Packed**, int64: what `attention_packed_relay` takes, for blocks that see a text each of its own length. Training
+  makes it on CPUs.
 
 Any other mask, and none, is for transformers' "sdpa". Nothing here waits for the device.
 
@@ -23,6 +25,7 @@ from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from .attention_packed_relay import attend_packed, dense_mask
 from .prefix_relay import Prefix
 
 BLOCK_ATTENTION = "relay_blocks"
@@ -114,7 +117,7 @@ def attend_in_blocks(
         query: (n, heads, L, width).
         key: (n, key heads, K, width); with runs, those of all rows of the memory.
         value: likewise.
-        attention_mask: columns, runs, any mask of "sdpa", or None.
+        attention_mask: columns, runs, packed, any mask of "sdpa", or None.
         scaling: factor of the scores; None = 1 / sqrt(width).
         dropout: share of the weights to drop.
         kwargs: what else the layer passes; as in "sdpa", most of it is for other functions.
@@ -128,6 +131,10 @@ def attend_in_blocks(
     mask, length = attention_mask, query.shape[2]
     if mask is not None and mask.dtype == torch.int32:
         return _attend_to_runs(query, key, value, mask, scaling), None
+    if mask is not None and mask.dtype == torch.int64:
+        if not dropout and kwargs.get("softcap") is None:
+            return attend_packed(query, key, value, mask, scaling).transpose(1, 2), None
+        mask = dense_mask(mask, length, key.shape[2])
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(query.dtype)  # another one than that of the embeddings under autocast
     is_columns = mask is not None and mask.shape[1] == 1 and (mask.shape[2] == 1 or mask.shape[2] < length)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # Queries that are computed at once, if a block has fewer: a call for each block would cost more than a mask.
-CHUNK = 32
+CHUNK = 64
 
 
 def packed_pattern(first_columns: Tensor, size: int) -> Tensor:

@@ -29,6 +29,8 @@ from torch import Tensor
 from transformers.masking_utils import create_bidirectional_mask
 
 from ...modeling import RelayConfig
+from ...modeling.attention_blocks_relay import BLOCK_ATTENTION
+from ...modeling.attention_packed_relay import dense_mask, packed_pattern
 from ...modeling.attention_relay import align_to_positions
 from ...modeling.channel_relay import in_scope
 from ...modeling.outputs_relay import RelayOutput
@@ -207,14 +209,15 @@ class BlockDenoiser:
         self.clean_block_starts = clean_block_starts
         self.size: int = config.block_size
         # FlexAttention computes whole tiles, and is compiled for each shape: widths of whole tiles keep shapes few.
-        is_flex = config.text_config._attn_implementation == "flex_attention"
-        self.unit = math.lcm(self.size, FLEX_TILE) if is_flex else self.size
+        attention = config.text_config._attn_implementation
+        self.unit = math.lcm(self.size, FLEX_TILE) if attention == "flex_attention" else self.size
         self.length = rows.clean_ids.shape[1]
         self.clean_ids = self._pad(rows.clean_ids)  # (B, L') with L' a multiple of the unit
         self.positions = torch.arange(self.clean_ids.shape[1], device=self.clean_ids.device)[None]
         # Rows are filled up to whole blocks, so that text never sees padding, unless the model's positions end before.
         is_cut = config.positions is not None and config.positions < self.clean_ids.shape[1]
         self.is_text = self._pad(rows.attention_mask) if is_cut else None  # (B, L')
+        self.has_pattern = attention == BLOCK_ATTENTION and self.is_text is None
         # The first window fills the clean pass; every window sets what its steps see of it.
         self.clean_pass: CleanText | None = None
         self.clean_losses: Tensor | None = None
@@ -232,7 +235,7 @@ class BlockDenoiser:
         clean = CleanText(self.config.mask_token_id)
         output = self.model(
             input_ids=self.clean_ids,
-            attention_mask=self.is_text,
+            attention_mask=self._pattern(self.positions, 0) if self.has_pattern else self.is_text,
             position_ids=self._existing(self.positions),
             cache=clean,
             logits_to_keep=self.clean_ids.new_empty(0),
@@ -282,13 +285,14 @@ class BlockDenoiser:
         whole_rows = partial(self._whole_rows, blocks)
         takes_before = self._takes_before(blocks.columns)
         prefix = CleanPrefix(self.clean, blocks.seen, before, takes_before, whole_rows)
+        attention = self._pattern(blocks.columns, blocks.seen) if self.has_pattern else self._mask(blocks, prefix)
         return denoise(
             self.model,
             blocks.pack(self.clean_ids).masked_fill(blocks.is_masked, self.config.mask_token_id),
             prefix,
             state,
             scored,
-            attention_mask=self._attention(blocks, prefix),
+            attention_mask=attention,
             position_ids=self._existing(blocks.columns),
             inputs_embeds=torch.where(
                 blocks.is_masked[..., None], self.clean.mask_embeds, blocks.pack(self.clean.embeds)
@@ -319,8 +323,19 @@ class BlockDenoiser:
         """(B, L) bool, block starts that read the clean text before the block; None unless `clean_block_starts`."""
         return positions % self.size == 0 if self.clean_block_starts else None
 
-    def _attention(self, blocks: PackedBlocks, prefix: CleanPrefix) -> Any:
-        """A packed position sees its own block, and the clean text of the blocks before it."""
+    def _pattern(self, columns: Tensor, seen: int) -> Tensor:
+        """Blocks whose (B or 1, A * S) columns are given see themselves, and the text before them: for "relay_blocks".
+
+        Args:
+            columns: where the positions of the pass come from.
+            seen: columns of clean text before those of the pass.
+        """
+        pattern, length = packed_pattern(columns[:, :: self.size], self.size), columns.shape[1]
+        # Only a CPU reads the pattern without a wait; other devices should use FlexAttention.
+        return pattern if columns.device.type == "cpu" else dense_mask(pattern, length, seen + length)
+
+    def _mask(self, blocks: PackedBlocks, prefix: CleanPrefix) -> Any:
+        """The same for other attention functions."""
         length = prefix.get_seq_length()
         block = blocks.columns // self.size  # (B, A*S)
         clean_block = self.positions[:, :length].expand(len(block), -1) // self.size

@@ -12,6 +12,7 @@ from transformers import GPT2Config
 
 from relay_hf import RelayConfig, RelayForMaskedDiffusion
 from relay_hf.modeling import Readings, make_policy
+from relay_hf.modeling.attention_blocks_relay import BLOCK_ATTENTION
 from relay_hf.modeling.channel_relay import CHANNELS, LayerNormChannel
 from relay_hf.trainers.model_preparation import KeepCaches, keep_caches_under_checkpointing
 from relay_hf.trainers.objectives import RECIPES
@@ -101,7 +102,7 @@ def test_block_denoiser_any_rollout_equals_the_doubled_sequence(
     assert_equal_rollouts(model, rows, objective, steps, threshold, window)
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("implementation", [BLOCK_ATTENTION, "sdpa", "eager"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_block_denoiser_attention_and_checkpointing_give_the_same(implementation: str, checkpointing: bool) -> None:
     model = build_model().train()
@@ -115,6 +116,16 @@ def test_block_denoiser_attention_and_checkpointing_give_the_same(implementation
     torch.testing.assert_close(result.step_losses, plain.step_losses)
     for name, gradient in plain_gradients.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("implementation", "is_square"), [(BLOCK_ATTENTION, False), ("sdpa", True)])
+def test_block_denoiser_keeps_no_mask_of_all_queries_and_keys(implementation: str, is_square: bool) -> None:
+    model, length, kept = build_model(), 128, []
+    model.set_attn_implementation(implementation)
+    rows = fresh_rows(model.config, build_rows(1, length=length), keeps_state=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        run_rollout(model, rows, [make_policy("confidence_threshold", 0.3)] * 2, "relay")
+    assert (max(kept) >= length**2) == is_square
 
 
 def test_block_denoiser_gpt2_checkpointing_changes_nothing() -> None:
