@@ -76,7 +76,9 @@ def block_attention_mask(
     if config._attn_implementation == BLOCK_ATTENTION and is_aligned:
         if is_one_block:
             return block_pattern(config, embeds, attention_mask, prefix, length)
-        if cached % block_size == 0 and block_size > 1:
+        # With gradients, a GPU would launch more kernels for many small blocks than it saves.
+        is_quick = embeds.device.type == "cpu" or not torch.is_grad_enabled()
+        if is_quick and cached % block_size == 0 and block_size > 1:
             return block_pattern(config, embeds, attention_mask, prefix, block_size)
     if is_one_block and attention_mask is None:
         return None
