@@ -36,14 +36,14 @@ DECODING: dict[tuple[str, str], tuple[float, float, float, float]] = {
 }
 # Waits of an optimizer step, what logging adds to them, and launches of an optimizer step; for objective and K.
 TRAINING: dict[tuple[str, int | None], tuple[float, float, float]] = {
-    ("relay", 1): (3, 2, 1137),
-    ("relay", 2): (4, 2, 1792),
-    ("relay", 4): (6, 2, 3102),
-    ("relay_sg", 2): (4, 2, 1767),
-    ("rollout", 2): (4, 2, 1689),
-    ("masked", None): (2, 2, 1076),
-    ("complementary", None): (3, 2, 1651),
-    ("residual_context", None): (4, 2, 1323),
+    ("relay", 1): (3, 2, 1115),
+    ("relay", 2): (4, 2, 1752),
+    ("relay", 4): (6, 2, 3026),
+    ("relay_sg", 2): (4, 2, 1729),
+    ("rollout", 2): (4, 2, 1651),
+    ("masked", None): (2, 2, 1054),
+    ("complementary", None): (3, 2, 1613),
+    ("residual_context", None): (4, 2, 1287),
 }
 
 
