@@ -238,7 +238,7 @@ class LikelihoodBound:
 
     def _score(self, head_inputs: Tensor, tokens: Tensor) -> Tensor:
         """(n, D) inputs of the head and (n,) tokens -> (n,) fp32 log-probabilities, [MASK] having none."""
-        logits = self.model.lm_head(head_inputs).float()
+        logits = self.model.deciding_logits(head_inputs).float()
         logits[:, self.mask_token_id] = -torch.inf
         return logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
 

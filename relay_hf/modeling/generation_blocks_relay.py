@@ -228,7 +228,8 @@ class BlockDecoder:
         numbers = uniform_numbers(
             self.seeds[grid.rows[rows]], self.denoise_forwards[grid.rows[rows]], columns - grid.offset[rows]
         )
-        return self.chooser(self.model.lm_head(head_inputs), grid.tokens[rows], share_left[rows][:, None], numbers)
+        logits = self.model.deciding_logits(head_inputs)
+        return self.chooser(logits, grid.tokens[rows], share_left[rows][:, None], numbers)
 
     def _reveal(self, block: Block, step: Step, head_inputs: Tensor) -> None:
         """Writes the tokens that the policy reveals, given the (N, D) inputs of the head at the scored positions."""

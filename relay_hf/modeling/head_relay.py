@@ -4,9 +4,13 @@ With 151 936 tokens the logits of 800 positions take half a gigabyte, several ti
 only two numbers a position: the cross-entropy of its target, and the probability of its best token. Both are sums or
 maxima over the vocabulary, which can be gathered from tiles of it (the "online softmax" of arXiv 1805.02867).
 
+Whatever decides or is a loss reads fp32 logits, also of a bf16 or fp16 model: rounded to bf16, logits near 20 move a
+probability by up to 6 %, and the two best tokens often tie.
+
 Legend: B rows, L positions, N scored ones among them, D hidden size, V vocabulary.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -24,6 +28,7 @@ TILE_NUMBERS = {"cpu": 2**20}
 TILE_NUMBERS_ELSEWHERE = 2**26
 # Logits of which a CPU finds the largest at once.
 SEGMENT = 64
+HALF = (torch.bfloat16, torch.float16)
 # Positions whose logits are alive together, where a head has to be called for logits.
 POSITIONS_AT_ONCE = 256
 
@@ -31,19 +36,25 @@ POSITIONS_AT_ONCE = 256
 class RelayHead(nn.Linear):
     """Linear head that gives logits; or scores of targets, or the best tokens, without holding logits.
 
-    All three are calls of the module, so that libraries which gather or cast weights around a module's call see them.
+    All are calls of the module, so that libraries which gather or cast weights around a module's call see them.
     """
 
-    def forward(self, input: Tensor, targets: Tensor | None = None, mask_token_id: int | None = None) -> Any:
+    def forward(
+        self,
+        input: Tensor,
+        targets: Tensor | None = None,
+        mask_token_id: int | None = None,
+        deciding: bool = False,
+    ) -> Any:
         """(..., D) -> (..., V) logits; with targets, (N, D) and (N,) -> what `score_positions` returns.
 
-        With a mask token only, (N, D) -> what `best_tokens` returns.
+        With a mask token only, (N, D) -> what `best_tokens` returns; `deciding`: what `deciding_logits` returns.
         """
         if targets is not None:
             return score_positions(input, self.weight, targets, mask_token_id)
         if mask_token_id is not None:
             return best_tokens(input, self.weight, mask_token_id)
-        return super().forward(input)
+        return deciding_logits(input, self.weight) if deciding else super().forward(input)
 
 
 def kept_positions(tensor: Tensor, logits_to_keep: int | Tensor | tuple[Tensor, Tensor]) -> Tensor:
@@ -128,12 +139,8 @@ def score_positions(hidden: Tensor, weight: Tensor, targets: Tensor, mask_token_
     Returns:
         (N,) fp32 losses, differentiable with respect to `hidden` and `weight`, and (N,) fp32 probabilities.
     """
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        # As autocast does for a linear layer; inside the function below, it would act on the forward pass only.
-        dtype = torch.get_autocast_dtype(device)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    with torch.autocast(device, enabled=False):
+    hidden = _as_autocast(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
         return _Scores.apply(hidden, weight, targets, mask_token_id)
 
 
@@ -165,23 +172,35 @@ def best_tokens(hidden: Tensor, weight: Tensor, mask_token_id: int) -> tuple[Ten
     Returns:
         (N,) fp32 probability and (N,) token id.
     """
-    best = hidden.new_full((len(hidden),), -torch.inf, dtype=torch.float32)  # (N,) logit
-    total, token = torch.zeros_like(best), torch.zeros_like(best, dtype=torch.long)
-    masked = F.linear(hidden, weight[mask_token_id])  # (N,)
-    for tile in _tiles(hidden, weight):
-        logits = F.linear(hidden, weight[tile]).float()
-        if tile.start <= mask_token_id < tile.stop:
-            logits[:, mask_token_id - tile.start] = torch.finfo(
-                logits.dtype
-            ).min  # not -inf: the tile may hold nothing else
-        best_of_tile, column = _maximum(logits)
-        token = torch.where(best_of_tile > best, column + tile.start, token)
-        before, best = best, torch.maximum(best, best_of_tile)
-        # In place, as the tile is in the processor's cache. Clamped, because numbers so small that they vanish in the
-        # sum (e^-80) take a processor ten times longer.
-        share = logits.sub_(best[:, None]).clamp_(min=-80.0).exp_().sum(-1)
-        total = total * (before - best).exp() + share
-    return 1.0 / (total + (masked.float() - best).exp()), token
+    hidden = _as_autocast(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        masked = _products(hidden, weight[mask_token_id][None])[:, 0]
+        tiles = [_best_of_tile(hidden, weight, tile, mask_token_id) for tile in _tiles(hidden, weight)]
+    best, token, total = tiles[0]
+    if len(tiles) > 1:
+        bests, tokens, totals = map(torch.stack, zip(*tiles, strict=True))  # (tiles, N)
+        best, number = bests.max(0)
+        token = tokens.gather(0, number[None])[0]
+        total = (totals * (bests - best).exp_()).sum(0)
+    return (1.0 / (total + (masked - best).exp())).float(), token
+
+
+def _best_of_tile(hidden: Tensor, weight: Tensor, tile: slice, mask_token_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(N,) best logit of a tile, [MASK] apart, its token, and the sum of exp(logit - best) over the tile."""
+    logits = _products(hidden, weight[tile])
+    _hide_mask(logits, tile, mask_token_id)
+    best, column = _maximum(logits)
+    return best, column + tile.start, _exp_of(logits, best).sum(-1)
+
+
+@torch.no_grad()
+def deciding_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """(N, D) inputs of a linear head, (V, D) weight -> (N, V) logits, fp32 where the inputs have fewer digits."""
+    hidden = _as_autocast(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if not _is_widened(hidden):
+            return _products(hidden, weight)
+        return torch.cat([_products(hidden, weight[tile]) for tile in _tiles(hidden, weight)], dim=-1)
 
 
 def _maximum(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,20 +222,22 @@ class _Scores(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
-        total = hidden.new_full((len(hidden),), -torch.inf, dtype=torch.float32)  # (N,) log-sum-exp
-        best, chosen = total.clone(), torch.zeros_like(total)  # (N,) logits
-        for tile in _tiles(hidden, weight):
-            logits = (hidden @ weight[tile].T).float()
-            total = torch.logaddexp(total, logits.logsumexp(-1))
-            column, is_inside = _columns(targets, tile)
-            chosen += logits.gather(-1, column)[:, 0] * is_inside
-            if tile.start <= mask_token_id < tile.stop:
-                logits[:, mask_token_id - tile.start] = -torch.inf
-            best = torch.maximum(best, logits.amax(-1))
+        tiles, parts = _tiles(hidden, weight), []
+        columns, is_inside = _places(targets, tiles)
+        for tile, column in zip(tiles, columns, strict=True):
+            logits = _products(hidden, weight[tile])
+            chosen = logits.gather(-1, column)[:, 0]
+            _hide_mask(logits, tile, mask_token_id)
+            best = logits.amax(-1)
+            parts.append((chosen, best, _exp_of(logits, best).sum(-1)))
+        chosen, bests, totals = map(torch.stack, zip(*parts, strict=True))  # (tiles, N)
+        masked = _products(hidden, weight[mask_token_id][None])[:, 0]
+        best = bests.amax(0)
+        total = torch.logaddexp(best + (totals * (bests - best).exp_()).sum(0).log_(), masked)
         ctx.save_for_backward(hidden, weight, targets, total)
-        confidence = (best - total).exp()
+        confidence = (best - total).exp().float()
         ctx.mark_non_differentiable(confidence)
-        return total - chosen, confidence
+        return (total - chosen.where(is_inside, 0.0).sum(0)).float(), confidence
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -226,31 +247,90 @@ class _Scores(torch.autograd.Function):
             return torch.zeros_like(hidden), weight.new_zeros(()).expand_as(weight), None, None
         for_hidden = torch.zeros_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         for_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        for tile in _tiles(hidden, weight):
+        tiles = _tiles(hidden, weight)
+        columns, is_inside = _places(targets, tiles)
+        marks = -is_inside.to(total.dtype)[..., None]  # (tiles, N, 1)
+        for tile, column, mark in zip(tiles, columns, marks, strict=True):
             # d loss / d logits = softmax - one-hot.
-            slope = (hidden @ weight[tile].T).float().sub_(total[:, None]).exp_()
-            column, is_inside = _columns(targets, tile)
-            slope.scatter_add_(-1, column, -is_inside[:, None])
+            slope = _exp_of(_products(hidden, weight[tile]), total).scatter_add_(-1, column, mark)
             slope = slope.mul_(gradient[:, None]).to(hidden.dtype)
             if for_hidden is not None:
-                for_hidden += slope @ weight[tile]
+                for_hidden += _products(slope, weight[tile].T)
             if for_weight is not None:
-                torch.mm(slope.T, hidden, out=for_weight[tile])
+                for_weight[tile] = _products(slope.T, hidden.T)
         return None if for_hidden is None else for_hidden.to(hidden.dtype), for_weight, None, None
 
 
-def _columns(targets: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
-    """(N, 1) column of each target in the tile, and (N,) 1.0; for targets outside of the tile, any column and 0.0."""
-    columns = targets - tile.start
-    is_inside = (columns >= 0) & (columns < tile.stop - tile.start)
-    return columns.where(is_inside, 0)[:, None], is_inside.float()
+def _places(targets: Tensor, tiles: list[slice]) -> tuple[Tensor, Tensor]:
+    """(tiles, N, 1) column of each target in each tile, and (tiles, N) bool; where it is False, any column."""
+    width, last = tiles[0].stop, tiles[-1].stop - tiles[-1].start
+    columns = targets - width * torch.arange(len(tiles), device=targets.device)[:, None]
+    is_inside = (columns >= 0) & (columns < width)
+    columns.clamp_(0, width - 1)
+    columns[-1].clamp_(max=last - 1)
+    return columns[..., None], is_inside
+
+
+def _hide_mask(logits: Tensor, tile: slice, mask_token_id: int) -> None:
+    """Keeps [MASK] from being the best token of a tile's logits."""
+    if tile.start <= mask_token_id < tile.stop:
+        # Not -inf, because the tile may hold nothing else.
+        logits[:, mask_token_id - tile.start] = torch.finfo(logits.dtype).min
+
+
+def _exp_of(logits: Tensor, offset: Tensor) -> Tensor:
+    """exp(logits - offset), in place: (N, V) and (N,)."""
+    logits.sub_(offset[:, None])
+    if logits.device.type == "cpu":
+        # Numbers so small that they vanish in any sum take a processor ten times longer.
+        logits.clamp_(min=-80.0)
+    return logits.exp_()
+
+
+def _as_autocast(hidden: Tensor) -> Tensor:
+    """Inputs in the dtype that autocast gives a linear layer; the weight follows tile by tile.
+
+    So autocast need not act inside, where it would act on the forward pass only; no cast weight is kept for the
+    backward pass, and the gradient of an fp32 weight is not rounded.
+    """
+    device = hidden.device.type
+    return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
+
+
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """(n, d) and (m, d) -> (n, m) products, at least fp32, with `right` in the dtype of `left`."""
+    right = right.to(left.dtype)
+    if _is_widened(left):
+        return F.linear(left.float(), right.float())
+    if left.dtype in HALF:
+        return torch.mm(left, right.T, out_dtype=torch.float32)
+    return F.linear(left, right)
+
+
+def _is_widened(hidden: Tensor) -> bool:
+    """Whether inputs and weights must become fp32 for products that are. On a CPU without bf16 that is faster, too."""
+    return hidden.dtype in HALF and not multiplies_into_single(hidden.device.type)
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def multiplies_into_single(device: str) -> bool:
+    """Whether a kind of device multiplies matrices of half precision into fp32; what can be known only by trying."""
+    half = torch.zeros(1, 1, dtype=torch.bfloat16, device=device)
+    try:
+        torch.mm(half, half, out_dtype=torch.float32)
+    except (NotImplementedError, RuntimeError, TypeError):  # of a CPU; of another library; of an older torch
+        return False
+    return True
 
 
 def _tiles(hidden: Tensor, weight: Tensor) -> list[slice]:
     """Slices of the vocabulary, all of about one size; wide ones are whole segments, but for the last."""
     numbers = TILE_NUMBERS.get(hidden.device.type, TILE_NUMBERS_ELSEWHERE)
-    vocabulary = len(weight)
-    count = -(-vocabulary * len(hidden) // numbers) or 1
+    vocabulary, columns = len(weight), len(hidden)
+    if _is_widened(hidden):
+        columns = max(hidden.shape)  # the tile's weights become fp32 numbers, too
+    count = -(-vocabulary * columns // numbers) or 1
     width = -(-vocabulary // min(count, vocabulary))
     if width > SEGMENT:
         width = -(-width // SEGMENT) * SEGMENT

@@ -342,6 +342,16 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
             return self.lm_head(hidden, mask_token_id=mask_token_id)
         return best_token(self.lm_head(hidden), mask_token_id)
 
+    def deciding_logits(self, hidden: Tensor) -> Tensor:
+        """(N, D) inputs of the head -> (N, V) logits to decide by, without gradient.
+
+        They are fp32 in a model of half precision, where those of `forward` are rounded; a head that is more than a
+        weight (an adapter, a quantised one) gives its own.
+        """
+        if is_plain(self.lm_head, RelayHead):
+            return self.lm_head(hidden, deciding=True)
+        return self.lm_head(hidden)
+
     def receives_state(self, input_ids: Tensor) -> Tensor:
         """(B, L) bool, positions that the state enters under `config.relay_scope`."""
         return in_scope(self.config, input_ids == self.config.mask_token_id)
