@@ -176,12 +176,11 @@ def best_tokens(hidden: Tensor, weight: Tensor, mask_token_id: int) -> tuple[Ten
     with torch.autocast(hidden.device.type, enabled=False):
         masked = _products(hidden, weight[mask_token_id][None])[:, 0]
         tiles = [_best_of_tile(hidden, weight, tile, mask_token_id) for tile in _tiles(hidden, weight)]
-    best, token, total = tiles[0]
-    if len(tiles) > 1:
-        bests, tokens, totals = map(torch.stack, zip(*tiles, strict=True))  # (tiles, N)
-        best, number = bests.max(0)
-        token = tokens.gather(0, number[None])[0]
-        total = (totals * (bests - best).exp_()).sum(0)
+    bests, tokens, totals = zip(*tiles, strict=True)
+    best, total = _merged(bests, totals)
+    token = tokens[0]
+    if len(tokens) > 1:
+        token = torch.stack(tokens).gather(0, torch.stack(bests).argmax(0)[None])[0]
     return (1.0 / (total + (masked - best).exp())).float(), token
 
 
@@ -191,6 +190,15 @@ def _best_of_tile(hidden: Tensor, weight: Tensor, tile: slice, mask_token_id: in
     _hide_mask(logits, tile, mask_token_id)
     best, column = _maximum(logits)
     return best, column + tile.start, _exp_of(logits, best).sum(-1)
+
+
+def _merged(bests: tuple[Tensor, ...], totals: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """(N,) best logit of all tiles, and sum of exp(logit - best) over them, from the same of each."""
+    if len(bests) == 1:
+        return bests[0], totals[0]
+    stacked = torch.stack(bests)  # (tiles, N)
+    best = stacked.amax(0)
+    return best, (torch.stack(totals) * (stacked - best).exp_()).sum(0)
 
 
 @torch.no_grad()
@@ -230,27 +238,25 @@ class _Scores(torch.autograd.Function):
             _hide_mask(logits, tile, mask_token_id)
             best = logits.amax(-1)
             parts.append((chosen, best, _exp_of(logits, best).sum(-1)))
-        chosen, bests, totals = map(torch.stack, zip(*parts, strict=True))  # (tiles, N)
+        chosen, bests, totals = zip(*parts, strict=True)
+        best, total = _merged(bests, totals)
         masked = _products(hidden, weight[mask_token_id][None])[:, 0]
-        best = bests.amax(0)
-        total = torch.logaddexp(best + (totals * (bests - best).exp_()).sum(0).log_(), masked)
-        ctx.save_for_backward(hidden, weight, targets, total)
+        total = torch.logaddexp(best + total.log(), masked)
+        ctx.save_for_backward(hidden, weight, total, columns, is_inside)
         confidence = (best - total).exp().float()
         ctx.mark_non_differentiable(confidence)
-        return (total - chosen.where(is_inside, 0.0).sum(0)).float(), confidence
+        return (total - torch.stack(chosen).where(is_inside, 0.0).sum(0)).float(), confidence
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, total = ctx.saved_tensors
+        hidden, weight, total, columns, is_inside = ctx.saved_tensors
         if len(hidden) == 0:
             # Zeros that take no memory. Not None: processes that train together must have the same gradients to send.
             return torch.zeros_like(hidden), weight.new_zeros(()).expand_as(weight), None, None
         for_hidden = torch.zeros_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         for_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        tiles = _tiles(hidden, weight)
-        columns, is_inside = _places(targets, tiles)
         marks = -is_inside.to(total.dtype)[..., None]  # (tiles, N, 1)
-        for tile, column, mark in zip(tiles, columns, marks, strict=True):
+        for tile, column, mark in zip(_tiles(hidden, weight), columns, marks, strict=True):
             # d loss / d logits = softmax - one-hot.
             slope = _exp_of(_products(hidden, weight[tile]), total).scatter_add_(-1, column, mark)
             slope = slope.mul_(gradient[:, None]).to(hidden.dtype)

@@ -556,6 +556,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_backward(
       finished(of_group(weights.transpose(-2, -1).matmul(gradient), device_value)), Tensor()};
 }
 
+// -- products of half precision into fp32, which a CPU does not have and CUDA does in one launch -----------------------
+
+Tensor multiply_into(const Tensor& left, const Tensor& right, at::ScalarType dtype) {
+  TORCH_CHECK(on_device(left) && on_device(right), "fakegpu multiplies its own tensors only");
+  count_launch("aten::mm");
+  Inside inside;
+  return copy_to_device(cpu_alias(left).to(dtype).mm(cpu_alias(right).to(dtype)));
+}
+
 // -- autocast, as on CUDA ---------------------------------------------------------------------------------------------
 
 // Those operations of ATen/autocast_mode.h that transformers' decoders and our code call.
@@ -630,6 +639,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("set_.source_Storage", set_whole_storage);
   m.impl("set_.source_Tensor", set_tensor);
   m.impl("record_stream", record_stream);
+  m.impl("mm.dtype", multiply_into);
   m.impl("_scaled_dot_product_fused_attention_overrideable", attend);
   m.impl("_scaled_dot_product_fused_attention_overrideable_backward", attend_backward);
   for (const char* name : OF_LISTS) m.impl(name, torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
