@@ -78,6 +78,7 @@ class CleanPrefix(Prefix):
         length: positions of it that the pass sees.
         before: (B, A * S, D) input of the head at the position before each packed one; None without token shift.
         takes_before: (B, A * S) bool, positions that use it whatever is in the column before; None = no others.
+        masks: how many [MASK]s the rows show that a channel reads.
         whole_rows: makes of what the pass leaves of its blocks, what a channel reads of the rows that they are part of.
     """
 
@@ -87,10 +88,11 @@ class CleanPrefix(Prefix):
         length: int,
         before: Tensor | None,
         takes_before: Tensor | None,
+        masks: int,
         whole_rows: Callable[..., tuple[Tensor, ...]],
     ) -> None:
         # The channel reads raw outputs, those of known blocks included, so only the head needs aligning.
-        super().__init__(clean.layers, length, before=before, takes_before=takes_before)
+        super().__init__(clean.layers, length, before=before, takes_before=takes_before, masks=masks)
         self.whole_rows = whole_rows
 
     def rows_for_channel(

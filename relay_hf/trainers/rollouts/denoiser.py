@@ -34,7 +34,7 @@ from ...modeling.attention_packed_relay import dense_mask, packed_pattern
 from ...modeling.attention_relay import align_to_positions
 from ...modeling.channel_relay import in_scope
 from ...modeling.outputs_relay import RelayOutput
-from ...modeling.prefix_relay import denoise
+from ...modeling.prefix_relay import Prefix, denoise
 from ...modeling.versions_relay import as_cache_argument
 from .clean_text import CleanPrefix, CleanText
 from .rows import RolloutRows, fit_positions
@@ -130,19 +130,43 @@ class SequenceDenoiser:
         """Steps share nothing but the state."""
 
     def step(self, rows: RolloutRows, state: Tensor | None, leaves_state: bool) -> StepResult:
-        places = places_of(rows.masked, int(rows.masked.sum()))
-        output = self._forward(rows, state, places, targets=rows.clean_ids, leaves_state=leaves_state)
+        sizes = SequenceSizes(rows, self.config.mask_token_id)
+        places = places_of(rows.masked, sizes.scored)
+        output = self._forward(rows, sizes, state, places, targets=rows.clean_ids, leaves_state=leaves_state)
         losses, confidence = (spread(n, places, rows.masked) for n in (output.token_losses, output.confidence))
         return StepResult(losses, confidence, output.relay_state)
 
     def predicted_state(self, rows: RolloutRows) -> Tensor:
-        return self._forward(rows, None, None).relay_state
+        return self._forward(rows, SequenceSizes(rows, self.config.mask_token_id), None, None).relay_state
 
-    def _forward(self, rows: RolloutRows, state: Tensor | None, scored: Places | None, **scoring: Any) -> RelayOutput:
-        ids, receives = rows.noisy_ids(self.config.mask_token_id), receives_state(self.config, rows)
+    def _forward(
+        self, rows: RolloutRows, sizes: "SequenceSizes", state: Tensor | None, scored: Places | None, **scoring: Any
+    ) -> RelayOutput:
         return denoise(
-            self.model, ids, None, state, scored, receives=receives, attention_mask=rows.attention_mask, **scoring
+            self.model,
+            rows.noisy_ids(self.config.mask_token_id),
+            Prefix([], 0, is_one_block=True, is_aligned=True, masks=sizes.masks),
+            state,
+            scored,
+            receives=receives_state(self.config, rows),
+            attention_mask=rows.attention_mask if sizes.is_padded else None,
+            **scoring,
         )
+
+
+class SequenceSizes:
+    """What the host has to know of whole rows before a step; to find out waits for the device once.
+
+    Attributes:
+        scored: number of masked positions.
+        masks: number of positions that show [MASK].
+        is_padded: whether a row has padding.
+    """
+
+    def __init__(self, rows: RolloutRows, mask_token_id: int) -> None:
+        shown = rows.noisy_ids(mask_token_id) == mask_token_id
+        numbers = rows.masked.sum(), shown.sum(), (~rows.attention_mask).sum()
+        self.scored, self.masks, self.is_padded = torch.stack(numbers).tolist()
 
 
 def rounded_up(number: int, unit: int) -> int:
@@ -155,6 +179,7 @@ class PackedBlocks:
 
     Args:
         masked: (B, L') bool, L' a multiple of `unit`.
+        shown: (B, L') bool, where the text shows [MASK].
         size: S.
         unit: a multiple of S, to multiples of which A * S and the clean text that the blocks see are rounded up.
 
@@ -164,15 +189,17 @@ class PackedBlocks:
             ones, whose results are not read.
         is_active: (B, A * S) bool, packed positions of active blocks.
         seen: columns of the clean text, behind which no active block begins.
+        masks: how many [MASK]s the active blocks show.
         scored: rows and packed columns, (N,) each, of the masked positions.
         places: rows and columns, (N,) each, of the same positions before packing.
     """
 
-    def __init__(self, masked: Tensor, size: int, unit: int) -> None:
+    def __init__(self, masked: Tensor, shown: Tensor, size: int, unit: int) -> None:
         active = masked.view(len(masked), -1, size).any(-1)  # (B, blocks)
         last = (active * torch.arange(active.shape[1], device=masked.device)).max()
         # All that the host has to know of a step, in one transfer; with these sizes, nothing else waits.
-        count, last, total = torch.stack([active.sum(-1).max(), last, masked.sum()]).tolist()
+        masks = (shown.view(*active.shape, size) & active[..., None]).sum()
+        count, last, total, self.masks = torch.stack([active.sum(-1).max(), last, masked.sum(), masks]).tolist()
         self.seen = rounded_up(last * size, unit)
         width = rounded_up(max(count, 1) * size, unit)
         # Active blocks first, in their order.
@@ -261,7 +288,7 @@ class BlockDenoiser:
         self.clean_hidden = align_to_positions(hidden, self.positions) if self.config.token_shift else hidden
 
     def step(self, rows: RolloutRows, state: Tensor | None, leaves_state: bool) -> StepResult:
-        blocks = PackedBlocks(self._pad(rows.masked), self.size, self.unit)
+        blocks = self._packed(rows)
         targets, receives = blocks.pack(self.clean_ids), None
         if state is not None:
             state = blocks.pack(self._pad(state))
@@ -274,8 +301,13 @@ class BlockDenoiser:
         return StepResult(losses + self.edge, confidence, state)
 
     def predicted_state(self, rows: RolloutRows) -> Tensor:
-        blocks = PackedBlocks(self._pad(rows.masked), self.size, self.unit)
+        blocks = self._packed(rows)
         return self._forward(blocks, None, None).relay_state[:, : self.length]
+
+    def _packed(self, rows: RolloutRows) -> PackedBlocks:
+        mask_token_id = self.config.mask_token_id
+        shown = self._pad(rows.noisy_ids(mask_token_id)) == mask_token_id
+        return PackedBlocks(self._pad(rows.masked), shown, self.size, self.unit)
 
     def _forward(
         self, blocks: PackedBlocks, state: Tensor | None, scored: Places | None, **scoring: Any
@@ -284,7 +316,7 @@ class BlockDenoiser:
         before = blocks.pack(self.clean_hidden) if self.config.token_shift else None
         whole_rows = partial(self._whole_rows, blocks)
         takes_before = self._takes_before(blocks.columns)
-        prefix = CleanPrefix(self.clean, blocks.seen, before, takes_before, whole_rows)
+        prefix = CleanPrefix(self.clean, blocks.seen, before, takes_before, blocks.masks, whole_rows)
         attention = self._pattern(blocks.columns, blocks.seen) if self.has_pattern else self._mask(blocks, prefix)
         return denoise(
             self.model,

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ...modeling import RelayForMaskedDiffusion
 from ...modeling.channel_relay import DistributionChannel
-from ...modeling.outputs_relay import RelayOutput
+from ...modeling.outputs_relay import Readings, RelayOutput
 from ...modeling.prefix_relay import Prefix
 
 
@@ -34,11 +34,10 @@ class Reference:
             return self.model(input_ids, logits_to_keep=logits_to_keep, output_relay_state=False, **kwargs)
         output = self.model(input_ids, logits_to_keep=0, output_relay_state=False, **kwargs)
         head_inputs, is_masked = output.head_inputs, input_ids == self.config.mask_token_id
-        if isinstance(prefix := kwargs.get("cache"), Prefix):
-            _, head_inputs, is_masked = prefix.rows_for_channel(head_inputs, head_inputs, is_masked)
+        prefix, embeddings = cast(Prefix, kwargs["cache"]), self.target.get_input_embeddings()
+        seen = prefix.rows_for_channel(head_inputs, head_inputs, is_masked)
         channel = cast(DistributionChannel, self.target.relay)
-        embeddings = self.target.get_input_embeddings()
-        output.relay_state = channel.state_of(head_inputs[is_masked], is_masked, self._head, embeddings)
+        output.relay_state = channel.next_state(Readings(*seen, self._head, embeddings, prefix.masks))
         return output
 
     def _head(self, hidden: Tensor) -> Tensor:
