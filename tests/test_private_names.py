@@ -77,6 +77,12 @@ def attention_of_a_configuration() -> None:
     assert config._attn_implementation == "sdpa"
 
 
+def fixed_addresses() -> None:
+    tensor = torch.zeros(1)
+    torch._dynamo.mark_static_address(tensor)
+    assert tensor._dynamo_static_input_type == "unguarded"
+
+
 def missing_files_are_none() -> None:
     assert cached_file(str(PACKAGE), "no such file", _raise_exceptions_for_missing_entries=False) is None
 
@@ -96,6 +102,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "_actions": parser_actions,
     "_attn_implementation": attention_of_a_configuration,
     "_can_checkpoint_with_cache": layers_may_keep_caches,
+    "_dynamo": fixed_addresses,
     "_enqueue": read_by(DirectStreamer, name="def _enqueue(self, item)"),
     "_eos_token_tensor": special_tokens_as_tensors,
     "_finish_current_push": read_by(Trainer, name="self._finish_current_push("),
@@ -107,6 +114,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "_raise_exceptions_for_missing_entries": missing_files_are_none,
     "_resolve_model": read_by(ChatCompletionHandler, name="self._resolve_model(body)"),
     "_train_batch_size": read_by(Trainer, name="self._train_batch_size = args.train_batch_size"),
+    "_valid_auto_compile_criteria": read_by(GenerationMixin, name="if self._valid_auto_compile_criteria(model_kwargs"),
 }
 
 # Class of a library -> what ours override there; the library must go on using it.

@@ -29,6 +29,13 @@ class RelayLayer(DynamicLayer):
         self.length = 0
         self.wanted = wanted
 
+    @classmethod
+    def of(cls, memory: tuple[Tensor, Tensor], length: int) -> "RelayLayer":
+        """A layer in this memory, (B, heads, capacity, width) each, whose first `length` positions are committed."""
+        layer = cls()
+        layer._hold(memory, length)
+        return layer
+
     def write(self, new: tuple[Tensor, Tensor], rows: Tensor | None, places: Tensor | None, width: int) -> None:
         """Writes keys and values behind the committed ones, without committing them.
 

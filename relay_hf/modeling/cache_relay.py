@@ -208,14 +208,23 @@ class RelayCache(DynamicCache):
                 "`commit` takes the prefix of the cache's last forward, over all rows and positions: make it by "
                 "`prefix = cache.prefix()`, call the model with `cache=prefix`, and then commit."
             )
-        count = input_ids.shape[1]
+        last = slice(input_ids.shape[1] - 1, input_ids.shape[1])
+        self.append(input_ids, *(None if raw is None else raw[:, last] for raw in (prefix.hidden, prefix.read_out)))
+
+    def append(self, input_ids: Tensor, last_hidden: Tensor | None, last_read_out: Tensor | None) -> None:
+        """Commits positions whose keys and values are behind the committed ones; forgets the block in work.
+
+        Args:
+            input_ids: (B, L) tokens of those positions, a whole number of blocks.
+            last_hidden: (B, 1, D) raw input of the head at the last one.
+            last_read_out: (B, 1, D), what the channel reads there.
+        """
         for layer in self.layers:
-            layer.advance(count)
+            layer.advance(input_ids.shape[1])
         self.tokens = input_ids if self.tokens is None else torch.cat([self.tokens, input_ids], dim=1)
-        last = slice(count - 1, count)
         # Copies: views would keep the outputs of a whole prefill alive.
         self.last_hidden, self.last_read_out = (
-            None if raw is None else raw[:, last].detach().clone() for raw in (prefix.hidden, prefix.read_out)
+            None if raw is None else raw.detach().clone() for raw in (last_hidden, last_read_out)
         )
         self.relay_state = self._in_work = None
 

@@ -17,7 +17,7 @@ from .generation_shortcuts_relay import SubBlockCache, state_of_part
 from .generation_start_relay import RelayStart
 from .generation_steps_relay import Block, Forward, Step, StepPlanner
 from .generation_stopping_relay import Stopping
-from .generation_tokens_relay import Choice, TokenChooser, other_than_mask, uniform_numbers
+from .generation_tokens_relay import Choice, TokenChooser, uniform_numbers
 from .outputs_relay import RelayGenerateOutput
 from .prefix_relay import denoise
 from .unmasking_relay import Progress
@@ -82,8 +82,7 @@ class BlockDecoder:
             # 3. End rows, and drop the ended ones.
             self.stopping.apply(grid, columns)
             self._stream(columns)
-            if (alive := grid.retire(columns.stop)) is not None and len(alive):
-                self.cache.batch_select_indices(alive)
+            self._retire(columns.stop)
             if columns.stop == final_column or not grid.ends:
                 break
             # 4. Commit the block.
@@ -91,12 +90,22 @@ class BlockDecoder:
                 self.uncommitted = grid.width
             else:
                 self._commit(begin, columns.stop)
-                self.commit_forwards[grid.rows] += 1
+                self.commit_forwards[grid.rows] += grid.end > columns.stop
                 self._reveal_first(columns.stop)
             begin = columns.stop
         if self.streamer is not None:
             self.streamer.end()
+        self._finish()
         return self._output()
+
+    def _retire(self, stop: int) -> None:
+        """Drops the rows that end before column `stop`."""
+        if (alive := self.grid.retire(stop)) is not None and len(alive):
+            self.cache.batch_select_indices(alive)
+
+    def _finish(self) -> None:
+        """Gives back memory behind the committed text."""
+        self.cache.trim()
 
     # -- committed blocks -------------------------------------------------------------------------------------------
 
@@ -137,7 +146,8 @@ class BlockDecoder:
         nowhere = torch.full_like(grid.rows, torch.iinfo(torch.long).min)
         block = Block(
             columns,
-            masks_at_begin=grid.masked(columns).sum(-1).clamp(min=1),
+            texts := grid.texts(columns),
+            masks_at_begin=texts.masked(self.mask_token_id).sum(-1).clamp(min=1),
             sub_block=nowhere,
             progress=Progress(torch.zeros_like(nowhere), torch.zeros_like(nowhere)),
             shortcut=SubBlockCache.of(self.options, self.model.config, nowhere),
@@ -223,8 +233,7 @@ class BlockDecoder:
         """
         grid = self.grid
         if not self.chooser.needs_logits:
-            confidence, tokens = self.model.best_tokens(head_inputs)
-            return Choice(other_than_mask(tokens, self.mask_token_id), confidence, confidence)
+            return self.chooser.best(self.model, head_inputs)
         numbers = uniform_numbers(
             self.seeds[grid.rows[rows]], self.denoise_forwards[grid.rows[rows]], columns - grid.offset[rows]
         )

@@ -10,13 +10,13 @@ block.
 """
 
 from dataclasses import dataclass
-from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .configuration_relay import RelayConfig
+from .generation_candidates_relay import Texts
 from .outputs_relay import RelayGenerateHistory
 
 
@@ -148,9 +148,10 @@ class DecodingGrid:
         column = torch.arange(begin, stop, device=self.tokens.device)[None]
         return (column - self.offset[:, None]).clamp(0, self.last_position) if self.is_padded else column
 
-    def masked(self, columns: slice) -> Tensor:
-        """(B, S) bool, masked positions of the rows' own texts in these columns."""
-        return (self.tokens[:, columns] == self.mask_token_id) & self.visible[:, columns]
+    def texts(self, columns: slice) -> Texts:
+        """The block in these columns; its tokens are a view."""
+        ends = (each - columns.start for each in (self.prompt_end, self.end, self.anchor))
+        return Texts(self.tokens[:, columns], self.visible[:, columns], *ends)
 
     def shown(self, columns: slice) -> Tensor:
         """The tokens of the only row's block that a streamer gets: new ones, or all if nothing is appended."""
@@ -172,16 +173,21 @@ class DecodingGrid:
             (n,) indices of the rows that stay, or None if all do.
         """
         self.save_active_rows(stop)
-        stays = [end > stop for end in self.ends]
-        if all(stays):
+        stays = [row for row, end in enumerate(self.ends) if end > stop]
+        if len(stays) == len(self.ends):
             return None
-        left = [end - prompt_end for end, prompt_end in zip(self.ends, self.prompt_ends, strict=True) if end <= stop]
-        self.most_new = max(self.most_new, *left)
-        self.ends, self.prompt_ends = (list(compress(each, stays)) for each in (self.ends, self.prompt_ends))
-        alive = torch.nonzero_static(self.end > stop, size=sum(stays))[:, 0]
-        for name in ("rows", "tokens", "visible", "offset", "prompt_end", "end", "anchor"):
-            setattr(self, name, getattr(self, name)[alive])
+        alive = torch.nonzero_static(self.end > stop, size=len(stays))[:, 0]
+        self.keep(alive, stays)
         return alive
+
+    def keep(self, rows: Tensor, on_host: list[int]) -> None:
+        """Drops all rows but those with these indices, (n,), and the same on the host; dropped ones have ended."""
+        news = [end - prompt_end for end, prompt_end in zip(self.ends, self.prompt_ends, strict=True)]
+        dropped = set(range(len(news))) - set(on_host)
+        self.most_new = max([self.most_new, *(news[row] for row in dropped)])
+        self.ends, self.prompt_ends = ([each[row] for row in on_host] for each in (self.ends, self.prompt_ends))
+        for name in ("rows", "tokens", "visible", "offset", "prompt_end", "end", "anchor"):
+            setattr(self, name, getattr(self, name)[rows])
 
     def as_given(self, grid: Tensor, padding: Tensor, behind: float | Tensor, new_tokens: int) -> Tensor:
         """Undoes the alignment: values of the grid in the caller's padded layout, new tokens behind the prompts.
@@ -229,6 +235,12 @@ class RevealRecorder:
         at = torch.zeros_like(rows) if forward is None else forward
         self.revealed_at[rows, columns] = torch.where(revealed, at[:, None], self.revealed_at[rows, columns])
         self.confidence[rows, columns] = torch.where(revealed, confidence, self.confidence[rows, columns])
+
+    def record_block(self, rows: Tensor, columns: slice, revealed_at: Tensor, confidence: Tensor) -> None:
+        """Notes what all steps of a block revealed, as `record` does; `revealed_at`: (N, S), 0 where none did."""
+        at = self.revealed_at[rows, columns]
+        self.confidence[rows, columns] = confidence.where(revealed_at > 0, self.confidence[rows, columns])
+        self.revealed_at[rows, columns] = revealed_at.where(revealed_at > 0, at)
 
     def history(self, grid: DecodingGrid, denoise_forwards: Tensor) -> RelayGenerateHistory:
         """The recorded numbers in the layout of the caller's prompts; `denoise_forwards`: (B,), one count per row."""

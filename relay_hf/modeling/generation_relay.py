@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
 from transformers.generation import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
@@ -20,6 +25,7 @@ from .generation_grid_relay import DecodingGrid, Prompts
 from .generation_options_relay import DecodingOptions, complete_generation_config
 from .generation_processors_relay import check_counts, drop_empty
 from .generation_start_relay import STARTS
+from .generation_static_relay import StaticDecoder, step_compilation
 from .generation_stopping_relay import Stopping
 from .generation_tokens_relay import TokenChooser
 from .outputs_relay import RelayGenerateOutput
@@ -115,7 +121,7 @@ class RelayGenerationMixin(GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        if generation_config.cache_implementation not in (None, "dynamic"):
+        if generation_config.cache_implementation not in (None, "dynamic", "static"):
             raise ValueError(
                 f"`cache_implementation={generation_config.cache_implementation!r}` cannot hold the relay state: leave "
                 "it out, and generate uses a `RelayCache`."
@@ -182,7 +188,8 @@ class RelayGenerationMixin(GenerationMixin):
         draws, device = generation_config.do_sample, self.get_input_embeddings().weight.device
         cache: RelayCache = pop_cache(model_kwargs)
         grid = DecodingGrid(prompts, new_tokens, self.config, options.sub_block_size, device)
-        decoder = BlockDecoder(
+        is_static = generation_config.cache_implementation == "static"
+        decoder = (StaticDecoder if is_static else BlockDecoder)(
             model=self,
             cache=cache,
             grid=grid,
@@ -195,10 +202,10 @@ class RelayGenerationMixin(GenerationMixin):
             start=None if options.relay_start is None else STARTS[options.relay_start](reference_model),
             stopping=Stopping.of(generation_config, stopping_criteria, self.config.mask_token_id),
             streamer=streamer,
+            **({"compile_config": step_compilation(self, generation_config)} if is_static else {}),
         )
         with cache.undone_by_exceptions():
             output = decoder.run()
-            cache.trim()
         return output if generation_config.return_dict_in_generate else output.sequences
 
 

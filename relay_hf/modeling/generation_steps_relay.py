@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from .cache_relay import rows_of
+from .generation_candidates_relay import Candidates, Texts, find_candidates, progress_before
 from .generation_grid_relay import DecodingGrid
 from .generation_options_relay import DecodingOptions
 from .generation_shortcuts_relay import Part, SubBlockCache
 from .generation_stopping_relay import Stopping
-from .unmasking_relay import Progress, in_earliest_sub_block, sub_blocks_of
+from .unmasking_relay import Progress
 
 
 @dataclass
@@ -24,6 +25,7 @@ class Block:
 
     Args:
         columns: the block's columns in the grid.
+        texts: the block of each row; its tokens are those of the grid.
         masks_at_begin: (B,) number of each row's positions that were masked, at least 1.
         sub_block: (B,) long, number of the sub-block that each row's last step was about.
         progress: each row's steps within its sub-block.
@@ -32,6 +34,7 @@ class Block:
     """
 
     columns: slice
+    texts: Texts
     masks_at_begin: Tensor
     sub_block: Tensor
     progress: Progress
@@ -135,31 +138,22 @@ class StepPlanner:
             block: the block in work.
             is_committed: a commit has scored the block's first position, if the model scores it there.
         """
-        grid, columns = self.grid, block.columns
-        masked = grid.masked(columns)
-        column = torch.arange(columns.start, columns.stop, device=masked.device)  # (S,)
-        # Masks behind the row's end or its stop token need no forward.
-        end = self.stopping.ends(grid, columns)
-        needed = masked & (column < end[:, None])
-        active = needed.any(-1)
-        sub_blocks = sub_blocks_of(grid.width, self.size, grid.anchor - columns.start)  # (B, S)
-        candidates = masked & in_earliest_sub_block(needed, sub_blocks) & active[:, None]
-        sub_block = sub_blocks.gather(1, needed.long().argmax(-1, keepdim=True))[:, 0]  # (B,)
+        now = find_candidates(block.texts, self.stopping.token_ids, self.size, self.config.mask_token_id)
         step = Step(
-            masked=masked,
-            candidates=candidates,
-            certain=torch.zeros_like(candidates),
-            active=active,
-            sub_block=sub_block,
-            begins=grid.anchor - columns.start + sub_block * self.size,
-            progress=self._advance(block, active, sub_block, candidates.sum(-1)),
-            end=end,
-            ends=grid.ends,
+            masked=now.masked,
+            candidates=now.candidates,
+            certain=torch.zeros_like(now.candidates),
+            active=now.active,
+            sub_block=now.sub_block,
+            begins=now.begins,
+            progress=self._advance(block, now),
+            end=now.end + block.columns.start,
+            ends=self.grid.ends,
         )
         if self.config.token_shift and not is_committed:
             # The fused commit scores the block's first token, as a commit of its own would; the policy has no say.
-            step.certain[:, 0] = candidates[:, 0]
-        whole = [Part(active, candidates, None, None)]
+            step.certain[:, 0] = now.candidates[:, 0]
+        whole = [Part(now.active, now.candidates, None, None)]
         parts = whole if block.shortcut is None else block.shortcut.parts(step)
         sizes = self._foreseen(block, is_committed) or self._read(block, step, parts)
         step.forwards = [
@@ -167,24 +161,11 @@ class StepPlanner:
         ]
         return step
 
-    def _advance(self, block: Block, active: Tensor, sub_block: Tensor, masks: Tensor) -> Progress:
-        """Counts one more step of each active row; returns the progress before it.
-
-        In a block model, the steps are for all positions of a sub-block, prompt included, as SDAR counts them; on a
-        canvas, for those that were masked at the sub-block's first step.
-
-        Args:
-            block: the block in work; its `sub_block` and `progress` are brought up to date.
-            active: (B,) bool, rows that take part in the step.
-            sub_block: (B,) long, sub-block that each row's step is about.
-            masks: (B,) long, masked positions of that sub-block.
-        """
-        is_new = active & (sub_block != block.sub_block)
-        step, positions = block.progress
-        total = masks if self.is_canvas else torch.full_like(masks, self.size)
-        before = Progress(step.where(~is_new, 0), positions.where(~is_new, total))
-        block.sub_block = sub_block.where(active, block.sub_block)
-        block.progress = Progress(before.step + active, before.positions)
+    def _advance(self, block: Block, now: Candidates) -> Progress:
+        """Counts one more step of each active row; returns the progress before it."""
+        before = progress_before(block.progress, block.sub_block, now, self.size, self.is_canvas)
+        block.sub_block = now.sub_block.where(now.active, block.sub_block)
+        block.progress = Progress(before.step + now.active, before.positions)
         return before
 
     def _foreseen(self, block: Block, is_committed: bool) -> list[Size]:
@@ -192,18 +173,25 @@ class StepPlanner:
 
         It is too high where a commit has just revealed a stop token, which ends the row.
         """
-        grid, begin, width = self.grid, block.columns.start, self.grid.width
-        if not block.is_new or self.is_canvas or self.is_watched or block.columns.stop > grid.visible_stop:
+        grid, begin, stop = self.grid, block.columns.start, block.columns.stop
+        if not block.is_new or self.is_canvas or self.is_watched or stop > grid.visible_stop:
             return []
-        known = int(self.config.token_shift and is_committed and begin > 0)
-        firsts = [max(prompt_end - begin, known) for prompt_end in grid.prompt_ends]
+        firsts = self.first_masks(begin, is_committed)
         scored = [
             self.size - first % self.size
             for first, end in zip(firsts, grid.ends, strict=True)
-            if first < width and begin + first < end
+            if begin + first < min(end, stop)
         ]
-        masks = sum(width - first for first in firsts) if self.counts_masks else None
-        return [Size(len(scored), sum(scored), width, masks)] if scored else []
+        masks = sum(grid.width - first for first in firsts) if self.counts_masks else None
+        return [Size(len(scored), sum(scored), grid.width, masks)] if scored else []
+
+    def first_masks(self, begin: int, is_committed: bool) -> list[int]:
+        """Position of each row's first mask in the block at column `begin`, as far as the host knows.
+
+        Only in models with blocks. A row may have ended with the token that a commit has just revealed.
+        """
+        known = int(self.config.token_shift and is_committed and begin > 0)
+        return [max(prompt_end - begin, known) for prompt_end in self.grid.prompt_ends]
 
     def _read(self, block: Block, step: Step, parts: list[Part]) -> list[Size]:
         """Waits for the device, which has the sizes of the parts and the ends of the rows."""

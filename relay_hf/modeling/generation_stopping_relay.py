@@ -45,15 +45,6 @@ class Stopping:
         padding = padding_token(generation_config.pad_token_id, stops, mask_token_id)
         return cls(generation_config._eos_token_tensor, padding, criteria, mask_token_id)
 
-    def ends(self, grid: DecodingGrid, columns: slice) -> Tensor:
-        """(B,) column behind the last token of each row, the stop tokens among the new ones of a block considered."""
-        if self.token_ids is None:
-            return grid.end
-        column = torch.arange(columns.start, columns.stop, device=grid.tokens.device)
-        # Not `isin`, which sorts many stop tokens, and waits for the device to do so.
-        is_stop = (grid.tokens[:, columns, None] == self.token_ids).any(-1) & (column >= grid.prompt_end[:, None])
-        return torch.minimum(grid.end, torch.where(is_stop, column + 1, grid.tokens.shape[1]).amin(-1))
-
     def apply(self, grid: DecodingGrid, columns: slice) -> None:
         """Applies the criteria to a complete block: text criteria are asked about every new prefix, and a time limit
         ends all rows behind this block."""

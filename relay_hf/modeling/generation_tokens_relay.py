@@ -51,6 +51,11 @@ class TokenChooser:
         """Whether the best token and its probability are not enough to choose."""
         return self.do_sample or self.measures != "confidence" or len(self.processors) > 0
 
+    def best(self, model: Any, head_inputs: Tensor) -> Choice:
+        """Chooses the most probable tokens, given (N, D) inputs of the head; if they are enough to choose."""
+        confidence, tokens = model.best_tokens(head_inputs)
+        return Choice(other_than_mask(tokens, self.mask_token_id), confidence, confidence)
+
     def __call__(self, logits: Tensor, context: Tensor, share_left: Tensor, numbers: Tensor) -> Choice:
         """Chooses from logits.
 

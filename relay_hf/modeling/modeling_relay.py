@@ -23,6 +23,7 @@ from .attention_relay import (
     new_positions,
 )
 from .cache_relay import RelayCache, prefix_of
+from .cache_static_relay import Rooms
 from .channel_relay import ChannelPart, in_scope
 from .configuration_relay import RelayConfig
 from .generation_relay import RelayGenerationMixin
@@ -93,6 +94,7 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         # Index among the backbone's hidden states (0 = embeddings), or None for the output of its final norm.
         layers = config.text_config.num_hidden_layers
         self._state_index = None if config.relay_readout == "post_norm" else config.relay_layer % layers + 1
+        self.static_rooms = Rooms()
         self.post_init()
 
     @property

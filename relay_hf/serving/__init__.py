@@ -14,7 +14,7 @@ def run_server(model: str, arguments: ServeArguments) -> None:
 
     Args:
         model: folder or Hub id of a relay model with its tokenizer; `id@revision` names a revision.
-        arguments: address to listen on, device and dtype.
+        arguments: address to listen on, device, dtype and compilation.
 
     Raises:
         ImportError: the optional dependencies are missing.

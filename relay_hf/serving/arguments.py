@@ -13,6 +13,9 @@ class ServeArguments:
     port: int = option(8000, "Port to listen on; 0 for a free one, which is printed.")
     device: str = option("auto", "Where the model runs, for instance cpu or cuda:0.")
     dtype: str = option("auto", "Its dtype, for instance bfloat16; auto is the saved one.")
+    compile: bool = option(
+        False, "Decode by static steps, which accelerators compile: the first requests take minutes, all others less."
+    )
     allow_hosts: list[str] = option(list, "Further names under which the server may be asked; * for any.")
     allow_origins: list[str] = option(
         list, "Web pages that may ask the server, for instance https://example.org; * for any."

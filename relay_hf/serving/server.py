@@ -39,6 +39,7 @@ def build_app(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    compile: bool = False,
     host: str = "localhost",
     allow_hosts: Sequence[str] = (),
     allow_origins: Sequence[str] = (),
@@ -49,6 +50,7 @@ def build_app(
         model: folder or Hub id, also the name by which clients ask for it.
         device: name of a torch device; "auto" takes an accelerator if the machine has one.
         dtype: dtype of the weights; "auto" is the dtype of the checkpoint.
+        compile: decode by static steps, `cache_implementation="static"`, unless a request or the model says otherwise.
         host: address that the server listens on.
         allow_hosts: further names under which it may be asked, "*" for any.
         allow_origins: web pages that may ask it, as `https://example.org`, "*" for any.
@@ -58,7 +60,7 @@ def build_app(
         ValueError: the model is no relay model, or a device or dtype is unknown.
     """
     find_device(device)  # raises if the machine lacks it
-    manager, state = RelayModelManager(device, dtype, force_model=model), RelayGenerationState()
+    manager, state = RelayModelManager(device, dtype, force_model=model), RelayGenerationState(compile)
     others: Any = OtherHandler()
     app = build_server(
         manager,
@@ -184,8 +186,8 @@ class RelayGenerateManager(GenerateManager):
 class RelayGenerationState(GenerationState):
     """One queue for all requests; continuous batching, which goes token by token, is off."""
 
-    def __init__(self) -> None:
-        super().__init__(continuous_batching=False)
+    def __init__(self, compile: bool = False) -> None:
+        super().__init__(compile=compile, continuous_batching=False)
         self._manager = RelayGenerateManager()
 
     def get_manager(self, model_id: str, use_cb: bool = False) -> RelayGenerateManager:

@@ -84,7 +84,6 @@ REFUSED: list[dict[str, Any]] = [
     {"prompt_lookup_num_tokens": 3},
     {"assistant_model": "the model itself"},
     {"use_cache": False},
-    {"cache_implementation": "static"},
     {"cache_implementation": "offloaded"},
     {"cache_implementation": "fast"},
     {"cache": DynamicCache()},

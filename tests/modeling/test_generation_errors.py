@@ -34,7 +34,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "beam search": ({"num_beams": 2}, "asked for beam_search.*`num_beams=1`"),
     "beam sampling": ({"num_beams": 2, "do_sample": True}, "asked for beam_sample"),
     "prompt lookup": ({"prompt_lookup_num_tokens": 2}, "asked for assisted_generation.*without an assistant"),
-    "static cache": ({"cache_implementation": "static"}, "`cache_implementation='static'` cannot hold the relay state"),
     "offloaded cache": ({"cache_implementation": "offloaded"}, "`cache_implementation='offloaded'` cannot hold"),
     "paged cache": ({"cache_implementation": "paged"}, "Continuous batching decodes left to right"),
     "no cache": ({"use_cache": False}, "`use_cache=False` is not supported"),

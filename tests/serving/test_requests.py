@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from relay_hf import RelayConfig, RelayForMaskedDiffusion
+from relay_hf.modeling.generation_static_relay import StaticDecoder
 from relay_hf.serving import access
 from relay_hf.serving.server import build_app
 from relay_hf.testing import CHAT_TEMPLATE, all_tokens_but, byte_tokenizer
@@ -70,6 +72,14 @@ def message_of(response: Any, status: int = 400) -> str:
     assert error.keys() == {"message", "type", "param", "code"}
     assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
     return error["message"]
+
+
+def test_compile_decodes_by_static_steps(folder: Path, client: TestClient) -> None:
+    compiling = build_app(str(folder), device="cpu", compile=True)
+    watched = mock.patch.object(StaticDecoder, "run", autospec=True, side_effect=StaticDecoder.run)
+    with TestClient(compiling, base_url="http://localhost:8000") as other, watched as run:
+        assert text_of(chat(other)) == text_of(chat(client))
+    assert run.call_count == 1
 
 
 # -- others are served meanwhile ---------------------------------------------------------------------------------------

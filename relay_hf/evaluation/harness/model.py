@@ -35,6 +35,8 @@ from ..weights import hash_weights
 
 # Whether and how tokens are drawn is set by tasks.
 GENERATION_OPTIONS = option_names("unmasking")
+# They decide how fast texts come, not which.
+SPEED_OPTIONS = ("cache_implementation", "compile_config")
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,9 @@ class RelayLM(HFLM):
         pretrained: path or id of a checkpoint, or a `RelayForMaskedDiffusion`.
         mc_samples: masks drawn per block for a log-likelihood.
         mc_seed: seed of those masks.
-        kwargs: those of `GENERATION_OPTIONS` replace the model's own settings wherever it decodes, unless a task sets
-            them itself. The rest is that of `HFLM`, which hands what it does not know (`mask_token_id`, `block_size`,
-            ...) to `from_pretrained`.
+        kwargs: those of `GENERATION_OPTIONS` and `SPEED_OPTIONS` replace the model's own settings wherever it decodes,
+            unless a task sets them itself. The rest is that of `HFLM`, which hands what it does not know
+            (`mask_token_id`, `block_size`, ...) to `from_pretrained`.
 
     `generation_forwards` lists what each `generate_until` request cost, in the order of the requests; means per task
     are part of the results (`results["config"]["generation_forwards"]`). Of several processes, each knows its own.
@@ -76,7 +78,8 @@ class RelayLM(HFLM):
     def __init__(
         self, pretrained: str | PreTrainedModel, *, mc_samples: int = 32, mc_seed: int = 0, **kwargs: Any
     ) -> None:
-        self.generation_options = {name: kwargs.pop(name) for name in GENERATION_OPTIONS if name in kwargs}
+        options = (*GENERATION_OPTIONS, *SPEED_OPTIONS)
+        self.generation_options = {name: kwargs.pop(name) for name in options if name in kwargs}
         super().__init__(pretrained, backend="causal", **kwargs)
         use_relay = self.generation_options.get("use_relay", self.model.generation_config.use_relay)
         # "auto" is measured on requests of full length, which most are not: here it means as many as memory allows.

@@ -162,6 +162,16 @@ def test_decoding_options_by_model_and_by_task_act_as_in_generate(
         assert lm.generation_forwards[0].denoise_forwards == int(output.denoise_forwards)
 
 
+def test_static_steps_by_model_write_the_same(
+    text_model: Callable[..., RelayForMaskedDiffusion], tokenizer: Any
+) -> None:
+    model = text_model(token_shift=True)
+    lm = RelayLM(model, tokenizer=tokenizer, batch_size=4, cache_implementation="static")
+    written = lm.generate_until(generation_requests(CONTEXTS, max_gen_toks=20), disable_tqdm=True)
+    assert written == [alone(model, tokenizer, context, max_new_tokens=20)[0] for context in CONTEXTS]
+    assert model.static_rooms.kept
+
+
 def test_decoding_options_are_those_of_generate_that_tasks_do_not_set(
     text_model: Callable[..., RelayForMaskedDiffusion],
 ) -> None:
