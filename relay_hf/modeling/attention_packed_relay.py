@@ -87,9 +87,9 @@ class _Packed(torch.autograd.Function):
         for_key, for_value = (torch.zeros_like(t, dtype=torch.float32) for t in (key, value))
         for queries, columns, mask in _pieces(pattern, query.shape[2], key.shape[2]):
             parts = query[:, :, queries], _keys(key, *columns), _keys(value, *columns)
-            leaves = [part.detach().requires_grad_() for part in parts]
+            query_leaf, key_leaf, value_leaf = leaves = [part.detach().requires_grad_() for part in parts]
             with torch.enable_grad():
-                output = _attend(*leaves, mask, ctx.scaling)
+                output = _attend(query_leaf, key_leaf, value_leaf, mask, ctx.scaling)
             for_query[:, :, queries], *others = torch.autograd.grad(output, leaves, gradient[:, :, queries])
             for total, part in zip((for_key, for_value), others, strict=True):
                 text, own = columns

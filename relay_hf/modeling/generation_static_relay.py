@@ -140,7 +140,8 @@ def _choose(
     rows, places = where[0].flatten(), where[1]
     numbers = uniform_numbers(block.seeds[:, None], block.forwards[:, None], block.positions.gather(1, places))
     share_left = now.masked.sum(-1) / block.masks_at_begin
-    return rules.chooser(model.lm_head(head_inputs), block.tokens[rows], share_left[rows][:, None], numbers.flatten())
+    logits = model.deciding_logits(head_inputs)
+    return rules.chooser(logits, block.tokens[rows], share_left[rows][:, None], numbers.flatten())
 
 
 def _reveal(block: StaticBlock, now: Candidates, rules: Rules, choice: Choice, places: Tensor) -> None:

@@ -238,14 +238,14 @@ class _Scores(torch.autograd.Function):
             _hide_mask(logits, tile, mask_token_id)
             best = logits.amax(-1)
             parts.append((chosen, best, _exp_of(logits, best).sum(-1)))
-        chosen, bests, totals = zip(*parts, strict=True)
+        of_targets, bests, totals = zip(*parts, strict=True)
         best, total = _merged(bests, totals)
         masked = _products(hidden, weight[mask_token_id][None])[:, 0]
         total = torch.logaddexp(best + total.log(), masked)
         ctx.save_for_backward(hidden, weight, total, columns, is_inside)
         confidence = (best - total).exp().float()
         ctx.mark_non_differentiable(confidence)
-        return (total - torch.stack(chosen).where(is_inside, 0.0).sum(0)).float(), confidence
+        return (total - torch.stack(of_targets).where(is_inside, 0.0).sum(0)).float(), confidence
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
