@@ -36,14 +36,14 @@ DECODING: dict[tuple[str, str], tuple[float, float, float, float]] = {
 }
 # Waits of an optimizer step, what logging adds to them, and launches of an optimizer step; for objective and K.
 TRAINING: dict[tuple[str, int | None], tuple[float, float, float]] = {
-    ("relay", 1): (3, 2, 1120),
-    ("relay", 2): (4, 2, 1762),
-    ("relay", 4): (6, 2, 3046),
-    ("relay_sg", 2): (4, 2, 1739),
-    ("rollout", 2): (4, 2, 1661),
-    ("masked", None): (2, 2, 1059),
-    ("complementary", None): (3, 2, 1623),
-    ("residual_context", None): (3, 2, 1297),
+    ("relay", 1): (3, 2, 1112),
+    ("relay", 2): (4, 2, 1745),
+    ("relay", 4): (6, 2, 3011),
+    ("relay_sg", 2): (4, 2, 1722),
+    ("rollout", 2): (4, 2, 1644),
+    ("masked", None): (2, 2, 1051),
+    ("complementary", None): (3, 2, 1606),
+    ("residual_context", None): (3, 2, 1289),
 }
 
 
