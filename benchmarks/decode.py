@@ -12,6 +12,9 @@ Parts, each timed in turns within one process, medians reported:
 - `shortcuts`: the sub-block cache, fused commits and both against exact decoding, and how far their tokens agree.
   Random weights are the worst case for agreement: `divergence.py` asks a trained model.
 - `compile`: exact decoding with the backbone compiled against without.
+- `ragged`: `generate` for 8 rows of different prompt lengths against 8 of one length, with as many tokens in all and
+  one token per step. If lengths are whole blocks apart, both batches take the same steps, so this is the price of
+  padding; with any lengths, rows also wait for each other at the ends of blocks, so that steps are more and smaller.
 - `batch`: tokens per second as the batch grows.
 - `context`: time and peak of the memory that a denoise step allocates, behind 256, 1 024 and 4 096 committed tokens,
   and how much faster that time grows than bare attention over the same keys and values.
@@ -30,7 +33,16 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from decode_workload import BLOCK, Recorder, build_model, generate, make_prompts, peak_memory, reference_loop
+from decode_workload import (
+    BLOCK,
+    Recorder,
+    build_model,
+    generate,
+    make_prompts,
+    peak_memory,
+    prompt_lengths,
+    reference_loop,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -178,6 +190,28 @@ def compiled(model: RelayForMaskedDiffusion, new_tokens: int, repeats: int) -> d
     return result
 
 
+def ragged(model: RelayForMaskedDiffusion, new_tokens: int, repeats: int) -> dict:
+    tokens, result = torch.cat(make_prompts(model, 8, ragged=True)), {}
+    even = [66] * 8
+
+    def run(lengths: list[int]) -> float:
+        prompts = list(tokens[: sum(lengths)].split(lengths))
+        return timed(lambda: generate(model, prompts, new_tokens, unmasking_threshold=1.0))
+
+    run(even)
+    for name, lengths in {
+        "blocks apart": [34, 98, 66, 66, 34, 98, 34, 98],
+        "any": prompt_lengths(8, ragged=True),
+    }.items():
+        run(lengths)
+        times = ratios(lambda lengths=lengths: run(lengths), lambda: run(even), repeats)
+        result[name] = {
+            "ragged_over_even": times["ratio"], "ragged_s": times["numerator_s"], "even_s": times["denominator_s"],
+        }  # fmt: skip
+        print(f"ragged, {name}: {json.dumps(result[name])}", flush=True)
+    return result
+
+
 def growth(model: RelayForMaskedDiffusion, new_tokens: int, repeats: int) -> dict:
     batches = {batch: make_prompts(model, batch, ragged=False) for batch in (1, 2, 4, 8)}
     seconds: dict[int, list[float]] = {batch: [] for batch in batches}
@@ -241,6 +275,7 @@ PARTS = {
     "channel": channel,
     "shortcuts": shortcuts,
     "compile": compiled,
+    "ragged": ragged,
     "batch": growth,
     "context": context,
 }

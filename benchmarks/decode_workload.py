@@ -69,12 +69,11 @@ def generate(
         torch.nn.utils.rnn.pad_sequence(prompts, **padding),
         attention_mask=mask,
         max_new_tokens=new_tokens,
-        unmasking_threshold=THRESHOLD,
         sub_block_size=SUB_BLOCK,
         eos_token_id=None,
         pad_token_id=0,
         return_dict_in_generate=True,
-        **options,
+        **{"unmasking_threshold": THRESHOLD, **options},
     )
 
 
