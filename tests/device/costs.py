@@ -46,6 +46,7 @@ BATCHES = {"one row": [72], "8 even": [72] * 8, "8 ragged": [32, 64, 96, 40, 72,
 # What is generated beside plain greedy decoding: prompts, and options.
 DECODING: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in BATCHES},
+    **{f"{name}, static": (name, {"cache_implementation": "static"}) for name in BATCHES},
     "one row, sampling": ("one row", {"do_sample": True}),
     "8 ragged, sampling": ("8 ragged", {"do_sample": True}),
     "one row, fused commits": ("one row", {"fuse_commits": True}),
