@@ -40,8 +40,8 @@ class Drafts(Blocks):
     def put_draft(self, value: Tensor) -> None: ...
 
 
-# Lengths of the prompts: "ragged" rows differ in the number of whole blocks, and in what is left of the last one. Rows end
-# where sub-blocks do: what lies behind an end in its sub-block may be revealed first, so that weights would decide steps.
+# Lengths of the prompts: "ragged" rows differ in the number of whole blocks, and in what is left of the last one. Rows
+# end where sub-blocks do: beyond an end, positions of its sub-block may be revealed first, and weights would decide it.
 BATCHES = {"one row": [72], "8 even": [72] * 8, "8 ragged": [32, 64, 96, 40, 72, 104, 48, 80]}
 # What is generated beside plain greedy decoding: prompts, and options.
 DECODING: dict[str, tuple[str, dict[str, Any]]] = {
