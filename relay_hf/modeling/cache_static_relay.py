@@ -136,6 +136,7 @@ class StaticPrefix(Prefix):
     """
 
     can_replay = False
+    is_in_place = True
 
     def __init__(self, memory: list[tuple[Tensor, Tensor]], seen: int, block: StaticBlock) -> None:
         super().__init__(
@@ -144,6 +145,7 @@ class StaticPrefix(Prefix):
             before=block.before,
             read_out_before=block.read_out_before,
             is_one_block=True,
+            is_aligned=True,
             masks=block.tokens.numel(),  # whatever the number is
         )
         self.memory = memory
@@ -156,7 +158,7 @@ class StaticPrefix(Prefix):
         keys, values = self.memory[layer_idx]
         for held, states in ((keys, key_states), (values, value_states)):
             held.index_copy_(2, self.columns.to(held.device), states.to(held.dtype))
-        return keys[:, :, : self.seen], values[:, :, : self.seen]
+        return (keys, values) if self.shows_memory else (keys[:, :, : self.seen], values[:, :, : self.seen])
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self.seen, 0

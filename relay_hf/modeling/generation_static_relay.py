@@ -21,6 +21,7 @@ from transformers import (
     generation,
 )
 
+from .attention_blocks_relay import BLOCK_ATTENTION
 from .cache_static_relay import COLUMNS_AT_LEAST, Room, StaticBlock, StaticPrefix, coarse
 from .generation_blocks_relay import BlockDecoder
 from .generation_candidates_relay import Candidates, find_candidates, progress_before
@@ -34,8 +35,6 @@ from .versions_relay import CACHE_ARGUMENT
 GRAPHS_AT_MOST = 64
 # Columns of a canvas are rounded up to few widths.
 CANVAS_AT_LEAST = 32
-# Attention implementations that take a mask of one row for all queries.
-STATIC_ATTENTION = ("relay_blocks", "sdpa")
 # Options that change the shape of steps.
 NOT_STATIC = ("use_sub_block_cache", "fuse_commits", "relay_start")
 # Processors that read nothing but scores, and wait for nothing.
@@ -97,7 +96,7 @@ def denoise_step(
         (rows.flatten(), places.flatten()),
         receives=model.receives_state(texts.tokens) & block.has_state,
         leaves_state=rules.has_state,
-        attention_mask=sees[:, None, None],
+        attention_mask=sees,
         position_ids=block.positions,
     )
     if rules.has_state:
@@ -122,7 +121,7 @@ def commit_step(
     prefix: Any = StaticPrefix(memory, sees.shape[1], block)
     model(
         block.tokens,
-        attention_mask=sees[:, None, None],
+        attention_mask=sees,
         position_ids=block.positions,
         cache=prefix,
         logits_to_keep=block.columns[:0],
@@ -318,10 +317,10 @@ def check_static(model: Any, options: DecodingOptions, chooser: TokenChooser) ->
                 "`cache_implementation='static'` must not: leave one of them out."
             )
     attention = model.model.config._attn_implementation
-    if attention not in STATIC_ATTENTION:
+    if attention != BLOCK_ATTENTION:
         raise ValueError(
-            f"`attn_implementation={attention!r}` takes no mask of fixed shape, which `cache_implementation='static'` "
-            f"needs: call `model.set_attn_implementation({STATIC_ATTENTION[0]!r})`, or leave the cache out."
+            f"`attn_implementation={attention!r}` prepares masks of many shapes, which `cache_implementation='static'` "
+            f"does without: call `model.set_attn_implementation({BLOCK_ATTENTION!r})`, or leave the cache out."
         )
 
 

@@ -256,3 +256,10 @@ def test_static_steps_refuse_before_any_forward(make_model: Callable, case: str)
     model.model.register_forward_pre_hook(lambda *_: pytest.fail("a forward ran"))
     with pytest.raises(ValueError, match=message):
         run(model, prompt_of(9), cache_implementation="static", max_new_tokens=9, **options)
+
+
+def test_static_steps_refuse_other_attention(make_model: Callable) -> None:
+    model = make_model()
+    model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match=r"`attn_implementation=.eager.` .* `model\.set_attn_implementation"):
+        run(model, prompt_of(9), cache_implementation="static", max_new_tokens=9)
