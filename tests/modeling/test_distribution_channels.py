@@ -192,10 +192,10 @@ def test_generate_knows_how_many_masks_each_forward_runs(
     model, seen = make_model(relay_channel="residual_context", block_size=block_size, token_shift=token_shift), []
 
     def note(module: Any, arguments: tuple, kwargs: dict[str, Any]) -> None:
-        if isinstance(kwargs["cache"], Prefix):
+        if kwargs["output_relay_state"]:  # a commit makes no state
             seen.append((kwargs["cache"].masks, int((arguments[0] == MASK).sum())))
 
     model.register_forward_pre_hook(note, with_kwargs=True)
     run(model, padded(prompts_of(), "mixed"), max_new_tokens=21, eos_token_id=5, **options)
     assert len(seen) > 4
-    assert all(known == count for known, count in seen)
+    assert not [(known, count) for known, count in seen if known != count]
