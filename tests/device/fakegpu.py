@@ -31,8 +31,11 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor
 
+import relay_hf
+
 NAME = "fakegpu"
 SOURCE = Path(__file__).with_suffix(".cpp")
+PACKAGE = f"{Path(relay_hf.__file__).parent}/"
 HOW_TO_BUILD = "run `make test-device`, which builds it in half a minute"
 
 
@@ -240,8 +243,8 @@ def _site(frame: FrameType | None) -> str:
         line = f"{path.split('site-packages/')[-1]}:{frame.f_lineno} {frame.f_code.co_name}"
         if path != __file__ and "/torch/" not in path:
             outside = outside or line
-        if "/relay_hf/" in path:
-            ours = line[line.index("relay_hf/") :]
+        if path.startswith(PACKAGE):
+            ours = f"relay_hf/{path.removeprefix(PACKAGE)}:{frame.f_lineno} {frame.f_code.co_name}"
         frame = frame.f_back
     if not outside:
         return "the backward pass"
