@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from .attention_packed_relay import attend_packed, dense_mask
+from .attention_packed_relay import attend_by_key_heads, attend_packed, dense_mask
 from .prefix_relay import Prefix
 
 BLOCK_ATTENTION = "relay_blocks"
@@ -150,7 +150,8 @@ def attend_in_blocks(
         chunk = query[:, :, begin : begin + step]
         seen = key.shape[2] - max(length - begin - step, 0)  # columns up to the end of the chunk
         columns = _columns(mask, chunk.shape[2], seen)
-        outputs.append(_attend(chunk, key[:, :, :seen], value[:, :, :seen], columns, scaling, dropout))
+        keys, values = key[:, :, :seen], value[:, :, :seen]
+        outputs.append(attend_by_key_heads(chunk, keys, values, columns, scaling, dropout).transpose(1, 2))
     return torch.cat(outputs, dim=1), None
 
 
@@ -169,22 +170,6 @@ def _columns(mask: Tensor, length: int, seen: int) -> Tensor | None:
     end = seen - length + (query // size + 1) * size  # of each query's block
     is_later = (torch.arange(seen, device=mask.device) >= end[:, None])[None, None]
     return (mask.new_zeros(1, 1, 1, seen) if columns is None else columns).masked_fill(is_later, -torch.inf)
-
-
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, columns: Tensor | None, scaling: float | None, dropout: float
-) -> Tensor:
-    """SDPA of queries that see these columns, (n or 1, 1, 1 or L, K): (n, L, heads, width).
-
-    Heads that share keys become more queries of one head. So keys are not copied for each head, which SDPA would
-    otherwise need with a mask: its fast kernels do not know both masks and shared keys.
-    """
-    heads = (key.shape[1], query.shape[1] // key.shape[1])
-    folded = query.unflatten(1, heads).flatten(2, 3)
-    if columns is not None and columns.shape[2] > 1 and heads[1] > 1:
-        columns = columns.repeat(1, 1, heads[1], 1)
-    output = F.scaled_dot_product_attention(folded, key, value, attn_mask=columns, dropout_p=dropout, scale=scaling)
-    return output.unflatten(2, (heads[1], query.shape[2])).flatten(1, 2).transpose(1, 2)
 
 
 def _attend_to_runs(query: Tensor, key: Tensor, value: Tensor, runs: Tensor, scaling: float | None) -> Tensor:

@@ -74,7 +74,7 @@ class _Packed(torch.autograd.Function):
         ctx.save_for_backward(query, key, value, pattern)
         ctx.scaling = scaling
         parts = [
-            _attend(query[:, :, queries], _keys(key, *columns), _keys(value, *columns), mask, scaling)
+            attend_by_key_heads(query[:, :, queries], _keys(key, *columns), _keys(value, *columns), mask, scaling)
             for queries, columns, mask in _pieces(pattern, query.shape[2], key.shape[2])
         ]
         return torch.cat(parts, dim=2)
@@ -89,7 +89,7 @@ class _Packed(torch.autograd.Function):
             parts = query[:, :, queries], _keys(key, *columns), _keys(value, *columns)
             query_leaf, key_leaf, value_leaf = leaves = [part.detach().requires_grad_() for part in parts]
             with torch.enable_grad():
-                output = _attend(query_leaf, key_leaf, value_leaf, mask, ctx.scaling)
+                output = attend_by_key_heads(query_leaf, key_leaf, value_leaf, mask, ctx.scaling)
             for_query[:, :, queries], *others = torch.autograd.grad(output, leaves, gradient[:, :, queries])
             for total, part in zip((for_key, for_value), others, strict=True):
                 text, own = columns
@@ -117,11 +117,28 @@ def _keys(states: Tensor, text: slice, own: slice) -> Tensor:
     return torch.cat([states[:, :, text], states[:, :, own]], dim=2)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
-    """SDPA in which heads that share keys become more queries of one head, so that keys are not copied for each."""
-    shared = query.shape[1] // key.shape[1]
-    if mask is not None and shared > 1:
-        mask = mask.repeat(1, 1, shared, 1)
-    folded = query.unflatten(1, (-1, shared)).flatten(2, 3)
-    output = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
-    return output.unflatten(2, (shared, -1)).flatten(1, 2)
+def attend_by_key_heads(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, dropout: float = 0.0
+) -> Tensor:
+    """SDPA in which heads that share keys become more queries of one head.
+
+    So keys are not copied for each head, which SDPA would otherwise need with a mask: its fast kernels do not know both
+    masks and shared keys.
+
+    Args:
+        query: (n, heads, c, width).
+        key: (n, key heads, K, width).
+        value: likewise.
+        mask: (n or 1, 1, 1 or c, K), or None.
+        scaling: factor of the scores; None = 1 / sqrt(width).
+        dropout: share of the weights to drop.
+
+    Returns:
+        (n, heads, c, width).
+    """
+    heads = (key.shape[1], query.shape[1] // key.shape[1])
+    folded = query.unflatten(1, heads).flatten(2, 3)
+    if mask is not None and mask.shape[2] > 1 and heads[1] > 1:
+        mask = mask.repeat(1, 1, heads[1], 1)
+    output = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
+    return output.unflatten(2, (heads[1], query.shape[2])).flatten(1, 2)
