@@ -144,9 +144,10 @@ class BlockDecoder:
         """
         grid = self.grid
         nowhere = torch.full_like(grid.rows, torch.iinfo(torch.long).min)
+        texts = grid.texts(columns)
         block = Block(
             columns,
-            texts := grid.texts(columns),
+            texts,
             masks_at_begin=texts.masked(self.mask_token_id).sum(-1).clamp(min=1),
             sub_block=nowhere,
             progress=Progress(torch.zeros_like(nowhere), torch.zeros_like(nowhere)),
