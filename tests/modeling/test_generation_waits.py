@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from relay_hf import RelayForMaskedDiffusion
+from relay_hf import RelayForMaskedDiffusion, RelayGenerateOutput
 
 from ..conftest import MASK, VOCAB_SIZE
 from .decoding import padded, prompt_of, prompts_of, run
@@ -63,6 +63,16 @@ def counting_drafts(model: RelayForMaskedDiffusion) -> Iterator[list[int]]:
     handle.remove()
 
 
+def run_counted(
+    model: RelayForMaskedDiffusion, monkeypatch: pytest.MonkeyPatch, inputs: Any, **options: Any
+) -> tuple[RelayGenerateOutput, list[int], Waits]:
+    """What `run` returns, from a fixed seed; rows of every forward that scores something; and the waits."""
+    torch.manual_seed(0)
+    with counting_drafts(model) as drafts, counting_waits(monkeypatch) as waits:
+        output = run(model, inputs, **options)
+    return output, drafts, waits
+
+
 COUNTS = {"unmasking_policy": "fixed_count"}
 CASES: dict[str, tuple[bool, dict[str, Any], tuple[float, float]]] = {
     # Whether the batch is padded, options, and the thresholds of many and few steps.
@@ -101,9 +111,8 @@ def test_generate_every_step_waits_once(
     inputs = padded(prompts, "mixed") if is_padded else prompt_of(11)
     waits, lists, steps, commits = [], [], [], []
     for threshold in thresholds:
-        torch.manual_seed(0)
-        with counting_drafts(model) as drafts, counting_waits(monkeypatch) as counted:
-            output = run(model, inputs, max_new_tokens=30, **options, **stops, unmasking_threshold=threshold)
+        limits = {"max_new_tokens": 30, "unmasking_threshold": threshold}
+        output, drafts, counted = run_counted(model, monkeypatch, inputs, **options, **stops, **limits)
         waits.append(counted.count)
         lists.append(counted.lists)
         steps.append(len(drafts))
@@ -120,9 +129,8 @@ def waits_beside_steps(
     """What waits in texts of three blocks and of seven: lists beside one for each step, and other waits."""
     waits = []
     for new_tokens in (16, 48):
-        torch.manual_seed(0)
-        with counting_drafts(model) as drafts, counting_waits(monkeypatch) as counted:
-            run(model, prompt_of(11).expand(2, -1), max_new_tokens=new_tokens, **options)
+        rows = prompt_of(11).expand(2, -1)
+        _, drafts, counted = run_counted(model, monkeypatch, rows, max_new_tokens=new_tokens, **options)
         waits.append((counted.lists - len(drafts), counted.count))
     return waits
 
