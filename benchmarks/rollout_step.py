@@ -1,7 +1,7 @@
 """Time and memory of a training step: the rollout engine against other ways to train.
 
     python benchmarks/rollout_step.py                 # against the doubled sequence, over a buffer lifetime
-    python benchmarks/rollout_step.py --scaling       # K = 1, 2, 4, 8, with and without gradient checkpointing
+    python benchmarks/rollout_step.py --scaling       # K = 1, 2, 4, 8, with and without checkpointing, over `masked`
     python benchmarks/rollout_step.py --against sft   # `relay` against `complementary`, the plain fine-tuning
     python benchmarks/rollout_step.py --length 512 1024 2048 4096   # the first length as above, then growth with length
 
@@ -58,15 +58,17 @@ def against_doubled(base: Workload, repeats: int, weigh: bool) -> dict:
 
 
 def scaling(base: Workload, repeats: int, weigh: bool) -> dict:
-    """Time and memory for K = 1, 2, 4, 8, all blocks active at first."""
+    """Time and memory for K = 1, 2, 4, 8, all blocks active at first, and time beside one step of `masked`."""
     result: dict = {}
     for checkpointing in (False, True):
         workloads = {str(k): replace(base, steps=k, checkpointing=checkpointing) for k in (1, 2, 4, 8)}
         median_seconds({"warm": workloads["1"]}, 1)
-        seconds = median_seconds(workloads, repeats)
+        masked = replace(workloads["1"], objective="masked")
+        seconds = median_seconds({**workloads, "masked": masked}, repeats)
         peaks = {k: workload.peak_mebibytes() for k, workload in workloads.items()} if weigh else {}
         name = "checkpointing" if checkpointing else "plain"
         result[name] = {"seconds": seconds, "mebibytes": peaks, "time_8_over_2": seconds["8"] / seconds["2"]}
+        result[name]["time_over_masked"] = {k: seconds[k] / seconds["masked"] for k in workloads}
         if weigh:
             result[name]["memory_8_over_2"] = peaks["8"] / peaks["2"]
         print(name, result[name], flush=True)

@@ -30,6 +30,7 @@ class DecodingArguments:
     unmasking_threshold: float | None = option(None, "the number that the policy compares with", "X")
     denoising_steps: int | None = option(None, "steps that a block, or a sub-block, takes", "N")
     unmasking_order: str | None = option(None, "the order of fixed_count and time_schedule, e.g. margin", "NAME")
+    unmasking_count: int | None = option(None, "positions that confidence_threshold reveals in any case", "U")
     confidence_top_k: int | None = option(None, "count only so many tokens of each distribution", "K")
     sub_block_size: int | None = option(None, "positions of a block that are revealed first", "N")
     use_sub_block_cache: bool | None = option(None, "true: keep the keys and values outside the sub-block", "BOOL")

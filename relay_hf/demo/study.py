@@ -2,7 +2,7 @@
 
 import copy
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -167,6 +167,7 @@ def train_model(
     folder: Path | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     reference_model: RelayForMaskedDiffusion | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> float:
     """Trains in place and returns the seconds it took.
 
@@ -181,6 +182,7 @@ def train_model(
         folder: folder for the checkpoint of an interrupted training, which goes on from it; None = no checkpoint.
         callbacks: callbacks of the trainer.
         reference_model: reference of the objective `residual_context`.
+        options: arguments of the trainer instead of the demo's.
 
     Raises:
         KeyboardInterrupt: Ctrl-C; with a folder, the step in work is finished and a checkpoint is there.
@@ -188,7 +190,7 @@ def train_model(
     shown = augment_puzzles(puzzles, rows=steps * arguments.batch_size, seed=2 * seed + is_warmup)
     config = RelayTrainerConfig(
         str(folder or arguments.output_dir),  # written to by an interruption only
-        **trainer_options(objective, arguments, is_warmup),
+        **(trainer_options(objective, arguments, is_warmup) | dict(options or {})),
         # As published, so that the demo stays comparable with the paper.
         buffer_queue_size=0,
         staggered_start=False,

@@ -48,6 +48,7 @@ class DecodingOptions:
         unmasking_order: the positions that `fixed_count` and `time_schedule` reveal first. `"confidence"`: those with
             the most probable token; `"entropy"`: the least entropy; `"margin"`: the greatest difference of the two
             best probabilities; `"left_to_right"`.
+        unmasking_count: how many of the most probable positions `confidence_threshold` reveals in any case.
         confidence_top_k: keep only so many tokens of each distribution, the most probable ones, greedy or not.
         sub_block_size: positions of a block that are revealed before the next ones, left to right; `None` = the whole
             block. On a canvas that text is appended to, sub-blocks are counted from the end of each row's prompt.
@@ -73,6 +74,7 @@ class DecodingOptions:
     unmasking_threshold: float = 0.85
     denoising_steps: int | None = None
     unmasking_order: str = "confidence"
+    unmasking_count: int = 1
     confidence_top_k: int | None = None
     sub_block_size: int | None = 8
     use_sub_block_cache: bool | str = False
@@ -109,7 +111,13 @@ class DecodingOptions:
     @cached_property
     def policy(self) -> UnmaskingPolicy:
         """The policy that chooses the positions to reveal."""
-        return make_policy(self.unmasking_policy, self.unmasking_threshold, self.denoising_steps, self.unmasking_order)
+        return make_policy(
+            self.unmasking_policy,
+            self.unmasking_threshold,
+            self.denoising_steps,
+            self.unmasking_order,
+            self.unmasking_count,
+        )
 
     def processors(self, given: LogitsProcessorList) -> LogitsProcessorList:
         """The given logits processors in the form that the block decoder calls, with those of our own options.

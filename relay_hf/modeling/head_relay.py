@@ -45,13 +45,14 @@ class RelayHead(nn.Linear):
         targets: Tensor | None = None,
         mask_token_id: int | None = None,
         deciding: bool = False,
+        z_loss: float = 0.0,
     ) -> Any:
         """(..., D) -> (..., V) logits; with targets, (N, D) and (N,) -> what `score_positions` returns.
 
         With a mask token only, (N, D) -> what `best_tokens` returns; `deciding`: what `deciding_logits` returns.
         """
         if targets is not None:
-            return score_positions(input, self.weight, targets, mask_token_id)
+            return score_positions(input, self.weight, targets, mask_token_id, z_loss)
         if mask_token_id is not None:
             return best_tokens(input, self.weight, mask_token_id)
         return deciding_logits(input, self.weight) if deciding else super().forward(input)
@@ -103,7 +104,9 @@ def token_table(embeddings: nn.Module) -> Tensor:
     return embeddings(torch.arange(len(weight), device=weight.device))
 
 
-def score(head: nn.Module, hidden: Tensor, targets: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
+def score(
+    head: nn.Module, hidden: Tensor, targets: Tensor, mask_token_id: int, z_loss: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """What `score_positions` returns, for any head: any but a plain `RelayHead` is called for logits.
 
     Args:
@@ -111,15 +114,17 @@ def score(head: nn.Module, hidden: Tensor, targets: Tensor, mask_token_id: int) 
         hidden: (N, D).
         targets: (N,) tokens.
         mask_token_id: never the best token, but counted in the normalisation.
+        z_loss: as in `score_positions`.
     """
     if is_plain(head, RelayHead):
-        return head(hidden, targets, mask_token_id)
+        return head(hidden, targets, mask_token_id, z_loss=z_loss)
 
     def score_some(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = head(hidden).float()
         with torch.no_grad():
             confidence, _ = best_token(logits.clone(), mask_token_id)  # a copy, because it is overwritten
-        return F.cross_entropy(logits, targets, reduction="none"), confidence
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        return losses + z_loss * logits.logsumexp(-1) ** 2 if z_loss else losses, confidence
 
     parts = zip(hidden.split(POSITIONS_AT_ONCE), targets.split(POSITIONS_AT_ONCE), strict=True)
     scores = [checkpoint(score_some, *part, use_reentrant=False) for part in parts]
@@ -127,7 +132,9 @@ def score(head: nn.Module, hidden: Tensor, targets: Tensor, mask_token_id: int) 
     return torch.cat(losses), torch.cat(confidences)
 
 
-def score_positions(hidden: Tensor, weight: Tensor, targets: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
+def score_positions(
+    hidden: Tensor, weight: Tensor, targets: Tensor, mask_token_id: int, z_loss: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the targets and probability of the best token, for (N, D) inputs of a linear head.
 
     Args:
@@ -135,13 +142,15 @@ def score_positions(hidden: Tensor, weight: Tensor, targets: Tensor, mask_token_
         weight: (V, D) of the head, which has no bias.
         targets: (N,) tokens.
         mask_token_id: never the best token, but counted in the normalisation.
+        z_loss: how much of the squared logarithm of the normalisation, log(sum(exp(logits)))^2, each loss includes; it
+            keeps logits from drifting (PaLM, arXiv 2204.02311).
 
     Returns:
         (N,) fp32 losses, differentiable with respect to `hidden` and `weight`, and (N,) fp32 probabilities.
     """
     hidden = _as_autocast(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
-        return _Scores.apply(hidden, weight, targets, mask_token_id)
+        return _Scores.apply(hidden, weight, targets, mask_token_id, z_loss)
 
 
 def best_token(scores: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
@@ -229,7 +238,9 @@ class _Scores(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, mask_token_id: int, z_loss: float
+    ) -> tuple[Tensor, Tensor]:
         tiles, parts = _tiles(hidden, weight), []
         columns, is_inside = _places(targets, tiles)
         for tile, column in zip(tiles, columns, strict=True):
@@ -245,26 +256,30 @@ class _Scores(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, total, columns, is_inside)
         confidence = (best - total).exp().float()
         ctx.mark_non_differentiable(confidence)
-        return (total - torch.stack(of_targets).where(is_inside, 0.0).sum(0)).float(), confidence
+        ctx.z_loss = z_loss
+        losses = total - torch.stack(of_targets).where(is_inside, 0.0).sum(0)
+        return (losses + z_loss * total**2 if z_loss else losses).float(), confidence
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, total, columns, is_inside = ctx.saved_tensors
         if len(hidden) == 0:
             # Zeros that take no memory. Not None: processes that train together must have the same gradients to send.
-            return torch.zeros_like(hidden), weight.new_zeros(()).expand_as(weight), None, None
+            return torch.zeros_like(hidden), weight.new_zeros(()).expand_as(weight), None, None, None
         for_hidden = torch.zeros_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         for_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         marks = -is_inside.to(total.dtype)[..., None]  # (tiles, N, 1)
         for tile, column, mark in zip(_tiles(hidden, weight), columns, marks, strict=True):
-            # d loss / d logits = softmax - one-hot.
-            slope = _exp_of(_products(hidden, weight[tile]), total).scatter_add_(-1, column, mark)
-            slope = slope.mul_(gradient[:, None]).to(hidden.dtype)
+            # d loss / d logits = (1 + 2 z log Z) softmax - one-hot.
+            slope = _exp_of(_products(hidden, weight[tile]), total)
+            if ctx.z_loss:
+                slope.mul_(1 + 2 * ctx.z_loss * total[:, None])
+            slope = slope.scatter_add_(-1, column, mark).mul_(gradient[:, None]).to(hidden.dtype)
             if for_hidden is not None:
                 for_hidden += _products(slope, weight[tile].T)
             if for_weight is not None:
                 for_weight[tile] = _products(slope.T, hidden.T)
-        return None if for_hidden is None else for_hidden.to(hidden.dtype), for_weight, None, None
+        return None if for_hidden is None else for_hidden.to(hidden.dtype), for_weight, None, None, None
 
 
 def _places(targets: Tensor, tiles: list[slice]) -> tuple[Tensor, Tensor]:

@@ -235,6 +235,7 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor | tuple[Tensor, Tensor] = 0,
         targets: Tensor | None = None,
+        z_loss: float = 0.0,
         unscored: bool = False,
         output_relay_state: bool = True,
         **kwargs: Any,
@@ -257,6 +258,7 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
                 the rows and columns of N positions, (N,) each, which unlike a mask need not wait for the device.
             targets: (B, L) tokens, instead of `labels`. Kept positions are then scored in tiles, and their losses and
                 confidences returned in place of logits: what training needs, without a vocabulary of numbers for each.
+            z_loss: with `targets`, how much of log(sum(exp(logits)))^2 each loss includes.
             unscored: return the head's inputs at the kept positions in place of logits; greedy decoding passes them to
                 `best_tokens`.
             output_relay_state: return the state for the next step; without it, channels that read distributions save
@@ -306,7 +308,7 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         if isinstance(cache, RelayCache):
             cache.commit(prefix, input_ids)
         return RelayOutput(
-            **self._score(kept_positions(hidden, logits_to_keep), logits_to_keep, labelled, targets, unscored),
+            **self._score(kept_positions(hidden, logits_to_keep), logits_to_keep, labelled, targets, unscored, z_loss),
             relay_state=self._next_state(read_out, hidden, input_ids, prefix) if output_relay_state else None,
             inputs_embeds=inputs_embeds,
             cache=cache,
@@ -325,13 +327,14 @@ class RelayForMaskedDiffusion(RelayGenerationMixin, PreTrainedModel):
         labelled: Tensor | None,
         targets: Tensor | None,
         unscored: bool,
+        z_loss: float,
     ) -> dict[str, Tensor]:
         """Output fields of the kept positions, (N, D) or (B, n, D): logits and a loss, or what replaces them."""
         if unscored:
             return {"head_inputs": kept}
         if targets is not None:
             chosen = kept_positions(targets[..., None], logits_to_keep).flatten()
-            losses, confidence = score(self.lm_head, kept.flatten(0, -2), chosen, self.config.mask_token_id)
+            losses, confidence = score(self.lm_head, kept.flatten(0, -2), chosen, self.config.mask_token_id, z_loss)
             return {"token_losses": losses, "confidence": confidence}
         logits = self.lm_head(kept)
         loss = {} if labelled is None else {"loss": F.cross_entropy(logits.flatten(0, -2).float(), labelled)}

@@ -144,6 +144,7 @@ def denoise(
     *,
     receives: Tensor | None = None,
     targets: Tensor | None = None,
+    z_loss: float = 0.0,
     leaves_state: bool = True,
     **inputs: Any,
 ) -> RelayOutput:
@@ -157,6 +158,7 @@ def denoise(
         scored: positions to score: (B, L) bool, or rows and columns, (N,) each; None = none.
         receives: (B, L) bool, positions that the state enters; None = those of `config.relay_scope`.
         targets: (B, L) tokens whose losses to return; None = return the head's inputs.
+        z_loss: of the model's `forward`.
         leaves_state: make the state for the next step.
         inputs: `attention_mask`, `position_ids` and `inputs_embeds` of the model's `forward`.
 
@@ -171,6 +173,7 @@ def denoise(
         relay_mask=None if state is None else receives,
         logits_to_keep=input_ids.new_empty(0) if scored is None else scored,
         targets=targets,
+        z_loss=z_loss,
         unscored=targets is None,
         output_relay_state=leaves_state,
         use_cache=False,

@@ -67,7 +67,8 @@ class UnmaskingPolicy:
 
     Only `TimeSchedule` may reveal none in a step, but its schedule ends. A higher threshold is either never slower or
     never faster. A subclass is a frozen dataclass whose fields are the options that the policy takes, out of
-    `threshold`, `denoising_steps` and `unmasking_order`. The first lines of its docstring describe it on cards.
+    `threshold`, `denoising_steps`, `unmasking_order` and `unmasking_count`. The first lines of its docstring describe
+    it on cards.
 
     Attributes:
         bounds: range of the field `threshold`; None = the policy has no threshold.
@@ -119,22 +120,27 @@ class ConfidenceThreshold(UnmaskingPolicy):
     """Reveals every position whose probability is above the threshold, and the most probable one in any case.
 
     Source: Fast-dLLM v2 (arXiv 2509.26328), the rule of the published language-model relay. With `denoising_steps`:
-    SDAR's dynamic strategy (arXiv 2510.06303).
+    SDAR's dynamic strategy (arXiv 2510.06303). With `unmasking_count`: the progressive unmasking of PUMBA
+    (arXiv 2609.37974), whose u it is.
 
     Args:
-        threshold: in [0, 1]. Higher is slower and safer; 1 reveals one position at a time.
+        threshold: in [0, 1]. Higher is slower and safer; 1 reveals `unmasking_count` positions at a time.
         denoising_steps: steps that a group takes at most; each reveals at least an even share of the positions.
+        unmasking_count: how many of the most probable positions are revealed in any case.
     """
 
     threshold: float = 0.85
     denoising_steps: int | None = None
+    unmasking_count: int = 1
     bounds: ClassVar[Bounds] = Bounds(outside="is not a probability: `confidence_threshold` needs [0, 1]")
 
     def __call__(self, measure: Tensor, masked: Tensor, progress: Progress | None = None) -> Tensor:
         sure = masked & (measure > self.threshold)
-        if self.denoising_steps is None:
-            return sure | _most_confident(measure, masked)
-        return sure | _first(measure, masked, _even_share(self.denoising_steps, progress))
+        if self.denoising_steps is not None:
+            return sure | _first(measure, masked, _even_share(self.denoising_steps, progress))
+        if self.unmasking_count > 1:
+            return sure | _first(measure, masked, self.unmasking_count)
+        return sure | _most_confident(measure, masked)
 
 
 @dataclass(frozen=True)
@@ -277,7 +283,11 @@ register_policy("entropy_bound", EntropyBound)
 
 
 def make_policy(
-    name: str, threshold: float, denoising_steps: int | None = None, unmasking_order: str = "confidence"
+    name: str,
+    threshold: float,
+    denoising_steps: int | None = None,
+    unmasking_order: str = "confidence",
+    unmasking_count: int = 1,
 ) -> UnmaskingPolicy:
     """Builds the policy called `name`.
 
@@ -286,6 +296,7 @@ def make_policy(
         threshold: the policy's threshold; a policy without one does not read it.
         denoising_steps: steps of a group, for policies that spread positions over steps; None = as many as it needs.
         unmasking_order: one of `ORDERS`, for policies that reveal a number of positions.
+        unmasking_count: positions that a step reveals in any case.
 
     Raises:
         ValueError: the name is unknown, or an option has a wrong type, is out of range or not one of the policy's.
@@ -297,14 +308,25 @@ def make_policy(
         raise ValueError(f"`unmasking_order={unmasking_order!r}` is unknown: choose one of {sorted(ORDERS)}.")
     if denoising_steps is not None and not (type(denoising_steps) is int and denoising_steps >= 1):
         raise ValueError(f"`denoising_steps={denoising_steps!r}` is not a whole number >= 1: give one, or `None`.")
-    given: dict[str, Any] = {"denoising_steps": denoising_steps, "unmasking_order": unmasking_order}
-    for option, default in (("denoising_steps", None), ("unmasking_order", "confidence")):
+    if type(unmasking_count) is not int or unmasking_count < 1:
+        raise ValueError(f"`unmasking_count={unmasking_count!r}` is not a whole number >= 1: give one.")
+    given: dict[str, Any] = {
+        "denoising_steps": denoising_steps,
+        "unmasking_order": unmasking_order,
+        "unmasking_count": unmasking_count,
+    }
+    for option, default in zip(given, (None, "confidence", 1), strict=True):
         if given[option] != default and option not in policy.options():
             others = sorted(other for other, cls in POLICIES.items() if option in cls.options())
             raise ValueError(
                 f"`{option}={given[option]!r}` has no effect with `unmasking_policy={name!r}`: leave it out, or choose "
                 f"one of {others}."
             )
+    if unmasking_count > 1 and denoising_steps is not None:
+        raise ValueError(
+            f"`unmasking_count={unmasking_count}` and `denoising_steps={denoising_steps}` both say how many positions "
+            "a step reveals: give one of them."
+        )
     if policy.needs_steps and denoising_steps is None:
         raise ValueError(f"`unmasking_policy={name!r}` spreads positions over steps: also set `denoising_steps`.")
     given["threshold"] = threshold

@@ -29,8 +29,9 @@ from .rollouts.reference import Reference
 
 # The arguments that decide what is learned, a topic a line, in the order in which a reader asks for them.
 ARGUMENTS = (
-    "objective", "rollout_steps", "gradient_window",
-    "unmasking_policy", "unmasking_threshold", "sub_block_size", "clean_block_starts", "threshold_jitter",
+    "objective", "rollout_steps", "gradient_window", "step_reduction", "loss_weight_cap", "z_loss",
+    "unmasking_policy", "unmasking_threshold", "unmasking_count", "threshold_jitter",
+    "sub_block_size", "clean_block_starts",
     "learning_rate", "relay_learning_rate", "lr_scheduler_type", "warmup_steps",
     "optim", "weight_decay", "relay_weight_decay", "max_grad_norm", "ema_decay",
     "buffer_queue_size", "staggered_start",

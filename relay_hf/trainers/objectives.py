@@ -19,7 +19,7 @@ from ..modeling.channel_relay import CHANNELS, Channel, NoChannel
 from ..modeling.registry_relay import Registry
 from ..modeling.unmasking_relay import POLICIES
 from .rollouts.noise import mask_uniformly
-from .rollouts.rollout import Advance, Carry, Reveal, complement, stay
+from .rollouts.rollout import Advance, Carry, Reveal, by_block, complement, stay
 from .rollouts.rows import RolloutRows
 
 if TYPE_CHECKING:
@@ -103,7 +103,8 @@ def reveals(args: "RelayTrainerConfig", config: RelayConfig, is_random: bool) ->
     if is_random and args.threshold_jitter and bounds is not None:
         noise = torch.randn(args.rollout_steps) * args.threshold_jitter
         thresholds = [bounds.clamp(args.unmasking_threshold + float(n)) for n in noise]
-    policies = [make_policy(args.unmasking_policy, threshold) for threshold in thresholds]
+    name, count = args.unmasking_policy, args.unmasking_count
+    policies = [make_policy(name, threshold, unmasking_count=count) for threshold in thresholds]
     return [Reveal(policy, config.block_size, args.sub_block_size) for policy in policies]
 
 
@@ -195,6 +196,30 @@ def mean_of_positions(recipe: Recipe, share: Callable[[Tensor], Tensor]) -> Call
     def reduce_loss(losses: Tensor, rows: RolloutRows) -> Tensor:
         count = share(recipe.counted(rows).sum().float())
         return losses.sum() / count.where(count > 0, 1.0)
+
+    return reduce_loss
+
+
+def capped_mean(
+    cap: float, block_size: int | None, share: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor, RolloutRows], Tensor]:
+    """The mean of PUMBA: each masked position weighs min(1/t, cap), t the masked fraction of its block or canvas.
+
+    The weighted losses are divided by the number of learned positions in blocks that still hold a mask. Without a cap,
+    every such block would count by its number of learned positions, however many of them are masked; the cap lets
+    blocks that are nearly revealed count less (arXiv 2609.37974, cap 5).
+
+    Args:
+        cap: the largest weight.
+        block_size: block size of the model; None = a row is one block.
+        share: as in `mean_of_positions`.
+    """
+
+    def reduce_loss(losses: Tensor, rows: RolloutRows) -> Tensor:
+        masked, learned = (by_block(flags, block_size).sum(-1).float() for flags in (rows.masked, rows.learned))
+        weight = (learned / masked.clamp(min=1)).clamp(max=cap)
+        count = share((learned * (masked > 0)).sum())
+        return (by_block(losses, block_size).sum(-1) * weight).sum() / count.where(count > 0, 1.0)
 
     return reduce_loss
 

@@ -14,6 +14,7 @@ NOT_NEGATIVE = "is not a number of at least 0: give one, or None"  # YAML, for o
 # Option -> its kind and least value, and what a message says of any other value.
 NUMBERS: dict[str, tuple[Any, int, str]] = {
     "rollout_steps": (int, 1, "must be at least 1, and whole: a rollout has K >= 1 steps"),
+    "unmasking_count": (int, 1, "must be at least 1, and whole: a step reveals something"),
     "gradient_window": (int | None, 1, "must be at least 1, and whole; `None` differentiates all steps together"),
     "sub_block_size": (int | None, 1, "must be at least 1, and whole; `None` takes blocks as a whole"),
     "sample_rows": (int, 0, "is negative, or not whole: 0 means no samples"),
@@ -21,6 +22,8 @@ NUMBERS: dict[str, tuple[Any, int, str]] = {
     # TRL would take a negative one for a number of tokens to cut off at the end.
     "max_length": (int | None, 1, "must be at least 1, and whole; `None` keeps texts whole"),
     "threshold_jitter": (int | float, 0, "is a standard deviation: it must be a number of at least 0"),
+    "loss_weight_cap": (int | float | None, 1, "is below 1, the least weight: give a larger number, or None"),
+    "z_loss": (int | float, 0, "is a coefficient: it must be a number of at least 0"),
     "relay_learning_rate": (int | float | None, 0, NOT_NEGATIVE),
     "relay_weight_decay": (int | float | None, 0, NOT_NEGATIVE),
 }
@@ -43,13 +46,23 @@ class RelayTrainerConfig(SFTConfig):
             `"masked"`: plain masked diffusion, one step from a uniformly drawn fraction of masks.
             `"complementary"`: the plain fine-tuning of Fast-dLLM v2 (arXiv 2509.26328): such a mask and its complement,
             so that every position is learned once.
-        rollout_steps: K, denoising steps per micro-batch; their losses are summed. The last three objectives have one,
-            one and two steps, whatever is set here.
+        rollout_steps: K, denoising steps per micro-batch. The last three objectives have one, one and two steps,
+            whatever is set here.
+        step_reduction: `"sum"`: the losses of the K steps are added, as Relay's are; `"mean"`: their mean, as PUMBA's
+            (arXiv 2609.37974).
+        loss_weight_cap: `None`: every masked position of a micro-batch has the same weight, as in Relay. A number c
+            (PUMBA: 5): it weighs min(1/t, c), t the masked fraction of its block (of the row without blocks), and the
+            sum is divided by the learned positions of blocks that still hold a mask. In evaluation, all weigh the same.
+        z_loss: how much of the squared logarithm of the partition function the loss of a position includes (PUMBA:
+            1e-5); not in evaluation.
         gradient_window: number of steps that are differentiated together; None = all. Gradients do not cross the
             border of a window, and no more than one window of activations is in memory. Where no gradient flows
             between steps (every objective but `"relay"`), 1 saves memory and changes nothing else.
         unmasking_policy: reveal rule of the rollout, the same objects as in `generate`.
         unmasking_threshold: what the policy compares with.
+        unmasking_count: how many of the surest positions of a block (of a canvas) `"confidence_threshold"` reveals in
+            any case: PUMBA's u, which is larger in training than in decoding, where each row would otherwise be seen in
+            many steps in a row, and learned by heart.
         sub_block_size: positions of a block revealed before the next ones are looked at, as in `generate`; None = a
             step may reveal any position of a block (the published rule for training; 8 would be its
             "decode_aligned").
@@ -83,9 +96,13 @@ class RelayTrainerConfig(SFTConfig):
 
     objective: str = field(default="relay", metadata={"help": f"One of {', '.join(RECIPES)}."})
     rollout_steps: int = field(default=2, metadata={"help": "K, denoising steps per rollout."})
+    step_reduction: str = field(default="sum", metadata={"help": "Losses of the steps: sum or mean."})
+    loss_weight_cap: float | None = field(default=None, metadata={"help": "c of the weight min(1/t, c); no weight."})
+    z_loss: float = field(default=0.0, metadata={"help": "Part of the squared log partition function in a loss."})
     gradient_window: int | None = field(default=None, metadata={"help": "Steps differentiated together; all."})
     unmasking_policy: str = field(default="confidence_threshold", metadata={"help": "Reveal rule of the rollout."})
     unmasking_threshold: float = field(default=0.85, metadata={"help": "What the reveal rule compares with."})
+    unmasking_count: int = field(default=1, metadata={"help": "Positions that a step reveals in any case."})
     sub_block_size: int | None = field(default=None, metadata={"help": "Part of a block revealed first; all of it."})
     clean_block_starts: bool = field(default=False, metadata={"help": "Learn block starts as decoding reads them."})
     threshold_jitter: float = field(default=0.0, metadata={"help": "Standard deviation of noise on the threshold."})
@@ -124,7 +141,7 @@ class RelayTrainerConfig(SFTConfig):
                 f"`unmasking_policy={self.unmasking_policy!r}` spreads positions over the steps of a whole text, of "
                 "which training takes a few: keep it for decoding, and choose another."
             )
-        policy = make_policy(self.unmasking_policy, self.unmasking_threshold)
+        policy = make_policy(self.unmasking_policy, self.unmasking_threshold, unmasking_count=self.unmasking_count)
         if policy.reads != "confidence":
             raise ValueError(
                 f"`unmasking_policy={self.unmasking_policy!r}` reads the {policy.reads} of distributions, which "
@@ -135,6 +152,8 @@ class RelayTrainerConfig(SFTConfig):
                 f"`threshold_jitter={self.threshold_jitter}` would make a fraction of the threshold, but that of "
                 f"`unmasking_policy={self.unmasking_policy!r}` is a whole number, or none: set it to 0."
             )
+        if self.step_reduction not in ("sum", "mean"):
+            raise ValueError(f"`step_reduction={self.step_reduction!r}` is unknown: choose 'sum' or 'mean'.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"`ema_decay={self.ema_decay}` must lie strictly between 0 and 1; `None` switches it off.")
         if self.ema_decay is not None and self.load_best_model_at_end and self.save_only_model:

@@ -1,5 +1,6 @@
 """RelayTrainer: TRL's SFTTrainer with the loss of a relay model. It connects the other modules of this folder."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ from .metrics import ChannelNorms, RunningMeans, record_rollout
 from .model_checks import check_arguments, check_learning, check_special_tokens
 from .model_preparation import KeepCaches, keeps_forward, prepare_model, without_init_kwargs
 from .non_finite import FiniteCheck
-from .objectives import draw_masks, mean_of_positions, mean_of_rows
+from .objectives import capped_mean, draw_masks, mean_of_positions, mean_of_rows
 from .processes import check_sharding, mean_over_processes, return_full_precision, without_exchange
 from .publishing import PublishingTrainer
 from .relay_config import RelayTrainerConfig
@@ -26,7 +27,7 @@ from .rollouts.buffer import RolloutBuffer
 from .rollouts.denoiser import make_denoiser
 from .rollouts.reference import Reference
 from .rollouts.rollout import Rollout
-from .rollouts.rows import fresh_rows
+from .rollouts.rows import RolloutRows, fresh_rows
 from .samples import show_samples
 from .shortfall import ReportShortfall, check_loader
 from .summary import describe_run
@@ -176,11 +177,19 @@ class RelayTrainer(PublishingTrainer):
         else:
             rows = draw_masks(args, config, fresh_rows(config, inputs, recipe.keeps_state), is_training).to(args.device)
         advances = recipe.advances(args, config, is_training)
-        reduce_loss = mean_of_positions(recipe, self._share) if is_training else mean_of_rows(recipe)
+        reduce_loss = self._training_mean() if is_training else mean_of_rows(recipe)
         window = args.gradient_window if is_training else None
         make = partial(make_denoiser, rows=rows, clean_block_starts=args.clean_block_starts)
+        denoiser = make(model, config, z_loss=args.z_loss if is_training else 0.0)
         reference = make(self.reference, self.reference.config) if self.reference is not None else None
-        return Rollout(make(model, config), rows, advances, recipe.carry, reduce_loss, window, reference)
+        averages = args.step_reduction == "mean"
+        return Rollout(denoiser, rows, advances, recipe.carry, reduce_loss, window, averages, reference)
+
+    def _training_mean(self) -> Callable[[Tensor, RolloutRows], Tensor]:
+        cap = self.args.loss_weight_cap
+        if cap is None:
+            return mean_of_positions(self.recipe, self._share)
+        return capped_mean(cap, self.relay_config.block_size, self._share)
 
     def _share(self, count: Tensor) -> Tensor:
         """The mean of a count over processes: losses divided by it have as their mean that of all rows."""

@@ -22,7 +22,8 @@ def read(name: str, *options: str) -> TrainArguments:
 
 
 def test_recipes_are_found_by_name_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert RECIPES == ["fast_dllm_v2_relay", "fast_dllm_v2_relay_lora", "smoke"]
+    ours = ["fast_dllm_v2_relay", "fast_dllm_v2_relay_lora", "llada_pumba", "sdar_relay", "smoke", "smollm2_cpu"]
+    assert ours == RECIPES
     assert recipe_path("smoke") == recipe_path("smoke.yaml") == recipe_path(str(recipe_path("smoke")))
     monkeypatch.chdir(tmp_path)
     Path("smoke.yaml").touch()  # the user's own file comes first
@@ -39,6 +40,15 @@ def test_published_recipe_says_what_was_published() -> None:
     assert (training.objective, training.rollout_steps, training.weight_decay) == ("relay", 2, 0)
     assert (training.buffer_queue_size, training.staggered_start, training.sub_block_size) == (0, False, None)
     assert (training.max_grad_norm, training.relay_learning_rate) == (1.0, None)
+
+
+def test_pumba_recipe_says_what_was_published() -> None:
+    training = read("llada_pumba").training
+    assert (training.rollout_steps, training.gradient_window, training.step_reduction) == (8, None, "mean")
+    assert (training.unmasking_count, training.unmasking_threshold) == (32, 0.9)
+    assert (training.loss_weight_cap, training.z_loss, training.staggered_start) == (5.0, 1e-5, False)
+    assert (training.learning_rate, training.relay_learning_rate) == (2.5e-6, None)
+    assert (training.max_steps, training.warmup_steps, training.lr_scheduler_type) == (4000, 200, "cosine")
 
 
 def test_schedule_follows_the_cosine_of_three_epochs_to_half_a_percent() -> None:

@@ -14,14 +14,23 @@ from relay_hf.modeling.head_relay import (
 )
 
 
-def plain(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, mask: int) -> tuple:
+def plain(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, mask: int, z_loss: float) -> tuple:
     logits = hidden @ weight.T
-    return F.cross_entropy(logits, targets, reduction="none"), best_token(logits.detach().clone(), mask)[0]
+    losses = F.cross_entropy(logits, targets, reduction="none") + z_loss * logits.logsumexp(-1) ** 2
+    return losses, best_token(logits.detach().clone(), mask)[0]
 
 
 @settings(max_examples=40, deadline=None)
-@given(count=st.integers(0, 20), vocab=st.integers(2, 30), tile=st.integers(1, 200), seed=st.integers(0, 1000))
-def test_score_positions_any_tile_equals_full_logits(count: int, vocab: int, tile: int, seed: int) -> None:
+@given(
+    count=st.integers(0, 20),
+    vocab=st.integers(2, 30),
+    tile=st.integers(1, 200),
+    z_loss=st.sampled_from([0.0, 0.1]),
+    seed=st.integers(0, 1000),
+)
+def test_score_positions_any_tile_equals_full_logits(
+    count: int, vocab: int, tile: int, z_loss: float, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     leaves = [torch.randn(count, 5, generator=generator), torch.randn(vocab, 5, generator=generator)]
     targets = torch.randint(0, vocab, (count,), generator=generator)
@@ -31,7 +40,7 @@ def test_score_positions_any_tile_equals_full_logits(count: int, vocab: int, til
         hidden, weight = (leaf.clone().requires_grad_() for leaf in leaves)
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(head_relay.TILE_NUMBERS, "cpu", tile)
-            losses, confidence = function(hidden, weight, targets, vocab - 1)
+            losses, confidence = function(hidden, weight, targets, vocab - 1, z_loss)
             (losses * slope).sum().backward()
         results.append((losses, confidence, hidden.grad, weight.grad))
     for expected, given_ in zip(*results, strict=True):

@@ -56,9 +56,9 @@ def test_adapted_head_scores_and_chooses_as_its_logits_say(make_model: MakeModel
     expected = score(RelayHead(16, 64, bias=False), hidden[:0], targets[:0], MASK)
     assert [len(part) for part in expected] == [0, 0]
     logits = model.lm_head(hidden)
-    losses, confidence = score(model.lm_head, hidden, targets, MASK)
+    losses, confidence = score(model.lm_head, hidden, targets, MASK, z_loss=0.1)
     (gradient,) = torch.autograd.grad(losses.sum(), hidden)
-    expected_losses = nn.functional.cross_entropy(logits, targets, reduction="none")
+    expected_losses = nn.functional.cross_entropy(logits, targets, reduction="none") + 0.1 * logits.logsumexp(-1) ** 2
     torch.testing.assert_close(losses, expected_losses)
     (expected_gradient,) = torch.autograd.grad(expected_losses.sum(), hidden)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-5)

@@ -277,6 +277,18 @@ def test_confidence_threshold_with_steps_reveals_at_least_their_share(case: tupl
         assert revealed_of(revealed[row]) == least | sure
 
 
+@given(groups(), THRESHOLDS, st.integers(1, 4))
+def test_confidence_threshold_with_count_also_reveals_the_surest(
+    group: tuple[Tensor, Tensor], threshold: float, count: int
+) -> None:
+    confidence, masked = group
+    revealed = make_policy("confidence_threshold", threshold, unmasking_count=count)(confidence, masked)
+    for row in range(len(confidence)):
+        least = naive_count(confidence[row].tolist(), masked[row].tolist(), count)
+        sure = naive_threshold(confidence[row].tolist(), masked[row].tolist(), threshold)
+        assert revealed_of(revealed[row]) == least | sure
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -286,6 +298,9 @@ def test_confidence_threshold_with_steps_reveals_at_least_their_share(case: tupl
         (("fixed_count", 1, 4, "best"), r"`unmasking_order='best'` is unknown.*'left_to_right'"),
         (("fixed_count", 1, 0), "`denoising_steps=0` is not a whole number >= 1"),
         (("fixed_count", 1, True), "`denoising_steps=True` is not a whole number >= 1"),
+        (("confidence_threshold", 0.5, None, "confidence", 0), "`unmasking_count=0` is not a whole number >= 1"),
+        (("fixed_count", 1, None, "confidence", 2), "`unmasking_count=2` has no effect with .*'confidence_threshold'"),
+        (("confidence_threshold", 0.5, 4, "confidence", 2), "both say how many positions a step reveals"),
     ],
 )
 def test_make_policy_senseless_schedule_raises(options: tuple, message: str) -> None:

@@ -83,7 +83,11 @@ class Denoiser(Protocol):
 
 
 def make_denoiser(
-    model: Callable[..., Any], config: RelayConfig, rows: RolloutRows, clean_block_starts: bool = False
+    model: Callable[..., Any],
+    config: RelayConfig,
+    rows: RolloutRows,
+    clean_block_starts: bool = False,
+    z_loss: float = 0.0,
 ) -> Denoiser:
     """The denoiser for a model and the text of some rows.
 
@@ -93,10 +97,11 @@ def make_denoiser(
         rows: whose text is denoised.
         clean_block_starts: with token shift, position 0 of a block is scored by the position before it. That is clean
             text in decoding, but the noisy block before in the published training; True trains what decoding does.
+        z_loss: how much of log(sum(exp(logits)))^2 each loss includes.
     """
     if config.block_size is None:
-        return SequenceDenoiser(model, config)
-    return BlockDenoiser(model, config, rows, clean_block_starts)
+        return SequenceDenoiser(model, config, z_loss)
+    return BlockDenoiser(model, config, rows, clean_block_starts, z_loss)
 
 
 def receives_state(config: RelayConfig, rows: RolloutRows) -> Tensor:
@@ -122,9 +127,10 @@ def spread(numbers: Tensor, places: Places, like: Tensor) -> Tensor:
 class SequenceDenoiser:
     """Whole-sequence models: every position sees every other. A step waits for the device once."""
 
-    def __init__(self, model: Callable[..., Any], config: RelayConfig) -> None:
+    def __init__(self, model: Callable[..., Any], config: RelayConfig, z_loss: float = 0.0) -> None:
         self.model = model
         self.config = config
+        self.z_loss = z_loss
 
     def begin_window(self, is_last: bool) -> None:
         """Steps share nothing but the state."""
@@ -132,7 +138,8 @@ class SequenceDenoiser:
     def step(self, rows: RolloutRows, state: Tensor | None, leaves_state: bool) -> StepResult:
         sizes = SequenceSizes(rows, self.config.mask_token_id)
         places = places_of(rows.masked, sizes.scored)
-        output = self._forward(rows, sizes, state, places, targets=rows.clean_ids, leaves_state=leaves_state)
+        scoring = {"targets": rows.clean_ids, "z_loss": self.z_loss, "leaves_state": leaves_state}
+        output = self._forward(rows, sizes, state, places, **scoring)
         losses, confidence = (spread(n, places, rows.masked) for n in (output.token_losses, output.confidence))
         return StepResult(losses, confidence, output.relay_state)
 
@@ -229,11 +236,17 @@ class BlockDenoiser:
     """
 
     def __init__(
-        self, model: Callable[..., Any], config: RelayConfig, rows: RolloutRows, clean_block_starts: bool = False
+        self,
+        model: Callable[..., Any],
+        config: RelayConfig,
+        rows: RolloutRows,
+        clean_block_starts: bool = False,
+        z_loss: float = 0.0,
     ) -> None:
         self.model = model
         self.config = config
         self.clean_block_starts = clean_block_starts
+        self.z_loss = z_loss
         self.size: int = config.block_size
         # FlexAttention computes whole tiles, and is compiled for each shape: widths of whole tiles keep shapes few.
         attention = config.text_config._attn_implementation
@@ -289,13 +302,12 @@ class BlockDenoiser:
 
     def step(self, rows: RolloutRows, state: Tensor | None, leaves_state: bool) -> StepResult:
         blocks = self._packed(rows)
-        targets, receives = blocks.pack(self.clean_ids), None
+        scoring = {"targets": blocks.pack(self.clean_ids), "z_loss": self.z_loss, "leaves_state": leaves_state}
+        receives = None
         if state is not None:
             state = blocks.pack(self._pad(state))
             receives = blocks.pack(self._pad(receives_state(self.config, rows)))
-        output = self._forward(
-            blocks, state, blocks.scored, receives=receives, targets=targets, leaves_state=leaves_state
-        )
+        output = self._forward(blocks, state, blocks.scored, receives=receives, **scoring)
         state = output.relay_state[:, : self.length] if leaves_state else None
         losses, confidence = (spread(n, blocks.places, rows.masked) for n in (output.token_losses, output.confidence))
         return StepResult(losses + self.edge, confidence, state)

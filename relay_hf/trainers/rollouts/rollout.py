@@ -39,12 +39,18 @@ class Reveal:
     @torch.no_grad()
     def __call__(self, rows: RolloutRows, confidence: Tensor) -> RolloutRows:
         count, length = rows.masked.shape
-        masked = _blocks(rows.masked, self.block_size)
+        masked = by_block(rows.masked, self.block_size)
         if self.sub_block_size is not None:
-            anchor = torch.zeros(len(masked), dtype=torch.long, device=masked.device)
+            anchor = self._anchor(rows, len(masked))
             masked = masked & in_earliest_sub_block(masked, sub_blocks_of(masked.shape[1], self.sub_block_size, anchor))
-        reveal = self.policy(_blocks(confidence, self.block_size), masked)
+        reveal = self.policy(by_block(confidence, self.block_size), masked)
         return replace(rows, masked=rows.masked & ~reveal.view(count, -1)[:, :length])
+
+    def _anchor(self, rows: RolloutRows, groups: int) -> Tensor:
+        """(groups,) where sub-blocks begin: with the block; on a canvas with what is learned, as in decoding."""
+        if self.block_size is None:
+            return rows.learned.long().argmax(-1)
+        return torch.zeros(groups, dtype=torch.long, device=rows.masked.device)
 
 
 def complement(rows: RolloutRows, confidence: Tensor) -> RolloutRows:
@@ -69,14 +75,14 @@ def loss_by_noise(losses: Tensor, rows: RolloutRows, block_size: int | None) -> 
         (2, 4): sum of losses and number of positions, by the fraction of the learned positions of a block that is
         masked: up to 25 %, 50 %, 75 % or all.
     """
-    masked, learned = (_blocks(flags, block_size).sum(-1) for flags in (rows.masked, rows.learned))  # (blocks,)
+    masked, learned = (by_block(flags, block_size).sum(-1) for flags in (rows.masked, rows.learned))  # (blocks,)
     quarter = ((NOISE_BINS * masked - 1) // learned.clamp(min=1)).clamp(min=0)
-    sums = torch.stack([_blocks(losses.float(), block_size).sum(-1), masked.float()])
+    sums = torch.stack([by_block(losses.float(), block_size).sum(-1), masked.float()])
     return sums.new_zeros(2, NOISE_BINS).index_add(1, quarter, sums)
 
 
-def _blocks(tensor: Tensor, block_size: int | None) -> Tensor:
-    """(B, L) -> (blocks, S); zeros fill up the last block of each row."""
+def by_block(tensor: Tensor, block_size: int | None) -> Tensor:
+    """(B, L) -> (blocks, S); zeros fill up the last block of each row; None = a row is one block."""
     width = block_size or tensor.shape[1]
     return F.pad(tensor, (0, -tensor.shape[1] % width)).view(-1, width)
 
@@ -98,6 +104,7 @@ class Rollout:
             gives each step the state that a first pass over the same rows makes, `"nothing"` carries no state.
         reduce_loss: the scalar loss of a step, from its (B, L) losses and the rows before it.
         window: steps per window; None = K. The last window may be shorter.
+        averages: the loss is the mean of the K steps instead of their sum.
         reference: the denoiser of the model that makes the first pass of `"prediction"`; None = `denoiser` itself.
 
     Attributes:
@@ -115,6 +122,7 @@ class Rollout:
         carry: Carry,
         reduce_loss: Callable[[Tensor, RolloutRows], Tensor],
         window: int | None = None,
+        averages: bool = False,
         reference: Denoiser | None = None,
     ) -> None:
         self.denoiser = denoiser
@@ -124,6 +132,7 @@ class Rollout:
         self.carry = carry
         self.reduce_loss = reduce_loss
         self.window = window or len(advances)
+        self.averages = averages
         self.step_losses: list[Tensor] = []
         self.step_masked: list[Tensor] = []
         self.loss_by_noise = torch.zeros(2, NOISE_BINS, device=rows.masked.device)
@@ -134,7 +143,7 @@ class Rollout:
         return -(-(len(self.advances) - len(self.step_losses)) // self.window)
 
     def run_window(self) -> Tensor:
-        """Runs the steps of the next window; returns the sum of their losses, with its graph."""
+        """Runs the steps of the next window; returns their part of the loss, with its graph."""
         done = len(self.step_losses)
         self.denoiser.begin_window(is_last=self.windows_left == 1)
         state = None if self.carry == "nothing" else self.rows.relay_state
@@ -156,7 +165,8 @@ class Rollout:
             self.step_masked.append(masked)
         if goes_on:
             self.rows = replace(self.rows, relay_state=state.detach().float())
-        return torch.stack(losses).sum()
+        total = torch.stack(losses).sum()
+        return total / len(self.advances) if self.averages else total
 
     @torch.no_grad()
     def _predicted_state(self) -> Tensor:
