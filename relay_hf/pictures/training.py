@@ -1,4 +1,4 @@
-"""The picture of a training run: losses against optimizer steps, and how far the channel has opened.
+"""The picture of a training run: losses against optimizer steps, how far the channel has opened, how fast it decodes.
 
 plot_training(trainer.state.log_history, "training.png")
 """
@@ -13,7 +13,11 @@ from .style import FAINT, INK, STYLES, new_figure, save_figure
 
 # Logged name -> label, colour and marker.
 LOSSES = {"loss": ("training", *STYLES["rollout"]), "eval_loss": ("evaluation", *STYLES["relay"])}
-CHANNEL_NORM, CHANNEL_COLOUR = "relay_weight_norm", STYLES["relay_sg"][0]
+# Logged name -> label and colour of a panel of its own, below the losses.
+OTHERS = {
+    "relay_weight_norm": ("norm of the\nchannel's weight", STYLES["relay_sg"][0]),
+    "eval_sample_tokens_per_denoise_forward": ("tokens per\ndenoise forward", STYLES["relay"][0]),
+}
 
 
 def plot_training(log_history: Sequence[Mapping[str, Any]], path: str | Path, title: str = "Training") -> Path:
@@ -30,18 +34,19 @@ def plot_training(log_history: Sequence[Mapping[str, Any]], path: str | Path, ti
     curves = {name: points for name in LOSSES if (points := logged(log_history, name))}
     if not curves:
         raise ValueError("`log_history` has no losses: train with `logging_steps` smaller than the run.")
-    norms = logged(log_history, CHANNEL_NORM)
+    others = {name: points for name in OTHERS if (points := logged(log_history, name))}
     figure = new_figure(title)
-    panels = figure.subplots(2 if norms else 1, squeeze=False, sharex=True, height_ratios=[3, 1] if norms else None)
+    panels = figure.subplots(1 + len(others), squeeze=False, sharex=True, height_ratios=[3] + [1] * len(others))
     axes = panels[0, 0]
     for name, points in curves.items():
         label, colour, marker = LOSSES[name]
         axes.plot(*zip(*points, strict=True), label=label, color=colour, marker=marker, markersize=4, linewidth=1.6)
     axes.set_ylabel("loss", color=INK)
     axes.legend(frameon=False)
-    if norms:
-        panels[1, 0].plot(*zip(*norms, strict=True), color=CHANNEL_COLOUR, marker=".", linewidth=1.6)
-        panels[1, 0].set_ylabel("norm of the\nchannel's weight", color=INK)
+    for panel, (name, points) in zip(panels[1:, 0], others.items(), strict=True):
+        label, colour = OTHERS[name]
+        panel.plot(*zip(*points, strict=True), color=colour, marker=".", linewidth=1.6)
+        panel.set_ylabel(label, color=INK)
     panels[-1, 0].set_xlabel("optimizer steps", color=INK)
     panels[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
     for panel in panels[:, 0]:

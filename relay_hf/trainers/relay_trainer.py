@@ -31,6 +31,7 @@ from .rollouts.rows import RolloutRows, fresh_rows
 from .samples import show_samples
 from .shortfall import ReportShortfall, check_loader
 from .summary import describe_run
+from .throughput import Throughput
 
 NO_LOGITS = "A rollout has no single set of logits: call `evaluate`, or `generate` of the model."
 
@@ -116,6 +117,8 @@ class RelayTrainer(PublishingTrainer):
         if prepared.reference is not None:
             frozen = self.accelerator.prepare_model(prepared.reference, evaluation_mode=True)
             self.reference = Reference(frozen, base)
+        self.throughput = Throughput(self.means)
+        self.add_callback(self.throughput)
         self.add_callback(ChannelNorms(self.means))
         self.add_callback(ReportShortfall(self.buffer))
         if self.weight_average is not None:
@@ -169,13 +172,16 @@ class RelayTrainer(PublishingTrainer):
         args, config, recipe = self.args, self.relay_config, self.recipe
         if recipe.uses_buffer and is_training:
             # The public `args.train_batch_size` is not the one that `auto_find_batch_size` found.
-            refilled = self.buffer.refill(inputs, slots=self._train_batch_size)
+            new_rows = refilled = self.buffer.refill(inputs, slots=self._train_batch_size)
             self.means.add({"buffer_refills": float(refilled), "buffer_queue": float(len(self.buffer.queue))})
             rows = self.buffer.rows
         elif recipe.uses_buffer:
             rows = fresh_rows(config, inputs, recipe.keeps_state, args.device)
         else:
             rows = draw_masks(args, config, fresh_rows(config, inputs, recipe.keeps_state), is_training).to(args.device)
+            new_rows = len(rows)
+        if is_training:
+            self.throughput.add(rows, new_rows)
         advances = recipe.advances(args, config, is_training)
         reduce_loss = self._training_mean() if is_training else mean_of_rows(recipe)
         window = args.gradient_window if is_training else None

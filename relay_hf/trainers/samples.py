@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from .relay_config import RelayTrainerConfig
 
 KINDS = ("denoise", "commit", "prefill")
+SPEED = "sample_tokens_per_denoise_forward"  # in the metrics of an evaluation, behind its prefix
 
 
 class Sample(NamedTuple):
@@ -88,5 +89,6 @@ def show_samples(trainer: Any, dataset: Any, prefix: str) -> None:
     note: dict[str, Any] = {f"{prefix}_samples": [tokenizer.decode(sample.tokens) for sample in samples]}
     trainer.state.log_history.append({**note, "step": trainer.state.global_step})
     for sample in samples:
+        trainer.eval_means.add_sum(SPEED, len(sample.tokens), sample.forwards["denoise"])
         trainer.eval_means.add({f"sample_{kind}_forwards": count for kind, count in sample.forwards.items()})
         tqdm.write(describe_sample(sample, tokenizer), file=sys.stdout)

@@ -1,3 +1,4 @@
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -285,6 +286,16 @@ def test_columns_of_csv_are_the_texts_that_were_written(tmp_path: Path) -> None:
             ("1.50", "true"),
             ("empty", None),  # which is refused as a row without text
         ]
+
+
+def test_mixture_by_weight_takes_a_part_of_each_set(tmp_path: Path) -> None:
+    sets = []
+    for name, count, fraction in (("a", 8, 0.25), ("b", 6, 0.75)):
+        path = write_rows(tmp_path / f"{name}.jsonl", [{"prompt": name, "completion": str(i)} for i in range(count)])
+        sets.append(DatasetConfig("json", data_files=str(path), fraction=fraction))
+    training = RelayTrainerConfig(str(tmp_path / "run"), use_cpu=True)
+    rows, _ = load_splits(ScriptArguments(), DatasetMixtureConfig(datasets=sets), training)
+    assert Counter(rows["prompt"]) == {"a": 2, "b": 6}
 
 
 @pytest.mark.parametrize(

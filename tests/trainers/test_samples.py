@@ -41,6 +41,9 @@ def test_sample_rows_are_written_at_each_evaluation_as_generate_writes_them(
     for kind in ("denoise", "commit", "prefill"):
         counts = [int(getattr(output, f"{kind}_forwards")[0]) for output in outputs]
         assert last[f"eval_x_sample_{kind}_forwards"] == sum(counts) / 2
+    assert last["eval_x_sample_tokens_per_denoise_forward"] == pytest.approx(
+        sum(output.sequences.shape[1] - 3 for output in outputs) / sum(int(o.denoise_forwards[0]) for o in outputs)
+    )
     assert f"{int(outputs[0].denoise_forwards[0])} denoise, " in capsys.readouterr().out
 
 
