@@ -16,6 +16,7 @@ from .version import __version__
 COMMANDS = {
     "convert": "make a relay model of a causal decoder, Fast-dLLM v2, SDAR, LLaDA or Dream",
     "prepare-data": "make the training data of the published recipe",
+    "traces": "let a model answer prompts, and keep the order in which it revealed each token, to train on",
     "train": "train a relay model, from a YAML recipe or from options",
     "generate": "answer a prompt, and count the forwards it took",
     "chat": "talk with a relay model in the terminal",

@@ -35,9 +35,9 @@ def load_splits(
     evaluates = training.eval_strategy != "no"
     mixed = DatasetMixtureConfig(datasets=mixture.datasets, streaming=mixture.streaming)
     try:
-        train = get_dataset(mixed)["train"] if mixture.datasets else _load(data, data.dataset_train_split)
+        train = get_dataset(mixed)["train"] if mixture.datasets else load_rows(data, data.dataset_train_split)
         if mixture.test_split_size is None:
-            return train, _load(data, data.dataset_test_split) if evaluates else None
+            return train, load_rows(data, data.dataset_test_split) if evaluates else None
     except DatasetsError as error:
         reason = one_line(error.__cause__ or error)
         raise ValueError(f"The data set cannot be read ({reason}): check its files.") from error
@@ -81,7 +81,13 @@ def _is_file(name: str) -> bool:
     return Path(name).suffix in BUILDERS
 
 
-def _load(data: ScriptArguments, split: str) -> Any:
+def load_rows(data: ScriptArguments, split: str) -> Any:
+    """A split of one data set, on the Hub, in a folder or in a file.
+
+    Raises:
+        ValueError: a file has no rows, or a line that is none.
+        OSError: the data set cannot be read.
+    """
     name = str(data.dataset_name)
     if not _is_file(name):
         return load_dataset(name, data.dataset_config, split=split, streaming=data.dataset_streaming)

@@ -6,7 +6,7 @@ Legend: B rows, L positions, K steps.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from ..modeling.channel_relay import CHANNELS, Channel, NoChannel
 from ..modeling.registry_relay import Registry
 from ..modeling.unmasking_relay import POLICIES
 from .rollouts.noise import mask_uniformly
-from .rollouts.rollout import Advance, Carry, Reveal, by_block, complement, stay
+from .rollouts.rollout import Advance, Carry, FollowTrace, Reveal, by_block, complement, stay
 from .rollouts.rows import RolloutRows
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ class Recipe:
         counted: function of the rows; returns the (B, L) bool positions by whose number the sum of a step's losses is
             divided.
         citation: BibTeX of the objective's source, for cards.
+        follows_traces: rows need `reveal_steps`, which say when a trace revealed each position.
+        takes_any_channel: where a channel cannot be differentiated, its state is carried; where it has none, nothing.
     """
 
     sentence: str
@@ -68,6 +70,8 @@ class Recipe:
     start: Start | None = None
     counted: Callable[[RolloutRows], Tensor] = MASKED
     citation: str = ""
+    follows_traces: bool = False
+    takes_any_channel: bool = False
 
     @property
     def uses_buffer(self) -> bool:
@@ -84,15 +88,25 @@ class Recipe:
         """Whether rows keep the state that a step has left."""
         return self.carry in ("gradient", "state")
 
+    def for_channel(self, channel: str) -> "Recipe":
+        """The recipe as it trains a model with this `relay_channel`: one that takes any carries the most it can."""
+        carries: tuple[Carry, ...] = ("gradient", "state", "nothing") if self.takes_any_channel else (self.carry,)
+        possible = [carry for carry in carries if NEEDS[carry][1](CHANNELS[channel])]
+        return replace(self, carry=(possible or carries)[0])
+
+    def fits(self, channel: str) -> bool:
+        """Whether the `relay_channel` of a model can serve the objective."""
+        return NEEDS[self.for_channel(channel).carry][1](CHANNELS[channel])
+
     def check_channel(self, name: str, channel: str) -> None:
         """Raise a ValueError if the `relay_channel` of a model cannot serve the objective, whose name is `name`."""
-        phrase, is_met = NEEDS[self.carry]
-        if not is_met(CHANNELS[channel]):
-            channels = sorted(other for other, kind in CHANNELS.items() if is_met(kind))
-            objectives = [other for other, recipe in RECIPES.items() if NEEDS[recipe.carry][1](CHANNELS[channel])]
+        if not self.fits(channel):
+            channels = sorted(other for other in CHANNELS if self.fits(other))
+            objectives = [other for other, recipe in RECIPES.items() if recipe.fits(channel)]
             raise ValueError(
-                f"`objective={name!r}` needs a channel that {phrase}, but the model has `relay_channel={channel!r}`: "
-                f"load it with one of the channels {channels}, or choose one of the objectives {objectives}."
+                f"`objective={name!r}` needs a channel that {NEEDS[self.carry][0]}, but the model has "
+                f"`relay_channel={channel!r}`: load it with one of the channels {channels}, or choose one of the "
+                f"objectives {objectives}."
             )
 
 
@@ -106,6 +120,11 @@ def reveals(args: "RelayTrainerConfig", config: RelayConfig, is_random: bool) ->
     name, count = args.unmasking_policy, args.unmasking_count
     policies = [make_policy(name, threshold, unmasking_count=count) for threshold in thresholds]
     return [Reveal(policy, config.block_size, args.sub_block_size) for policy in policies]
+
+
+def trace_steps(args: "RelayTrainerConfig", config: RelayConfig, is_random: bool) -> list[Advance]:
+    """`args.rollout_steps` reveals of what the rows' own traces reveal in their next `args.trace_stride` steps."""
+    return [FollowTrace(args.trace_stride, config.block_size)] * args.rollout_steps
 
 
 def one_step(args: "RelayTrainerConfig", config: RelayConfig, is_random: bool) -> list[Advance]:
@@ -137,6 +156,10 @@ RECIPES |= {
         "the state is carried between denoising steps, without gradients between them", reveals, carry="state"
     ),
     "rollout": Recipe("several denoising steps, nothing carried between them but the tokens", reveals),
+    "traces": Recipe(
+        "several denoising steps along traces of decoding, the state carried as far as the channel allows",
+        trace_steps, carry="gradient", follows_traces=True, takes_any_channel=True,
+    ),
     "masked": Recipe(
         "plain masked diffusion from a uniformly drawn fraction of masks", one_step, start=mask_uniformly
     ),

@@ -15,6 +15,7 @@ NOT_NEGATIVE = "is not a number of at least 0: give one, or None"  # YAML, for o
 NUMBERS: dict[str, tuple[Any, int, str]] = {
     "rollout_steps": (int, 1, "must be at least 1, and whole: a rollout has K >= 1 steps"),
     "unmasking_count": (int, 1, "must be at least 1, and whole: a step reveals something"),
+    "trace_stride": (int, 1, "must be at least 1, and whole: a step follows at least one of the trace"),
     "gradient_window": (int | None, 1, "must be at least 1, and whole; `None` differentiates all steps together"),
     "sub_block_size": (int | None, 1, "must be at least 1, and whole; `None` takes blocks as a whole"),
     "sample_rows": (int, 0, "is negative, or not whole: 0 means no samples"),
@@ -39,6 +40,9 @@ class RelayTrainerConfig(SFTConfig):
             `"relay"`: K denoising steps, the state is carried and gradients flow through it.
             `"relay_sg"`: the state is carried, gradients stop between steps.
             `"rollout"`: K denoising steps without a state.
+            `"traces"`: K denoising steps along a trace of decoding that each row brings in a column `reveal_steps`
+            (`relay-hf traces` writes such rows); a step reveals what the trace reveals in `trace_stride` steps. The
+            state is carried, with its gradient, as far as the model's channel allows.
             `"residual_context"`: masked diffusion in which each [MASK] carries what a first pass over the same text
             predicts there: that of `RelayTrainer(reference_model=...)`, a frozen model trained with `"masked"` or
             `"complementary"` (arXiv 2601.22954), or else of the model itself (as arXiv 2510.17206 trains
@@ -58,6 +62,8 @@ class RelayTrainerConfig(SFTConfig):
         gradient_window: number of steps that are differentiated together; None = all. Gradients do not cross the
             border of a window, and no more than one window of activations is in memory. Where no gradient flows
             between steps (every objective but `"relay"`), 1 saves memory and changes nothing else.
+        trace_stride: steps of a trace that `objective="traces"` follows in one denoising step; more than 1 teaches the
+            model to write the same text in as many times fewer forwards. No other objective reads it.
         unmasking_policy: reveal rule of the rollout, the same objects as in `generate`.
         unmasking_threshold: what the policy compares with.
         unmasking_count: how many of the surest positions of a block (of a canvas) `"confidence_threshold"` reveals in
@@ -100,6 +106,7 @@ class RelayTrainerConfig(SFTConfig):
     loss_weight_cap: float | None = field(default=None, metadata={"help": "c of the weight min(1/t, c); no weight."})
     z_loss: float = field(default=0.0, metadata={"help": "Part of the squared log partition function in a loss."})
     gradient_window: int | None = field(default=None, metadata={"help": "Steps differentiated together; all."})
+    trace_stride: int = field(default=2, metadata={"help": "Steps of a trace that one denoising step follows."})
     unmasking_policy: str = field(default="confidence_threshold", metadata={"help": "Reveal rule of the rollout."})
     unmasking_threshold: float = field(default=0.85, metadata={"help": "What the reveal rule compares with."})
     unmasking_count: int = field(default=1, metadata={"help": "Positions that a step reveals in any case."})
@@ -125,7 +132,8 @@ class RelayTrainerConfig(SFTConfig):
             if getattr(self, new := name.replace("gradient", "activation"), ...) is None:
                 setattr(self, new, getattr(self, name))
         super().__post_init__()
-        RECIPES.find(self.objective)
+        if RECIPES.find(self.objective).follows_traces:
+            self.remove_unused_columns = False  # the Trainer would take the column of traces for one
         for name, (kind, least, problem) in NUMBERS.items():
             value = getattr(self, name)
             if not (isinstance(value, kind) and (value is None or value >= least)):

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ..modeling import RelayConfig
 from .channel_parameters import keeps_channel_precise, separate_channel
 from .data.preparation import check_sources
+from .data.traces import TraceCollator
 from .ema import FollowWeights, WeightAverage
 from .metrics import ChannelNorms, RunningMeans, record_rollout
 from .model_checks import check_arguments, check_learning, check_special_tokens
@@ -95,7 +96,7 @@ class RelayTrainer(PublishingTrainer):
         train_set = kwargs.get("train_dataset")
         self.rows_given = len(train_set) if hasattr(train_set, "__len__") else None  # before rows were left out
         self.relay_config: RelayConfig = config
-        self.recipe = recipe
+        self.recipe = recipe = recipe.for_channel(config.relay_channel)
         self.buffer = RolloutBuffer(
             config, recipe.keeps_state, args.buffer_queue_size, args.staggered_start, args.device
         )
@@ -111,6 +112,8 @@ class RelayTrainer(PublishingTrainer):
         check_special_tokens(self.processing_class, config)
         return_full_precision(self.accelerator)
         self.add_callback(KeepCaches())
+        if recipe.follows_traces:
+            self.data_collator = TraceCollator(self.data_collator)
 
         self.weight_average = WeightAverage(self.model, args.ema_decay) if args.ema_decay is not None else None
         self.reference: Reference | None = None

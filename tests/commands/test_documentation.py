@@ -13,6 +13,7 @@ from relay_hf.cli import COMMANDS
 from relay_hf.commands.chat import ChatArguments
 from relay_hf.commands.generate import GenerateArguments
 from relay_hf.commands.prepare_data import PrepareArguments
+from relay_hf.commands.traces import TracesArguments
 from relay_hf.commands.train_arguments import ARGUMENTS
 from relay_hf.recipes import recipe_path
 
@@ -21,7 +22,7 @@ OTHERS = {"config", "help", "help_all", "num_processes", "module", "json", "raw"
 
 
 def test_page_names_options_that_exist() -> None:
-    sources = (*ARGUMENTS, GenerateArguments, ChatArguments, PrepareArguments)
+    sources = (*ARGUMENTS, GenerateArguments, ChatArguments, PrepareArguments, TracesArguments)
     known = {option.name for source in sources for option in fields(source)} | OTHERS
     assert set(re.findall(r"--(\w+)", PAGE)) <= known
 

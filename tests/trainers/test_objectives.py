@@ -34,10 +34,10 @@ def gradients(model: Any, rollout: Rollout) -> dict[str, Tensor]:
 
 def test_every_objective_of_the_library_is_documented() -> None:
     ours = {name for name, recipe in RECIPES.items() if recipe.advances.__module__.startswith("relay_hf.")}
-    assert ours == set(OBJECTIVES)
+    assert ours == {*OBJECTIVES, "traces"}  # whose rows are those of `test_traces.py`
     page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
     (field,) = (field for field in fields(RelayTrainerConfig) if field.name == "objective")
-    for name in OBJECTIVES:
+    for name in ours:
         assert f"| `{name}` |" in page
         assert f'`"{name}"`' in RelayTrainerConfig.__doc__
         assert name in field.metadata["help"]

@@ -85,12 +85,7 @@ class Answerer:
 
     def prompt(self, problem: Problem) -> str:
         """The chat up to the opening of the code block that the model is to write."""
-        question = f"{self.chat_prompt.instruction}\n```\n{problem.question.strip()}\n```\n"
-        chat = [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": f"{self.chat_prompt.answer_start}\n```python\n"},
-        ]
-        return self.tokenizer.apply_chat_template(chat, tokenize=False, continue_final_message=True)
+        return self.chat_prompt.text(problem.question, self.tokenizer)
 
     def check_lengths(self, problems: Sequence[Problem]) -> None:
         """Raise if a problem does not fit.

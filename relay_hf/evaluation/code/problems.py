@@ -63,7 +63,10 @@ def load_problems(benchmark: str) -> list[Problem]:
         raise OSError(
             f"`{benchmark}` is no benchmark: give `{HUMANEVAL}`, or a file in the format of HumanEval or MBPP."
         )
-    problems = [_read_record(record, benchmark, number) for number, record in enumerate(_read_records(benchmark), 1)]
+    problems = [
+        read_problem(record, f"Problem {number} of `{benchmark}`")
+        for number, record in enumerate(_read_records(benchmark), 1)
+    ]
     names = [problem.task_id for problem in problems]
     if not problems:
         raise ValueError(f"`{benchmark}` holds no problems: give a file that does.")
@@ -89,7 +92,16 @@ def _read_records(path: str) -> list[dict[str, Any]]:
         raise ValueError(f"`{path}` is neither JSON lines nor a JSON list ({error}): give one of these.") from error
 
 
-def _read_record(record: dict[str, Any], path: str, number: int) -> Problem:
+def read_problem(record: Any, where: str) -> Problem:
+    """Reads one problem in the format of HumanEval or MBPP.
+
+    Args:
+        record: names and values.
+        where: what messages call it.
+
+    Raises:
+        ValueError: it is in neither format.
+    """
     fields = set(record) if isinstance(record, dict) else set()
     try:
         if fields >= HUMANEVAL_FIELDS:
@@ -97,9 +109,9 @@ def _read_record(record: dict[str, Any], path: str, number: int) -> Problem:
         if fields >= MBPP_FIELDS and fields & {"text", "prompt"}:
             return _mbpp_problem(record)
     except (ValueError, SyntaxError, TypeError, AttributeError) as error:
-        raise ValueError(f"Problem {number} of `{path}` cannot be read: {error}") from error
+        raise ValueError(f"{where} cannot be read: {error}") from error
     raise ValueError(
-        f"Problem {number} of `{path}` has the fields {sorted(fields)}: give those of HumanEval "
+        f"{where} has the fields {sorted(fields)}: give those of HumanEval "
         f"({', '.join(sorted(HUMANEVAL_FIELDS))}) or of MBPP ({', '.join(sorted(MBPP_FIELDS))}, text)."
     )
 

@@ -6,18 +6,19 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, IterableDataset
 from transformers.utils import logging
-from trl import SFTConfig
 
 from ...modeling import RelayConfig
+from ..relay_config import RelayTrainerConfig
 from ..rollouts.batches import labels_differ, mask_is_learned, token_is_unknown
 from .text_rows import TextRows, text_rows
 from .token_rows import FOREIGN, TokenRows
+from .traces import check_has_traces
 
 logger = logging.get_logger(__name__)
 
 
 def read_source(
-    dataset: Any, name: str, args: SFTConfig, tokenizer: Any, formatting_func: Any = None
+    dataset: Any, name: str, args: RelayTrainerConfig, tokenizer: Any, formatting_func: Any = None
 ) -> TextRows | TokenRows | None:
     """Looks at the first row of a data set as it was given, and says what all of them must look like.
 
@@ -44,6 +45,8 @@ def read_source(
     row = next(iter(dataset), None)
     if row is None:
         raise ValueError(f"The {name} has no rows: check where it is loaded from and what was filtered out.")
+    if args.recipe.follows_traces:
+        check_has_traces(row, name, args.objective)
     if isinstance(args.dataset_kwargs, dict) and args.dataset_kwargs.get("skip_prepare_dataset"):
         return None
     if foreign := sorted(row.keys() & set(FOREIGN)):
@@ -51,7 +54,8 @@ def read_source(
     if "input_ids" in row:
         if args.completion_only_loss and not row.keys() & {"labels", "completion_mask"}:
             raise ValueError(_without_completion(name, "`completion_mask`"))
-        return TokenRows(name, tuple(row), learns_prompts=args.completion_only_loss is False)
+        longest = args.max_length if args.recipe.follows_traces else None
+        return TokenRows(name, tuple(row), args.completion_only_loss is False, args.recipe.follows_traces, longest)
     if formatting_func is not None:
         return None
     template = getattr(tokenizer, "chat_template", None)

@@ -5,13 +5,14 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from jinja2 import TemplateError
 from torch.utils.data import DataLoader
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from ...modeling import RelayConfig
+from ..relay_config import RelayTrainerConfig
 from .checks import check_prepared, check_rows, read_source, warn_of_dropped_rows
 
 
-def check_sources(args: SFTConfig, others: dict[str, Any]) -> None:
+def check_sources(args: RelayTrainerConfig, others: dict[str, Any]) -> None:
     """Checks the first row of each data set, because `SFTTrainer` reads it before it prepares the data set.
 
     Args:
@@ -41,7 +42,7 @@ class DataCheckingTrainer(SFTTrainer):
         self,
         dataset: Dataset | IterableDataset,
         processing_class: Any,
-        args: SFTConfig,
+        args: Any,
         packing: bool,
         formatting_func: Any,
         dataset_name: str,

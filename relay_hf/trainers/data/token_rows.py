@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from ..rollouts.batches import REVEAL_STEPS
 from .text_rows import shown
 
 # What a tokenizer or a packing adds to `input_ids`. `SFTTrainer` reads none of the first three.
@@ -24,11 +25,15 @@ class TokenRows:
         name: what messages call the data set.
         columns: those of the first row; every row has the same.
         learns_prompts: whether `completion_mask` is to be ignored.
+        has_traces: whether `reveal_steps` are read.
+        longest: number of tokens that a row may have; None = any.
     """
 
     name: str
     columns: tuple[str, ...]
     learns_prompts: bool
+    has_traces: bool = False
+    longest: int | None = None
 
     @property
     def folded(self) -> list[str]:
@@ -42,9 +47,10 @@ class TokenRows:
             ValueError: a column does not hold a whole number for each token, or contradicts another.
         """
         where = f"Row {index} of the {self.name}"
+        of_traces = [REVEAL_STEPS] if self.has_traces else []
         tokens = {
             column: _whole_numbers(row.get(column), where, column)
-            for column in ("input_ids", "labels", *FOLDED)
+            for column in ("input_ids", "labels", *of_traces, *FOLDED)
             if column in self.columns or column == "input_ids"
         }
         lengths = tokens.pop("seq_lengths", None)
@@ -54,6 +60,8 @@ class TokenRows:
                     f"{where} has {len(values)} numbers in `{column}` for {len(tokens['input_ids'])} `input_ids`: give "
                     "one for each token."
                 )
+        if self.has_traces:
+            self._check_trace(tokens, where)
         if not self.folded:
             return row
         tokens = self._without_padding(tokens, where)
@@ -69,7 +77,20 @@ class TokenRows:
                 "one text a row, and leave the column out."
             )
         others = {column: value for column, value in row.items() if column not in self.folded}
-        return {**others, "input_ids": ids.tolist(), "labels": self._labels(tokens, where).tolist()}
+        labels, steps = self._labels(tokens, where), {name: tokens[name].tolist() for name in of_traces}
+        return {**others, "input_ids": ids.tolist(), "labels": labels.tolist(), **steps}
+
+    def _check_trace(self, tokens: dict[str, np.ndarray], where: str) -> None:
+        if bool((tokens[REVEAL_STEPS] < 0).any()):
+            raise ValueError(
+                f"{where} has the number {tokens[REVEAL_STEPS].min()} in `{REVEAL_STEPS}`, which count from 0: give 0 "
+                "where the prompt is."
+            )
+        if self.longest is not None and len(tokens["input_ids"]) > self.longest:
+            raise ValueError(
+                f"{where} has {len(tokens['input_ids'])} tokens, and a trace cannot be cut to `max_length="
+                f"{self.longest}`: set it to None, or remove the row."
+            )
 
     def _without_padding(self, tokens: dict[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
         if "attention_mask" not in tokens:

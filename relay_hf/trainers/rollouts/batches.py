@@ -3,20 +3,36 @@
 Legend: B rows, L positions.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ...modeling import RelayConfig
 
-TextRow = tuple[Tensor, Tensor]  # (L,) ids, and (L,) bool, which of them are learned; without padding
+REVEAL_STEPS = "reveal_steps"  # column of traces in data sets and batches
+
+
+class TextRow(NamedTuple):
+    """One text, without padding.
+
+    Attributes:
+        ids: (L,) tokens.
+        learned: (L,) bool, which of them are learned.
+        reveal_steps: (L,) long, as in `RolloutRows`; None = the text has no trace.
+    """
+
+    ids: Tensor
+    learned: Tensor
+    reveal_steps: Tensor | None = None
 
 
 def read_batch(batch: dict[str, Tensor], config: RelayConfig) -> list[TextRow]:
     """Checks a batch and returns its rows, in main memory, where the trainer leaves batches.
 
     Args:
-        batch: `input_ids` (B, L), `labels` (B, L) with -100 outside the response, and optionally `attention_mask`
-            (B, L).
+        batch: `input_ids` (B, L), `labels` (B, L) with -100 outside the response, and optionally `attention_mask` and
+            `reveal_steps` (B, L).
         config: configuration of the model.
 
     Raises:
@@ -29,7 +45,7 @@ def read_batch(batch: dict[str, Tensor], config: RelayConfig) -> list[TextRow]:
     ids, labels = batch["input_ids"], batch.get("labels")
     if labels is None:
         raise ValueError("The batch has no `labels`: mark what to learn, with -100 everywhere else.")
-    if unread := sorted(batch.keys() - {"input_ids", "labels", "attention_mask"}):
+    if unread := sorted(batch.keys() - {"input_ids", "labels", "attention_mask", REVEAL_STEPS}):
         raise ValueError(f"The batch has {unread}, which the rollout does not read: leave them out in `data_collator`.")
     is_text = batch.get("attention_mask", torch.ones_like(ids)).bool()
     if not ids.shape == labels.shape == is_text.shape:
@@ -38,13 +54,13 @@ def read_batch(batch: dict[str, Tensor], config: RelayConfig) -> list[TextRow]:
             f"`attention_mask` of {tuple(is_text.shape)}: give three of one shape."
         )
     _check_values(ids, labels, is_text, config)
-    return cut_padding(ids, labels != -100, is_text)
+    return cut_padding(is_text, ids, labels != -100, batch.get(REVEAL_STEPS))
 
 
-def cut_padding(ids: Tensor, learned: Tensor, is_text: Tensor) -> list[TextRow]:
-    """The rows of three (B, L) tensors in main memory, without the positions at which `is_text` is False."""
-    rows = zip(ids.cpu(), learned.cpu(), is_text.cpu(), strict=True)
-    return [(text[seen], marks[seen]) for text, marks, seen in rows]
+def cut_padding(is_text: Tensor, ids: Tensor, learned: Tensor, reveal_steps: Tensor | None = None) -> list[TextRow]:
+    """The rows of (B, L) tensors in main memory, without the positions at which `is_text` is False."""
+    tensors = [tensor.cpu() for tensor in (ids, learned, reveal_steps) if tensor is not None]
+    return [TextRow(*(tensor[row][seen] for tensor in tensors)) for row, seen in enumerate(is_text.cpu())]
 
 
 def _check_values(ids: Tensor, labels: Tensor, is_text: Tensor, config: RelayConfig) -> None:

@@ -9,6 +9,7 @@ from .noise import stagger
 from .rows import FIELDS, MAIN_MEMORY, RolloutRows, all_masked, blank_rows
 
 COUNTS = "counts"  # in the state dictionary
+QUEUED = ("queue_ids", "queue_learned", "queue_reveal_steps")  # there, the fields of `TextRow`
 # Name in checkpoints of earlier versions -> name today.
 RENAMED = {"maskable": "learned", "queue_maskable": "queue_learned"}
 
@@ -64,7 +65,7 @@ class RolloutBuffer:
         self.queue += [row for row in incoming if row[1].any()]
         is_cold = self.rows is None
         if is_cold:
-            self.rows = blank_rows(self.config, slots or len(incoming), self.keeps_state, self.device)
+            self.rows = self._blank(slots or len(incoming), has_trace=incoming[0].reveal_steps is not None)
         elif slots is not None and slots != len(self.rows):
             self._resize(slots)
         # All that the host has to know of the slots, in one transfer.
@@ -93,9 +94,9 @@ class RolloutBuffer:
         tensors = {name: getattr(self.rows, name) for name in FIELDS}
         tensors[COUNTS] = torch.tensor([self.entered, self.dropped])
         if self.queue:
-            ids, learned = zip(*self.queue, strict=True)
-            tensors["queue_ids"], tensors["queue_learned"] = torch.cat(ids), torch.cat(learned)
-            tensors["queue_lengths"] = torch.tensor([len(row) for row in ids])
+            for name, column in zip(QUEUED, zip(*self.queue, strict=True), strict=True):
+                tensors[name] = None if column[0] is None else torch.cat(column)
+            tensors["queue_lengths"] = torch.tensor([len(row.ids) for row in self.queue])
         return {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -117,8 +118,8 @@ class RolloutBuffer:
         self.queue = []
         if "queue_ids" in state:
             lengths = state["queue_lengths"].tolist()
-            ids, learned = (state[name].cpu().split(lengths) for name in ("queue_ids", "queue_learned"))
-            self.queue = list(zip(ids, learned, strict=True))
+            columns = (state[name].cpu().split(lengths) for name in QUEUED if name in state)
+            self.queue = [TextRow(*row) for row in zip(*columns, strict=True)]
 
     def _check_state(self, state: dict[str, Tensor]) -> None:
         if not state:
@@ -140,13 +141,18 @@ class RolloutBuffer:
         """Changes the number of slots after a resume with another batch size: surplus rows go back into the queue."""
         surplus = self.rows.map(lambda tensor: tensor[slots:])
         unfinished = surplus.map(lambda tensor: tensor[~surplus.is_finished])
-        again = cut_padding(unfinished.clean_ids, unfinished.learned, unfinished.attention_mask)
+        again = cut_padding(
+            unfinished.attention_mask, unfinished.clean_ids, unfinished.learned, unfinished.reveal_steps
+        )
         self.queue[:0] = again
         self.entered -= len(again)
         self.rows = self.rows.map(lambda tensor: tensor[:slots])
         if missing := slots - len(self.rows):
-            blank = blank_rows(self.config, missing, self.keeps_state, self.device).fit(self.rows.clean_ids.shape[1])
-            self.rows = self.rows.map(lambda *tensors: torch.cat(tensors), blank)
+            blank = self._blank(missing, has_trace=self.rows.reveal_steps is not None)
+            self.rows = self.rows.map(lambda *tensors: torch.cat(tensors), blank.fit(self.rows.clean_ids.shape[1]))
+
+    def _blank(self, count: int, has_trace: bool) -> RolloutRows:
+        return blank_rows(self.config, count, self.keeps_state, self.device, has_trace)
 
     def _put(self, fresh: RolloutRows, length: int) -> None:
         """Puts rows in place of the first finished ones, and gives all of them a length."""

@@ -46,10 +46,16 @@ def mask_uniformly(
 
 
 def stagger(rows: RolloutRows) -> RolloutRows:
-    """Rows as if they had come in one after the other: row i of B with about (B - i) / B of its positions masked."""
+    """Rows as if they had come in one after the other: row i of B with about (B - i) / B of its positions masked.
+
+    A row with a trace has (B - i) / B of its trace before it.
+    """
     count = len(rows)
     fraction = torch.arange(count, 0, -1, device=rows.masked.device)[:, None] / count
-    return _mask(rows, fraction, to_device(torch.rand(rows.masked.shape), rows.masked.device))
+    if rows.reveal_steps is None:
+        return _mask(rows, fraction, to_device(torch.rand(rows.masked.shape), rows.masked.device))
+    step = rows.reveal_steps.clamp(min=1)
+    return _mask(rows, fraction, 1 - (step - 0.5) / step.amax(-1, keepdim=True))
 
 
 def _mask(rows: RolloutRows, probability: Tensor, draw: Tensor) -> RolloutRows:

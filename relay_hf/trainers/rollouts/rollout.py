@@ -53,6 +53,30 @@ class Reveal:
         return torch.zeros(groups, dtype=torch.long, device=rows.masked.device)
 
 
+@dataclass(frozen=True)
+class FollowTrace:
+    """Reveals what the trace of a row reveals in its next steps, in every block by itself.
+
+    Args:
+        stride: how many steps of the trace are one step here.
+        block_size: block size of the model; None = a row is one block.
+    """
+
+    stride: int
+    block_size: int | None
+
+    def upcoming(self, rows: RolloutRows) -> Tensor:
+        """(B, L) bool, the masked positions that the next steps of the trace reveal; some of every block with masks."""
+        count, length = rows.masked.shape
+        masked, step = by_block(rows.masked, self.block_size), by_block(rows.reveal_steps, self.block_size)
+        first = step.where(masked, step.amax(-1, keepdim=True)).amin(-1, keepdim=True)
+        # What was known before the first step is learned in it.
+        return (masked & (step < first.clamp(min=1) + self.stride)).view(count, -1)[:, :length]
+
+    def __call__(self, rows: RolloutRows, confidence: Tensor) -> RolloutRows:
+        return replace(rows, masked=rows.masked & ~self.upcoming(rows))
+
+
 def complement(rows: RolloutRows, confidence: Tensor) -> RolloutRows:
     """Masks exactly the learned positions that were visible; reveals the rest."""
     return replace(rows, masked=rows.learned & ~rows.masked)

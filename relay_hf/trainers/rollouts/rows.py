@@ -39,6 +39,9 @@ class RolloutRows:
         masked: (B, L) bool, positions that are still masked, a subset of `learned`.
         relay_state: (B, L, D) fp32, detached state of the last step; None if the objective carries no state.
         has_state: (B,) bool, False for rows that have not been denoised yet.
+        reveal_steps: (B, L) long, number of the denoise step of its block, from 1, in which a trace revealed a learned
+            position; 0 if it was known before the first, as is the first token of a block of token-shift models; not
+            read elsewhere. None = the rows have no trace.
     """
 
     clean_ids: Tensor
@@ -47,6 +50,7 @@ class RolloutRows:
     masked: Tensor
     relay_state: Tensor | None
     has_state: Tensor
+    reveal_steps: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.clean_ids)
@@ -87,9 +91,12 @@ def fresh_rows(
     return all_masked(config, read_batch(batch, config), keeps_state, device)
 
 
-def blank_rows(config: RelayConfig, count: int, keeps_state: bool, device: torch.device) -> RolloutRows:
+def blank_rows(
+    config: RelayConfig, count: int, keeps_state: bool, device: torch.device, has_trace: bool = False
+) -> RolloutRows:
     """Rows without text, which count as finished; arguments as in `all_masked`."""
-    no_text = torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.bool)
+    nothing = torch.zeros(0, dtype=torch.long)
+    no_text = TextRow(nothing, nothing.bool(), nothing if has_trace else None)
     return all_masked(config, [no_text] * count, keeps_state, device)
 
 
@@ -105,14 +112,17 @@ def all_masked(config: RelayConfig, texts: Sequence[TextRow], keeps_state: bool,
         keeps_state: whether the rows keep the state that a step leaves.
         device: where the rows are put.
     """
-    lengths = torch.tensor([len(ids) for ids, _ in texts])
+    lengths = torch.tensor([len(text.ids) for text in texts])
     size = config.block_size or 1
     filled = -(-lengths // size) * size
     padding = 0 if config.block_size is None else config.mask_token_id
     clean_ids = torch.full((len(texts), int(filled.max())), padding)
     learned = torch.zeros(clean_ids.shape, dtype=torch.bool)
-    for row, (ids, marks) in enumerate(texts):
+    reveal_steps = None if texts[0].reveal_steps is None else torch.zeros_like(clean_ids)
+    for row, (ids, marks, steps) in enumerate(texts):
         clean_ids[row, : len(ids)], learned[row, : len(ids)] = ids, marks
+        if reveal_steps is not None:
+            reveal_steps[row, : len(ids)] = steps
     if config.positions:  # [MASK]s at positions that the model does not have are not seen
         filled = filled.clamp(max=config.positions).maximum(lengths)
     state = None
@@ -126,5 +136,6 @@ def all_masked(config: RelayConfig, texts: Sequence[TextRow], keeps_state: bool,
         masked=learned,
         relay_state=state,
         has_state=torch.zeros(len(texts), dtype=torch.bool),
+        reveal_steps=reveal_steps,
     )
     return rows.to(device)

@@ -132,7 +132,7 @@ def test_queue_rows_come_in_the_order_of_the_data(
         waiting = waiting[len(taken) :][:queue_size]
 
         assert buffer.refill(batch, slots) == len(taken)
-        assert [ids.tolist() for ids, _ in buffer.queue] == waiting
+        assert [row.ids.tolist() for row in buffer.queue] == waiting
         for slot, text in enumerate(held):
             if text is not None:
                 assert buffer.rows.clean_ids[slot, : whole_blocks(len(text))].tolist() == filled(text)
@@ -160,7 +160,7 @@ def test_state_dict_of_an_earlier_version_goes_on_equally() -> None:
     buffer.refill(build_rows(3, length=9), slots=2)
     state = buffer.state_dict()
     early = {name.replace("learned", "maskable"): tensor for name, tensor in state.items()}
-    (ids, learned), fill = buffer.queue[0], whole_blocks(9) - 9
+    (ids, learned, _), fill = buffer.queue[0], whole_blocks(9) - 9
     early["queue_ids"] = torch.cat([ids, torch.full((fill,), MASK)])
     early["queue_maskable"] = torch.cat([learned, torch.zeros(fill, dtype=torch.bool)])
     early["queue_lengths"] = torch.tensor([9 + fill])
