@@ -21,26 +21,26 @@ V vocabulary, N masked positions.
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import create_bidirectional_mask
+from torch.nn import functional as F
 
 from ...modeling import RelayConfig
-from ...modeling.attention_blocks_relay import BLOCK_ATTENTION
-from ...modeling.attention_packed_relay import dense_mask, packed_pattern
 from ...modeling.attention_relay import align_to_positions
 from ...modeling.channel_relay import in_scope
 from ...modeling.outputs_relay import RelayOutput
 from ...modeling.prefix_relay import Prefix, denoise
-from ...modeling.versions_relay import as_cache_argument
+from .active_blocks import PackedBlocks, Places, places_of, rounded_up, spread
 from .clean_text import CleanPrefix, CleanText
+from .packing import Layout
+from .patterns import BlockPatterns, pattern_of_texts
 from .rows import RolloutRows, fit_positions
 
 FLEX_TILE = 128  # positions of a tile of FlexAttention, whatever the kernel's own tiles are
-Places = tuple[Tensor, Tensor]  # rows and columns, (N,) each
 
 
 class StepResult(NamedTuple):
@@ -88,6 +88,7 @@ def make_denoiser(
     rows: RolloutRows,
     clean_block_starts: bool = False,
     z_loss: float = 0.0,
+    layout: Layout | None = None,
 ) -> Denoiser:
     """The denoiser for a model and the text of some rows.
 
@@ -98,10 +99,15 @@ def make_denoiser(
         clean_block_starts: with token shift, position 0 of a block is scored by the position before it. That is clean
             text in decoding, but the noisy block before in the published training; True trains what decoding does.
         z_loss: how much of log(sum(exp(logits)))^2 each loss includes.
+        layout: puts the texts side by side for the model; None = each has a row of its own.
     """
+    joined = rows if layout is None else layout.join_rows(rows)
+    denoiser: Denoiser
     if config.block_size is None:
-        return SequenceDenoiser(model, config, z_loss)
-    return BlockDenoiser(model, config, rows, clean_block_starts, z_loss)
+        denoiser = SequenceDenoiser(model, config, z_loss, layout)
+    else:
+        denoiser = BlockDenoiser(model, config, joined, clean_block_starts, z_loss, layout)
+    return denoiser if layout is None else SideBySide(denoiser, joined, layout)
 
 
 def receives_state(config: RelayConfig, rows: RolloutRows) -> Tensor:
@@ -110,27 +116,62 @@ def receives_state(config: RelayConfig, rows: RolloutRows) -> Tensor:
     [MASK]s that only fill up the last block are among them, as in decoding.
     """
     receives = in_scope(config, rows.noisy_ids(config.mask_token_id) == config.mask_token_id)
-    return receives & rows.has_state[:, None] if config.relay_initial_state == "none" else receives
+    has_state = rows.has_state.view(len(rows), -1)  # (B, 1), or (B, L) where rows hold several texts
+    return receives & has_state if config.relay_initial_state == "none" else receives
 
 
-def places_of(chosen: Tensor, count: int) -> Places:
-    """Rows and columns of the True entries of (B, L), in row-major order; their number is given, so nothing waits."""
-    rows, columns = torch.nonzero_static(chosen, size=count).unbind(-1)
-    return rows, columns
+class SideBySide:
+    """Denoises texts that share rows: what is outside sees each text in a row of its own.
 
+    Args:
+        denoiser: of the rows that hold several texts.
+        joined: those rows.
+        layout: where each text is.
+    """
 
-def spread(numbers: Tensor, places: Places, like: Tensor) -> Tensor:
-    """(N,) numbers of the positions at (N,) rows and (N,) columns -> (B, L), the shape of `like`, 0 at all others."""
-    return numbers.new_zeros(like.shape).index_put(places, numbers)
+    def __init__(self, denoiser: Denoiser, joined: RolloutRows, layout: Layout) -> None:
+        self.denoiser = denoiser
+        self.config = denoiser.config
+        self.joined = joined
+        self.layout = layout
+
+    def begin_window(self, is_last: bool) -> None:
+        self.denoiser.begin_window(is_last)
+
+    def step(self, rows: RolloutRows, state: Tensor | None, leaves_state: bool) -> StepResult:
+        state = None if state is None else self.layout.join(state)
+        result = self.denoiser.step(self._join(rows), state, leaves_state)
+        return StepResult(*(None if tensor is None else self.layout.split(tensor) for tensor in result))
+
+    def predicted_state(self, rows: RolloutRows) -> Tensor:
+        return self.layout.split(self.denoiser.predicted_state(self._join(rows)))
+
+    def _join(self, rows: RolloutRows) -> RolloutRows:
+        """Steps change nothing of the rows but these."""
+        return replace(self.joined, masked=self.layout.join(rows.masked), has_state=self.layout.join(rows.has_state))
 
 
 class SequenceDenoiser:
-    """Whole-sequence models: every position sees every other. A step waits for the device once."""
+    """Whole-sequence models: every position of a text sees every other. A step waits for the device once.
 
-    def __init__(self, model: Callable[..., Any], config: RelayConfig, z_loss: float = 0.0) -> None:
+    Args:
+        model, config, z_loss: as in `make_denoiser`.
+        layout: of texts that share rows.
+    """
+
+    def __init__(
+        self, model: Callable[..., Any], config: RelayConfig, z_loss: float = 0.0, layout: Layout | None = None
+    ) -> None:
         self.model = model
         self.config = config
         self.z_loss = z_loss
+        # What a pass is given where texts share rows; else it is a mask of the padding.
+        self.shared: dict[str, Any] = {}
+        if layout is not None:
+            self.shared = {
+                "attention_mask": pattern_of_texts(config, layout.starts),
+                "position_ids": layout.positions,
+            }
 
     def begin_window(self, is_last: bool) -> None:
         """Steps share nothing but the state."""
@@ -149,6 +190,7 @@ class SequenceDenoiser:
     def _forward(
         self, rows: RolloutRows, sizes: "SequenceSizes", state: Tensor | None, scored: Places | None, **scoring: Any
     ) -> RelayOutput:
+        inputs = self.shared or {"attention_mask": rows.attention_mask if sizes.is_padded else None}
         return denoise(
             self.model,
             rows.noisy_ids(self.config.mask_token_id),
@@ -156,7 +198,7 @@ class SequenceDenoiser:
             state,
             scored,
             receives=receives_state(self.config, rows),
-            attention_mask=rows.attention_mask if sizes.is_padded else None,
+            **inputs,
             **scoring,
         )
 
@@ -176,63 +218,15 @@ class SequenceSizes:
         self.scored, self.masks, self.is_padded = torch.stack(numbers).tolist()
 
 
-def rounded_up(number: int, unit: int) -> int:
-    """The multiple of `unit` that is not below the number, and nearest to it."""
-    return -(-number // unit) * unit
-
-
-class PackedBlocks:
-    """The blocks that still hold a mask, side by side in each row. To pack them waits for the device once.
-
-    Args:
-        masked: (B, L') bool, L' a multiple of `unit`.
-        shown: (B, L') bool, where the text shows [MASK].
-        size: S.
-        unit: a multiple of S, to multiples of which A * S and the clean text that the blocks see are rounded up.
-
-    Attributes:
-        is_masked: (B, A * S) bool, `masked` packed.
-        columns: (B, A * S) where packed positions come from. Rows with fewer active blocks are filled up with inactive
-            ones, whose results are not read.
-        is_active: (B, A * S) bool, packed positions of active blocks.
-        seen: columns of the clean text, behind which no active block begins.
-        masks: how many [MASK]s the active blocks show.
-        scored: rows and packed columns, (N,) each, of the masked positions.
-        places: rows and columns, (N,) each, of the same positions before packing.
-    """
-
-    def __init__(self, masked: Tensor, shown: Tensor, size: int, unit: int) -> None:
-        active = masked.view(len(masked), -1, size).any(-1)  # (B, blocks)
-        last = (active * torch.arange(active.shape[1], device=masked.device)).max()
-        # All that the host has to know of a step, in one transfer; with these sizes, nothing else waits.
-        masks = (shown.view(*active.shape, size) & active[..., None]).sum()
-        count, last, total, self.masks = torch.stack([active.sum(-1).max(), last, masked.sum(), masks]).tolist()
-        self.seen = rounded_up(last * size, unit)
-        width = rounded_up(max(count, 1) * size, unit)
-        # Active blocks first, in their order.
-        blocks = active.long().argsort(dim=-1, descending=True, stable=True)[:, : width // size]  # (B, A)
-        self.columns = (blocks[..., None] * size + torch.arange(size, device=blocks.device)).flatten(1)
-        self.is_active = active.gather(1, blocks).repeat_interleave(size, dim=1)
-        self._row = torch.arange(len(blocks), device=blocks.device)[:, None]  # (B, 1)
-        self.is_masked = self.pack(masked)
-        self.scored = places_of(self.is_masked, total)
-        self.places = self.scored[0], self.columns[self.scored]
-
-    def pack(self, tensor: Tensor) -> Tensor:
-        """(B, L', ...) -> (B, A * S, ...)."""
-        return tensor[self._row, self.columns]  # `gather` would keep the whole tensor for the backward pass
-
-    def unpack(self, packed: Tensor, known: Tensor) -> Tensor:
-        """(B, A * S, ...) -> (B, L', ...): what is packed, and in blocks that are not what is `known`."""
-        is_active = self.is_active.view(*self.is_active.shape, *[1] * (packed.ndim - 2))
-        values = torch.where(is_active, packed.to(known.dtype), self.pack(known))
-        return known.index_put((self._row, self.columns), values)
-
-
 class BlockDenoiser:
     """Block diffusion: one clean pass, then noisy passes over the active blocks, packed side by side in each row.
 
     Every step is one pass, even if no block is active, so that processes which train together stay in step.
+
+    Args:
+        model, config, clean_block_starts, z_loss: as in `make_denoiser`.
+        rows: likewise, or rows that hold several texts.
+        layout: of texts that share rows.
     """
 
     def __init__(
@@ -242,6 +236,7 @@ class BlockDenoiser:
         rows: RolloutRows,
         clean_block_starts: bool = False,
         z_loss: float = 0.0,
+        layout: Layout | None = None,
     ) -> None:
         self.model = model
         self.config = config
@@ -253,11 +248,18 @@ class BlockDenoiser:
         self.unit = math.lcm(self.size, FLEX_TILE) if attention == "flex_attention" else self.size
         self.length = rows.clean_ids.shape[1]
         self.clean_ids = self._pad(rows.clean_ids)  # (B, L') with L' a multiple of the unit
-        self.positions = torch.arange(self.clean_ids.shape[1], device=self.clean_ids.device)[None]
+        self.columns = torch.arange(self.clean_ids.shape[1], device=self.clean_ids.device)[None]
         # Rows are filled up to whole blocks, so that text never sees padding, unless the model's positions end before.
-        is_cut = config.positions is not None and config.positions < self.clean_ids.shape[1]
-        self.is_text = self._pad(rows.attention_mask) if is_cut else None  # (B, L')
-        self.has_pattern = attention == BLOCK_ATTENTION and self.is_text is None
+        longest = self.clean_ids.shape[1] if layout is None else layout.longest
+        is_cut = config.positions is not None and config.positions < longest
+        is_text = self._pad(rows.attention_mask) if is_cut else None  # (B, L')
+        self.shares_rows = layout is not None
+        # (B or 1, L'). No text looks at what fills up the blocks, so it takes no position that a table may not have.
+        self.positions = self.columns.clamp(max=config.positions - 1) if is_cut else self.columns
+        starts = None
+        if layout is not None:
+            starts, self.positions = self._pad(layout.starts), self._pad(layout.positions)
+        self.patterns = BlockPatterns(config, self.columns, starts, is_text)
         # The first window fills the clean pass; every window sets what its steps see of it.
         self.clean_pass: CleanText | None = None
         self.clean_losses: Tensor | None = None
@@ -275,8 +277,8 @@ class BlockDenoiser:
         clean = CleanText(self.config.mask_token_id)
         output = self.model(
             input_ids=self.clean_ids,
-            attention_mask=self._pattern(self.positions, 0) if self.has_pattern else self.is_text,
-            position_ids=self._existing(self.positions),
+            attention_mask=self.patterns.of_clean_text(),
+            position_ids=self.positions,
             cache=clean,
             logits_to_keep=self.clean_ids.new_empty(0),
             targets=self.clean_ids,
@@ -329,15 +331,15 @@ class BlockDenoiser:
         whole_rows = partial(self._whole_rows, blocks)
         takes_before = self._takes_before(blocks.columns)
         prefix = CleanPrefix(self.clean, blocks.seen, before, takes_before, blocks.masks, whole_rows)
-        attention = self._pattern(blocks.columns, blocks.seen) if self.has_pattern else self._mask(blocks, prefix)
+        is_plain = self.positions is self.columns
         return denoise(
             self.model,
             blocks.pack(self.clean_ids).masked_fill(blocks.is_masked, self.config.mask_token_id),
             prefix,
             state,
             scored,
-            attention_mask=attention,
-            position_ids=self._existing(blocks.columns),
+            attention_mask=self.patterns.of_blocks(blocks, prefix),
+            position_ids=blocks.columns if is_plain else blocks.pack(self.positions.expand_as(self.clean_ids)),
             inputs_embeds=torch.where(
                 blocks.is_masked[..., None], self.clean.mask_embeds, blocks.pack(self.clean.embeds)
             ),
@@ -359,50 +361,22 @@ class BlockDenoiser:
         read_out = blocks.unpack(raw, clean)
         if self.config.token_shift:
             before = align_to_positions(clean, self.positions) if self.clean_block_starts else None
-            read_out = align_to_positions(read_out, self.positions, before, self._takes_before(self.positions))
+            read_out = align_to_positions(read_out, self.positions, before, self._takes_before(self.columns))
         nothing = torch.zeros_like(self.clean_ids, dtype=torch.bool)
         return read_out, blocks.unpack(head_inputs, self.clean_hidden), blocks.unpack(is_masked, nothing)
 
-    def _takes_before(self, positions: Tensor) -> Tensor | None:
-        """(B, L) bool, block starts that read the clean text before the block; None unless `clean_block_starts`."""
-        return positions % self.size == 0 if self.clean_block_starts else None
+    def _takes_before(self, columns: Tensor) -> Tensor | None:
+        """(B or 1, L) bool, block starts that read the clean text before the block; None = those that positions show.
 
-    def _pattern(self, columns: Tensor, seen: int) -> Tensor:
-        """Blocks whose (B or 1, A * S) columns are given see themselves, and the text before them: for "relay_blocks".
-
-        Args:
-            columns: where the positions of the pass come from.
-            seen: columns of clean text before those of the pass.
+        With `clean_block_starts` all do. Where texts share rows, a block may lie beside one of another text whose last
+        position is by chance the one before its first.
         """
-        pattern, length = packed_pattern(columns[:, :: self.size], self.size), columns.shape[1]
-        # Only a CPU reads the pattern without a wait; other devices should use FlexAttention.
-        return pattern if columns.device.type == "cpu" else dense_mask(pattern, length, seen + length)
-
-    def _mask(self, blocks: PackedBlocks, prefix: CleanPrefix) -> Any:
-        """The same for other attention functions."""
-        length = prefix.get_seq_length()
-        block = blocks.columns // self.size  # (B, A*S)
-        clean_block = self.positions[:, :length].expand(len(block), -1) // self.size
-        key_block = torch.cat([clean_block, block], dim=1)
-        is_noisy = torch.arange(key_block.shape[1], device=block.device) >= length
-
-        def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            here = block[row, query - length]
-            return torch.where(is_noisy[key], key_block[row, key] == here, key_block[row, key] < here)
-
-        is_text = self.is_text
-        return create_bidirectional_mask(
-            self.config.text_config,
-            # Stands for the embeddings, of which only shape and device matter here.
-            torch.empty(*block.shape, 0, device=block.device),
-            None if is_text is None else torch.cat([is_text[:, :length], blocks.pack(is_text)], dim=1),
-            **as_cache_argument(prefix),
-            and_mask_function=sees,
-        )
-
-    def _existing(self, positions: Tensor) -> Tensor:
-        """No text looks at what fills up the blocks, so it takes no position that a table may not have."""
-        return positions if self.is_text is None else positions.clamp(max=self.config.positions - 1)
+        is_start = columns % self.size == 0
+        if self.clean_block_starts:
+            return is_start
+        if not self.shares_rows:
+            return None
+        return is_start & F.pad(columns[:, 1:] != columns[:, :-1] + 1, (1, 0), value=True)
 
     def _pad(self, tensor: Tensor) -> Tensor:
         """Pads the positions, the second axis, to whole units."""
