@@ -21,6 +21,7 @@ from transformers import Qwen2Config
 from relay_hf import RelayConfig, RelayForMaskedDiffusion
 from relay_hf.modeling import make_policy
 from relay_hf.trainers.objectives import RECIPES, mean_of_positions
+from relay_hf.trainers.rollouts.batches import TextRow
 from relay_hf.trainers.rollouts.denoiser import make_denoiser
 from relay_hf.trainers.rollouts.packing import Layout
 from relay_hf.trainers.rollouts.rollout import Reveal, Rollout
@@ -43,7 +44,7 @@ def build(arguments: argparse.Namespace) -> tuple[RelayForMaskedDiffusion, Rollo
     model = RelayForMaskedDiffusion(config).train()
     exponents = torch.rand(arguments.texts) * math.log(LONGEST / SHORTEST)
     lengths = (SHORTEST * exponents.exp()).long().tolist()
-    texts = [(torch.randint(0, arguments.vocabulary - 1, (n,)), torch.arange(n) >= n // 4) for n in lengths]
+    texts = [TextRow(torch.randint(0, arguments.vocabulary - 1, (n,)), torch.arange(n) >= n // 4) for n in lengths]
     return model, all_masked(config, texts, keeps_state=True, device=CPU), lengths
 
 

@@ -83,13 +83,14 @@ def keeps_forward(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def without_init_kwargs(args: RelayTrainerConfig) -> Iterator[None]:
-    """Inside, `args.model_init_kwargs` is None: they are used up, and TRL would warn of them."""
-    options, args.model_init_kwargs = args.model_init_kwargs, None
+def hidden(args: RelayTrainerConfig, *names: str) -> Iterator[None]:
+    """Inside, these training arguments are None, so that `SFTTrainer` does not act on what we have done or will do."""
+    values = {name: getattr(args, name) for name in names}
+    vars(args).update(dict.fromkeys(names))
     try:
         yield
     finally:
-        args.model_init_kwargs = options
+        vars(args).update(values)
 
 
 def keep_caches_under_checkpointing(model: nn.Module) -> None:

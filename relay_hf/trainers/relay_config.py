@@ -91,6 +91,10 @@ class RelayTrainerConfig(SFTConfig):
             texts are printed, with the forwards they took, and kept in `state.log_history`; the mean numbers of
             forwards go to the trackers. 0 = none.
 
+    Packing: with TRL's `packing=True`, texts that are shorter than `max_length` share rows, and each sees only itself,
+    so that losses and gradients are those of padded rows. TRL's own packing, which cuts and joins texts, is not used.
+    `eval_packing` does the same for evaluations; None = as `packing`.
+
     Gradient accumulation and processes: the loss of a step is a mean over the masked positions of its micro-batch. With
     `average_tokens_across_devices` (the default) the micro-batch counts as one over all processes, so that n processes
     with b rows each equal one process with n * b rows. Micro-batches that are accumulated are averaged with equal
@@ -169,11 +173,13 @@ class RelayTrainerConfig(SFTConfig):
                 "`save_only_model=True` drops the moving average that `load_best_model_at_end=True` must restore: set "
                 "one of them to False, or `ema_decay=None`."
             )
-        if self.packing or self.eval_packing or self.padding_free:
+        if self.padding_free:
             raise ValueError(
-                "`packing`, `eval_packing` or `padding_free` is True: the relay state belongs to one row and would "
-                "cross documents. Set all three to False."
+                "`padding_free=True` flattens a batch into one row, in which a text could not be denoised by itself: "
+                "leave it out; `packing=True` saves the padding."
             )
+        if self.packing or self.eval_packing:
+            self._check_packing()
         if self.label_smoothing_factor:
             raise ValueError(
                 f"`label_smoothing_factor={self.label_smoothing_factor}` has no effect on these losses: leave it out."
@@ -181,6 +187,18 @@ class RelayTrainerConfig(SFTConfig):
         if self.loss_type != "nll":
             raise ValueError(
                 f"`loss_type={self.loss_type!r}` has no meaning here: `objective` names the loss; leave it out."
+            )
+
+    def _check_packing(self) -> None:
+        if self.max_length is None:
+            raise ValueError(
+                "`packing` and `eval_packing` put texts side by side into rows of `max_length` positions, but "
+                "`max_length=None`: give a number."
+            )
+        if self.packing_strategy != "bfd":
+            raise ValueError(
+                f"`packing_strategy={self.packing_strategy!r}` cuts texts into pieces, but a text stays whole "
+                "here: leave it out."
             )
 
     @property
@@ -192,3 +210,7 @@ class RelayTrainerConfig(SFTConfig):
     def has_channel_groups(self) -> bool:
         """Whether the optimizer treats the channel in a way of its own."""
         return self.relay_learning_rate is not None or self.relay_weight_decay is not None
+
+    def packs(self, is_training: bool) -> bool:
+        """Whether texts share rows in training, or in evaluation, where `packing` decides if `eval_packing` is None."""
+        return bool(self.packing if is_training or self.eval_packing is None else self.eval_packing)

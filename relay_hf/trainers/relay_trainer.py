@@ -18,7 +18,7 @@ from .data.traces import TraceCollator
 from .ema import FollowWeights, WeightAverage
 from .metrics import ChannelNorms, RunningMeans, record_rollout
 from .model_checks import check_arguments, check_learning, check_special_tokens
-from .model_preparation import KeepCaches, keeps_forward, prepare_model, without_init_kwargs
+from .model_preparation import KeepCaches, hidden, keeps_forward, prepare_model
 from .non_finite import FiniteCheck
 from .objectives import capped_mean, draw_masks, mean_of_positions, mean_of_rows
 from .processes import check_sharding, mean_over_processes, return_full_precision, without_exchange
@@ -26,6 +26,7 @@ from .publishing import PublishingTrainer
 from .relay_config import RelayTrainerConfig
 from .rollouts.buffer import RolloutBuffer
 from .rollouts.denoiser import make_denoiser
+from .rollouts.packing import Layout
 from .rollouts.reference import Reference
 from .rollouts.rollout import Rollout
 from .rollouts.rows import RolloutRows, fresh_rows
@@ -104,8 +105,9 @@ class RelayTrainer(PublishingTrainer):
         self.check_finite = FiniteCheck()
         self._eval_prefix: str | None = None  # prefix of the metrics while an evaluation runs
 
-        used_up = without_init_kwargs(args) if isinstance(model, str) else nullcontext()
-        with keeps_forward(base), keeps_channel_precise(base), used_up:
+        # `model_init_kwargs` are used up if the model was loaded here; texts are packed here, and not by TRL.
+        ours = ("packing", "model_init_kwargs") if isinstance(model, str) else ("packing",)
+        with keeps_forward(base), keeps_channel_precise(base), hidden(args, *ours):
             super().__init__(prepared.model, args, peft_config=prepared.peft_config, **kwargs)
         check_learning(self.model, args)
         check_sharding(self, recipe.uses_channel and base.relay.reads_distribution)
@@ -183,12 +185,13 @@ class RelayTrainer(PublishingTrainer):
         else:
             rows = draw_masks(args, config, fresh_rows(config, inputs, recipe.keeps_state), is_training).to(args.device)
             new_rows = len(rows)
+        layout = Layout(rows, args.max_length, config.block_size) if args.packs(is_training) else None
         if is_training:
-            self.throughput.add(rows, new_rows)
+            self.throughput.add(rows, new_rows, layout)
         advances = recipe.advances(args, config, is_training)
         reduce_loss = self._training_mean() if is_training else mean_of_rows(recipe)
         window = args.gradient_window if is_training else None
-        make = partial(make_denoiser, rows=rows, clean_block_starts=args.clean_block_starts)
+        make = partial(make_denoiser, rows=rows, clean_block_starts=args.clean_block_starts, layout=layout)
         denoiser = make(model, config, z_loss=args.z_loss if is_training else 0.0)
         reference = make(self.reference, self.reference.config) if self.reference is not None else None
         averages = args.step_reduction == "mean"

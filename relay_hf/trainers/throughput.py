@@ -6,6 +6,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .metrics import Number, RunningMeans
+from .rollouts.packing import Layout
 from .rollouts.rows import RolloutRows
 
 TOKENS, ROWS, PADDING = "tokens_per_second", "rows_per_second", "padding"
@@ -24,17 +25,19 @@ class Throughput(TrainerCallback):
         self.means = means
         self._began = 0.0
 
-    def add(self, rows: RolloutRows, new_rows: Number) -> None:
+    def add(self, rows: RolloutRows, new_rows: Number, layout: Layout | None = None) -> None:
         """Adds a micro-batch.
 
         Args:
             rows: its rows; the tokens of a row count once in each micro-batch, whatever the number of steps.
             new_rows: how many of them the model has not seen in the micro-batch before.
+            layout: of texts that share rows for the model.
         """
         text = rows.attention_mask.sum()
         self.means.add_sum(TOKENS, text, 0.0)
         self.means.add_sum(ROWS, new_rows, 0.0)
-        self.means.add_sum(PADDING, rows.attention_mask.numel() - text, rows.attention_mask.numel())
+        positions = (rows.attention_mask if layout is None else layout.starts).numel()
+        self.means.add_sum(PADDING, positions - text, positions)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._began = time.perf_counter()

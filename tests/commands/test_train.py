@@ -213,7 +213,7 @@ def test_push_to_hub_pushes_the_card_too(recipe: Callable[..., Path], monkeypatc
         ({"model_init_kwargs": {"relay_readuot": "pre_norm"}}, "does not take ['relay_readuot']"),
         ({"report_to": "neptune"}, "`report_to=neptune` needs a package"),
         ({"mask_token_id": 999}, "`mask_token_id=999`"),
-        ({"packing": True}, "`packing`"),
+        ({"packing": True, "packing_strategy": "wrapped"}, "`packing_strategy='wrapped'`"),
         ({"dataset_name": None, "datasets": [{"path": "json", "fraction": 0}]}, "`fraction: 0` of a data set"),
         ({"test_split_size": 0}, "`test_split_size=0` is no part of the rows: give a number between 0 and 1"),
         ({"test_split_size": 1.0, "eval_strategy": "epoch"}, "`test_split_size=1` is no part of the rows"),

@@ -51,7 +51,8 @@ class DataCheckingTrainer(SFTTrainer):
         reader = read_source(dataset, name, args, processing_class, formatting_func)
         read = dataset if reader is None else check_rows(dataset, reader)
         try:
-            prepared = super()._prepare_dataset(read, processing_class, args, packing, formatting_func, dataset_name)
+            # Texts stay apart here, and lie side by side only while the model runs: TRL would join their tokens.
+            prepared = super()._prepare_dataset(read, processing_class, args, False, formatting_func, dataset_name)
         except TemplateError as error:
             raise ValueError(
                 f"The chat template refuses a row of the {name} ({error}): change the row, or give another template."

@@ -35,6 +35,13 @@ def plan(lengths: Sequence[int], width: int) -> list[tuple[int, int]]:
     return places
 
 
+def rows_needed(lengths: Sequence[int], width: int, block_size: int | None) -> int:
+    """In how many rows texts lie side by side; arguments as in `Layout`."""
+    size = block_size or 1
+    places = plan([rounded_up(number, size) for number in lengths], rounded_up(width, size))
+    return 1 + max((row for row, _ in places), default=-1)
+
+
 class Layout:
     """B texts side by side in R rows. What it sends to the device, the device need not be waited for.
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...modeling import RelayConfig
+from .active_blocks import rounded_up
 from .batches import TextRow, read_batch
 
 MAIN_MEMORY = torch.device("cpu")
@@ -91,6 +92,12 @@ def fresh_rows(
     return all_masked(config, read_batch(batch, config), keeps_state, device)
 
 
+def seen_length(config: RelayConfig, length: int) -> int:
+    """Positions of a text that are seen: with the [MASK]s that fill up its last block, if the model has so many."""
+    filled = rounded_up(length, config.block_size or 1)
+    return max(length, min(filled, config.positions or filled))
+
+
 def blank_rows(
     config: RelayConfig, count: int, keeps_state: bool, device: torch.device, has_trace: bool = False
 ) -> RolloutRows:
@@ -112,19 +119,16 @@ def all_masked(config: RelayConfig, texts: Sequence[TextRow], keeps_state: bool,
         keeps_state: whether the rows keep the state that a step leaves.
         device: where the rows are put.
     """
-    lengths = torch.tensor([len(text.ids) for text in texts])
-    size = config.block_size or 1
-    filled = -(-lengths // size) * size
+    longest = max(len(text.ids) for text in texts)
     padding = 0 if config.block_size is None else config.mask_token_id
-    clean_ids = torch.full((len(texts), int(filled.max())), padding)
+    clean_ids = torch.full((len(texts), rounded_up(longest, config.block_size or 1)), padding)
     learned = torch.zeros(clean_ids.shape, dtype=torch.bool)
     reveal_steps = None if texts[0].reveal_steps is None else torch.zeros_like(clean_ids)
     for row, (ids, marks, steps) in enumerate(texts):
         clean_ids[row, : len(ids)], learned[row, : len(ids)] = ids, marks
         if reveal_steps is not None:
             reveal_steps[row, : len(ids)] = steps
-    if config.positions:  # [MASK]s at positions that the model does not have are not seen
-        filled = filled.clamp(max=config.positions).maximum(lengths)
+    seen = torch.tensor([seen_length(config, len(text.ids)) for text in texts])
     state = None
     if keeps_state:
         # Zeros also mean "no state yet": `has_state` distinguishes the two.
@@ -132,7 +136,7 @@ def all_masked(config: RelayConfig, texts: Sequence[TextRow], keeps_state: bool,
     rows = RolloutRows(
         clean_ids=clean_ids,
         learned=learned,
-        attention_mask=torch.arange(clean_ids.shape[1]) < filled[:, None],
+        attention_mask=torch.arange(clean_ids.shape[1]) < seen[:, None],
         masked=learned,
         relay_state=state,
         has_state=torch.zeros(len(texts), dtype=torch.bool),

@@ -14,6 +14,7 @@ from relay_hf import RelayConfig, RelayForMaskedDiffusion
 from relay_hf.modeling import make_policy
 from relay_hf.modeling.attention_blocks_relay import BLOCK_ATTENTION
 from relay_hf.trainers.objectives import RECIPES
+from relay_hf.trainers.rollouts.batches import TextRow
 from relay_hf.trainers.rollouts.denoiser import make_denoiser
 from relay_hf.trainers.rollouts.packing import Layout, plan
 from relay_hf.trainers.rollouts.rollout import Reveal, Rollout
@@ -215,7 +216,7 @@ def test_plan_texts_share_rows_and_no_column(lengths: list[int], width: int) -> 
 @settings(max_examples=60)
 @given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=6), size=st.sampled_from([None, 1, 2, 4]))
 def test_layout_splits_what_it_has_joined(lengths: list[int], size: int | None) -> None:
-    texts = [(torch.ones(length, dtype=torch.long), torch.ones(length, dtype=torch.bool)) for length in lengths]
+    texts = [TextRow(torch.ones(length, dtype=torch.long), torch.ones(length, dtype=torch.bool)) for length in lengths]
     rows = all_masked(build_model(block_size=size).config, texts, keeps_state=False, device=CPU)
     numbers = torch.randn(*rows.clean_ids.shape, 3) * rows.attention_mask[..., None]
     layout = Layout(rows, 12, size)
