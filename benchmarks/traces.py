@@ -141,7 +141,9 @@ class SeedStudy:
 
 # Name -> options of the trainer.
 METHODS: dict[str, dict[str, Any]] = {"traces": {}}
-SIZES = tuple("size extra_clues puzzles test_puzzles hidden_size layers batch_size warmup_steps steps".split())
+SIZES = (
+    "size", "extra_clues", "puzzles", "test_puzzles", "hidden_size", "layers", "batch_size", "warmup_steps", "steps",
+)  # fmt: skip
 
 
 def curve(evaluations: Evaluations) -> str:

@@ -11,6 +11,7 @@ from trl import ScriptArguments
 from ..evaluation.forwards import FORWARDS
 from ..loading.checkpoint import load_for_decoding
 from ..traces import TASKS, Task, Trace, decode_traces
+from .decoding_arguments import DecodingArguments
 from .train_data import load_rows
 from .unfinished import UnfinishedFile
 
@@ -42,6 +43,8 @@ def write_traces(source: str, output: str, arguments: "TracesArguments", raw: bo
     task = TASKS[arguments.check](tokenizer, model.config, arguments.prompt_column, arguments.answer_column, raw)
     prompts = [_prompt(task, row, number) for number, row in enumerate(rows)]
     options = arguments.options(model.generation_config)
+    if model.config.block_size is not None:
+        options.setdefault("max_new_tokens", DecodingArguments.max_new_tokens)
     records = unfinished.resume(size)
     with tqdm(total=len(rows), initial=len(records), unit="text", desc="traces") as bar:
         for begin in range(len(records), len(rows), size):

@@ -11,6 +11,7 @@ from transformers import AutoModel, AutoTokenizer
 from relay_hf.cli import main
 from relay_hf.commands import trace_files
 from relay_hf.loading.tokenizer import encode_prompt
+from relay_hf.testing import byte_tokenizer, tiny_model
 
 from .conftest import write_rows
 
@@ -78,6 +79,19 @@ def test_interrupted_run_goes_on_with_the_same_file(
     assert batches == [2, 2, 2, 1]
     assert output.read_text() == whole.read_text()
     assert sorted(path.name for path in tmp_path.glob("*traces*") if path.is_file()) == ["traces.jsonl"]
+
+
+def test_traces_of_a_canvas_fill_in_what_is_labelled(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    for each in (tiny_model(tokenizer, block_size=None), tokenizer):
+        each.save_pretrained(tmp_path / "canvas")
+    given = {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, 6, -100, 8, 9]}
+    rows, output = write_rows(tmp_path / "rows.jsonl", [given] * 2), tmp_path / "traces.jsonl"
+    assert main(["traces", str(tmp_path / "canvas"), str(output), "--dataset_name", str(rows), "--device", "cpu"]) == 0
+    for row in read(output):
+        assert [place for place, label in enumerate(row["labels"]) if label == -100] == [0, 2]
+        assert [row["input_ids"][place] for place in (0, 2)] == [5, 7]
+        assert len(row["input_ids"]) == 5
 
 
 def test_options_that_make_no_traces_are_refused(
