@@ -121,7 +121,7 @@ class SeedStudy:
         config = RelayTrainerConfig(
             str(self.folder),
             **{**trainer_options("traces", self.arguments), "trace_stride": self.options.stride, **method},
-            buffer_queue_size=0,  # the rest is as in the demo
+            rows_on_demand=False,  # the rest is as in the demo
             staggered_start=False,
             lr_scheduler_type="cosine",
             warmup_steps=steps // 20,

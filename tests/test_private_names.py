@@ -137,6 +137,7 @@ OVERRIDDEN = {
     },
     "transformers.trainer.Trainer": {
         "_get_grad_norm",
+        "_init_training_state",
         "_load_best_model",
         "_load_from_checkpoint",
         "_load_optimizer_and_scheduler",

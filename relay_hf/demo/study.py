@@ -192,7 +192,7 @@ def train_model(
         str(folder or arguments.output_dir),  # written to by an interruption only
         **(trainer_options(objective, arguments, is_warmup) | dict(options or {})),
         # As published, so that the demo stays comparable with the paper.
-        buffer_queue_size=0,
+        rows_on_demand=False,
         staggered_start=False,
         lr_scheduler_type="cosine",
         warmup_steps=steps // 20,

@@ -34,7 +34,7 @@ ARGUMENTS = (
     "sub_block_size", "clean_block_starts",
     "learning_rate", "relay_learning_rate", "lr_scheduler_type", "warmup_steps",
     "optim", "weight_decay", "relay_weight_decay", "max_grad_norm", "ema_decay",
-    "buffer_queue_size", "staggered_start",
+    "rows_on_demand", "staggered_start",
     "per_device_train_batch_size", "gradient_accumulation_steps", "world_size",
     "max_length", "assistant_only_loss", "completion_only_loss",
     "gradient_checkpointing", "bf16", "seed",

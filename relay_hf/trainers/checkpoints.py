@@ -15,9 +15,8 @@ from transformers.utils import CONFIG_NAME, logging
 
 from ..modeling import RelayConfig
 from ..modeling.loading_adapters_relay import complete_adapter
-from .data.preparation import DataCheckingTrainer
+from .data.drawing import DrawingTrainer
 from .ema import WeightAverage
-from .rollouts.buffer import RolloutBuffer
 from .whole_checkpoints import begin_checkpoint, find_problem, finish_checkpoint
 
 WEIGHT_AVERAGE_FILE = "weight_average.safetensors"
@@ -28,8 +27,8 @@ TOKENS = ("mask_token_id", "block_size", "relay_channel")
 logger = logging.get_logger(__name__)
 
 
-class ResumableTrainer(DataCheckingTrainer):
-    """Adds the rollout buffer and the moving average of the weights to checkpoints.
+class ResumableTrainer(DrawingTrainer):
+    """Adds the rollout buffer, the place in the data and the moving average of the weights to checkpoints.
 
     The model in a checkpoint is what is evaluated: the average, if there is one. The weights that training goes on from
     are in a file beside it. The Trainer has no public hook for state that belongs to a checkpoint;
@@ -37,7 +36,6 @@ class ResumableTrainer(DataCheckingTrainer):
     in which order, does not matter: a checkpoint counts as unfinished until all of it, and all processes, are through.
     """
 
-    buffer: RolloutBuffer
     weight_average: WeightAverage | None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -98,8 +96,7 @@ class ResumableTrainer(DataCheckingTrainer):
             rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def _save_own_state(self, folder: Path) -> None:
-        if tensors := self.buffer.state_dict():
-            save_file(tensors, self._buffer_file(folder))
+        self.save_rows(folder)
         if self.weight_average is not None:
             state = self.weight_average.state_dict()  # by all processes together
             if self.is_world_process_zero():
@@ -109,9 +106,7 @@ class ResumableTrainer(DataCheckingTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        if (path := self._buffer_file(checkpoint)).exists():
-            # Not straight onto the device: safetensors does not know "cpu:0".
-            self.buffer.load_state_dict({name: t.to(self.args.device) for name, t in load_file(path).items()})
+        self.load_rows(Path(checkpoint))
         if self.weight_average is None:
             return
         if (path := Path(checkpoint) / WEIGHT_AVERAGE_FILE).exists():
@@ -131,10 +126,6 @@ class ResumableTrainer(DataCheckingTrainer):
             # loaded is the average or, under FSDP, the weights themselves.
             path = Path(self.state.best_model_checkpoint) / WEIGHT_AVERAGE_FILE
             self.weight_average.load_state_dict(load_file(path))
-
-    def _buffer_file(self, folder: str | Path) -> Path:
-        """Each process has rows of its own."""
-        return Path(folder) / f"rollout_buffer_{self.args.process_index}.safetensors"
 
 
 @contextmanager

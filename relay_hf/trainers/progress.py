@@ -34,6 +34,7 @@ class ReadableProgress(TrainerCallback):
         if state.global_step == self._first_step + 1:
             self._started = state.global_step, time.perf_counter()
         if self.bar is not None:
+            self.bar.total = state.max_steps  # an estimate changes
             self.bar.update(state.global_step - self.bar.n)
 
     def on_log(
@@ -50,10 +51,10 @@ class ReadableProgress(TrainerCallback):
             line = f"{state.global_step:,} steps, {duration(logs['train_runtime'])}"
         elif "loss" in logs:
             parts = [text.format(logs[name]) for name, text in SHOWN.items() if name in logs]
-            line = f"step {state.global_step:,}/{state.max_steps:,}  {'  '.join(parts)}{self._time_left(state)}"
+            line = f"{_step(args, state)}  {'  '.join(parts)}{self._time_left(state)}"
         else:
             losses = [f"{name} {value:.3f}" for name, value in logs.items() if name.endswith("_loss")]
-            line = f"step {state.global_step:,}/{state.max_steps:,}  {'  '.join(losses)}"
+            line = f"{_step(args, state)}  {'  '.join(losses)}"
         tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
 
@@ -68,6 +69,12 @@ class ReadableProgress(TrainerCallback):
             return ""
         seconds = (time.perf_counter() - since) / (state.global_step - step)
         return f"  {seconds:.2f} s/step, {duration(seconds * (state.max_steps - state.global_step))} left"
+
+
+def _step(args: TrainingArguments, state: TrainerState) -> str:
+    """The step, and how many there are, as far as it is known."""
+    about = "about " if getattr(args, "draws_rows", False) and args.max_steps <= 0 else ""
+    return f"step {state.global_step:,}/{about}{state.max_steps:,}"
 
 
 def duration(seconds: float) -> str:

@@ -19,7 +19,6 @@ NUMBERS: dict[str, tuple[Any, int, str]] = {
     "gradient_window": (int | None, 1, "must be at least 1, and whole; `None` differentiates all steps together"),
     "sub_block_size": (int | None, 1, "must be at least 1, and whole; `None` takes blocks as a whole"),
     "sample_rows": (int, 0, "is negative, or not whole: 0 means no samples"),
-    "buffer_queue_size": (int, 0, "is negative, or not whole: 0 means no queue"),
     # TRL would take a negative one for a number of tokens to cut off at the end.
     "max_length": (int | None, 1, "must be at least 1, and whole; `None` keeps texts whole"),
     "threshold_jitter": (int | float, 0, "is a standard deviation: it must be a number of at least 0"),
@@ -77,11 +76,11 @@ class RelayTrainerConfig(SFTConfig):
             before, and leaves the first tokens of blocks to what the base model knows.
         threshold_jitter: standard deviation of Gaussian noise on the threshold, drawn per step (Sudoku recipe: 0.1).
             Evaluation uses the threshold itself.
-        buffer_queue_size: rows of text (per process) that may wait for a place in the rollout buffer. A row needs many
-            rollouts, each batch brings new ones, and what comes when the queue is full is dropped. 0 drops every row
-            that finds no place at once, as the published code does.
+        rows_on_demand: whether a row is drawn when a place in the rollout buffer is free, so that each epoch reveals
+            every row once; the number of steps is then estimated, unless `max_steps` sets it. False = every batch
+            brings rows, and those that find no free place are dropped, as in the published code.
         staggered_start: whether the first rows of the buffer start with different fractions revealed, so that they do
-            not all finish together.
+            not all finish together. With `rows_on_demand` they come once more, with nothing revealed.
         relay_learning_rate: learning rate of the channel; `None` = `learning_rate`.
         relay_weight_decay: weight decay of the channel; `None` = none, as for every norm and bias.
         ema_decay: decay of an exponential moving average of the weights, ramped up as (1 + n) / (10 + n). The average
@@ -117,7 +116,7 @@ class RelayTrainerConfig(SFTConfig):
     sub_block_size: int | None = field(default=None, metadata={"help": "Part of a block revealed first; all of it."})
     clean_block_starts: bool = field(default=False, metadata={"help": "Learn block starts as decoding reads them."})
     threshold_jitter: float = field(default=0.0, metadata={"help": "Standard deviation of noise on the threshold."})
-    buffer_queue_size: int = field(default=4096, metadata={"help": "Rows that may wait for the rollout buffer."})
+    rows_on_demand: bool = field(default=True, metadata={"help": "Draw rows when a place is free; drop none."})
     staggered_start: bool = field(default=True, metadata={"help": "Start rows with different fractions revealed."})
     relay_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the channel."})
     relay_weight_decay: float | None = field(default=None, metadata={"help": "Weight decay of the channel."})
@@ -180,6 +179,11 @@ class RelayTrainerConfig(SFTConfig):
             )
         if self.packing or self.eval_packing:
             self._check_packing()
+        if self.draws_rows and self.train_sampling_strategy == "batch_rebalance":
+            raise ValueError(
+                "`train_sampling_strategy='batch_rebalance'` evens out batches, but rows are drawn one by one: choose "
+                "another, or set `rows_on_demand=False`."
+            )
         if self.label_smoothing_factor:
             raise ValueError(
                 f"`label_smoothing_factor={self.label_smoothing_factor}` has no effect on these losses: leave it out."
@@ -205,6 +209,11 @@ class RelayTrainerConfig(SFTConfig):
     def recipe(self) -> Recipe:
         """What `objective` means."""
         return RECIPES[self.objective]
+
+    @property
+    def draws_rows(self) -> bool:
+        """Whether rows are drawn one by one, and not by the batch."""
+        return self.rows_on_demand and self.recipe.uses_buffer
 
     @property
     def has_channel_groups(self) -> bool:

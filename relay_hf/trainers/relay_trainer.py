@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from ..modeling import RelayConfig
@@ -16,9 +15,11 @@ from .channel_parameters import keeps_channel_precise, separate_channel
 from .data.preparation import check_sources
 from .data.traces import TraceCollator
 from .ema import FollowWeights, WeightAverage
+from .epochs import CountEpochs
 from .metrics import ChannelNorms, RunningMeans, record_rollout
 from .model_checks import check_arguments, check_learning, check_special_tokens
 from .model_preparation import KeepCaches, hidden, keeps_forward, prepare_model
+from .no_batch import RefuseNoBatch
 from .non_finite import FiniteCheck
 from .objectives import capped_mean, draw_masks, mean_of_positions, mean_of_rows
 from .processes import check_sharding, mean_over_processes, return_full_precision, without_exchange
@@ -31,7 +32,6 @@ from .rollouts.reference import Reference
 from .rollouts.rollout import Rollout
 from .rollouts.rows import RolloutRows, fresh_rows
 from .samples import show_samples
-from .shortfall import ReportShortfall, check_loader
 from .summary import describe_run
 from .throughput import Throughput
 
@@ -99,11 +99,15 @@ class RelayTrainer(PublishingTrainer):
         self.relay_config: RelayConfig = config
         self.recipe = recipe = recipe.for_channel(config.relay_channel)
         self.buffer = RolloutBuffer(
-            config, recipe.keeps_state, args.buffer_queue_size, args.staggered_start, args.device
+            config, recipe.keeps_state, args.staggered_start, not args.rows_on_demand, args.device
         )
         self.means, self.eval_means = RunningMeans(), RunningMeans()
         self.check_finite = FiniteCheck()
         self._eval_prefix: str | None = None  # prefix of the metrics while an evaluation runs
+        if args.draws_rows:
+            has_scheduler = kwargs.get("optimizers", (None, None))[1] is not None
+            counting = CountEpochs(self, follows=not has_scheduler)
+            kwargs["callbacks"] = [counting, *(kwargs.get("callbacks") or [])]
 
         # `model_init_kwargs` are used up if the model was loaded here; texts are packed here, and not by TRL.
         ours = ("packing", "model_init_kwargs") if isinstance(model, str) else ("packing",)
@@ -125,7 +129,7 @@ class RelayTrainer(PublishingTrainer):
         self.throughput = Throughput(self.means)
         self.add_callback(self.throughput)
         self.add_callback(ChannelNorms(self.means))
-        self.add_callback(ReportShortfall(self.buffer))
+        self.add_callback(RefuseNoBatch())
         if self.weight_average is not None:
             self.add_callback(FollowWeights(self.weight_average))
 
@@ -177,8 +181,8 @@ class RelayTrainer(PublishingTrainer):
         args, config, recipe = self.args, self.relay_config, self.recipe
         if recipe.uses_buffer and is_training:
             # The public `args.train_batch_size` is not the one that `auto_find_batch_size` found.
-            new_rows = refilled = self.buffer.refill(inputs, slots=self._train_batch_size)
-            self.means.add({"buffer_refills": float(refilled), "buffer_queue": float(len(self.buffer.queue))})
+            new_rows = refilled = self.buffer.refill(self._drawn(inputs), slots=self._train_batch_size)
+            self.means.add({"buffer_refills": float(refilled)})
             rows = self.buffer.rows
         elif recipe.uses_buffer:
             rows = fresh_rows(config, inputs, recipe.keeps_state, args.device)
@@ -215,16 +219,6 @@ class RelayTrainer(PublishingTrainer):
         """
         norm = super()._get_grad_norm(model, grad_norm)
         return self.check_finite(self.state.global_step, norm, norm_may_overflow=self.args.fp16)
-
-    def get_train_dataloader(self) -> DataLoader:
-        """As in SFTTrainer.
-
-        Raises:
-            ValueError: the loader has no batch.
-        """
-        loader = super().get_train_dataloader()
-        check_loader(loader, self.args)
-        return loader
 
     # -- optimizer and averages ---------------------------------------------------------------------------------------
 

@@ -76,11 +76,14 @@ def _describe_steps(trainer: Any) -> str:
         *([f"{args.gradient_accumulation_steps} accumulated"] if args.gradient_accumulation_steps > 1 else []),
         *([f"{args.world_size} processes"] if args.world_size > 1 else []),
     ]
+    text = f"{steps:,} of {total_batch:,} rows ({', '.join(parts)})"
+    if args.draws_rows and args.max_steps <= 0:
+        return f"about {text}, until every row was revealed in each of {args.num_train_epochs:g} epochs"
+    if args.draws_rows:
+        return f"{text}, each of which stays for several steps"
     epochs = f", {steps / per_epoch:.3g} epochs" if isinstance(trainer.train_dataset, Dataset) else ""
-    text = f"{steps:,} of {total_batch:,} rows ({', '.join(parts)}){epochs}"
-    if epochs and args.recipe.uses_buffer:
-        text += "; a row stays in the rollout buffer for several steps, so fewer rows are trained than drawn"
-    return text
+    dropped = "; a row stays for several steps, and rows that find no place meanwhile are dropped"
+    return text + epochs + (dropped if epochs and args.recipe.uses_buffer else "")
 
 
 def _describe_parameters(model: Any) -> str:

@@ -38,7 +38,7 @@ def test_published_recipe_says_what_was_published() -> None:
     assert training.per_device_train_batch_size * training.gradient_accumulation_steps == 64
     assert (training.max_length, training.bf16, training.gradient_checkpointing) == (2048, True, True)
     assert (training.objective, training.rollout_steps, training.weight_decay) == ("relay", 2, 0)
-    assert (training.buffer_queue_size, training.staggered_start, training.sub_block_size) == (0, False, None)
+    assert (training.rows_on_demand, training.staggered_start, training.sub_block_size) == (False, False, None)
     assert (training.max_grad_norm, training.relay_learning_rate) == (1.0, None)
 
 

@@ -30,7 +30,7 @@ def test_dry_run_says_what_would_be_trained_and_writes_nothing(
     shown = capsys.readouterr().out
     assert files(tmp_path) == before
     assert "data        12 rows, " in shown
-    assert "steps       7 of 8 rows (4 per process, 2 accumulated), 3.5 epochs" in shown
+    assert "steps       7 of 8 rows (4 per process, 2 accumulated), each of which stays for several steps" in shown
     assert "learned 'abcdefgh" in shown
     assert "min for 7 steps like it" in shown
     assert "nothing is written" in shown

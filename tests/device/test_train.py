@@ -25,7 +25,7 @@ RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "sub-blocks": ("relay", {}, {"sub_block_size": 2}),
     "budget": ("relay", {}, {"unmasking_policy": "confidence_budget", "threshold_jitter": 0.1}),
     "fixed count": ("relay", {}, {"unmasking_policy": "fixed_count", "unmasking_threshold": 2}),
-    "no queue": ("relay", {}, {"buffer_queue_size": 0}),
+    "no queue": ("relay", {}, {"rows_on_demand": False}),
     "accumulation": ("relay", {}, {"gradient_accumulation_steps": 2}),
     "checkpointing": ("relay", {}, {"gradient_checkpointing": True}),
     "groups": ("relay", {}, {"relay_learning_rate": 1e-2, "relay_weight_decay": 0.1}),

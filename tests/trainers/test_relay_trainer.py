@@ -115,7 +115,6 @@ def test_accumulation_equals_the_mean_of_its_micro_batches(make_trainer: Callabl
         if size == 1:
             # One slot lives through four micro-batches here: start each of them afresh.
             trainer.buffer.store = lambda rows, buffer=trainer.buffer: setattr(buffer, "rows", None)
-            trainer.buffer.queue_size = 0
         trainer.train()
         results.append(weights(trainer.model))
     for name in results[0]:

@@ -35,7 +35,7 @@ def test_summary_counts_rows_tokens_and_what_is_learned(make_trainer: Callable[.
     assert "visible 'ab'" in text
     assert "learned 'cd" in text
     assert "rollout (several denoising steps" in text
-    assert "3 of 4 rows (4 per process), 3 epochs" in text
+    assert "3 of 4 rows (4 per process), each of which stays for several steps" in text
 
 
 @pytest.mark.parametrize("options", [{}, {"optim": "adafactor"}, {"optim": "sgd"}, {"optim_args": "amsgrad=True"}])

@@ -199,7 +199,7 @@ def test_padding_does_not_change_the_loss(text_trainer: Callable[..., RelayTrain
 def test_smaller_last_batch_refills_as_many_rows_as_it_has(text_trainer: Callable[..., RelayTrainer]) -> None:
     rows = [{"prompt": "ab", "completion": str(digit)} for digit in range(5)]
     # At threshold 0 every row is finished after one step.
-    trainer = text_trainer(rows, unmasking_threshold=0.0, dataloader_drop_last=False)
+    trainer = text_trainer(rows, unmasking_threshold=0.0, rows_on_demand=False)
     trainer.train()
     assert logged(trainer, "buffer_refills") == [4, 1, 4, 1]
     assert logged(trainer, "masked_fraction") == [1, 0.25, 1, 0.25]

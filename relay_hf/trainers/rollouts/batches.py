@@ -3,6 +3,7 @@
 Legend: B rows, L positions.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from ...modeling import RelayConfig
 
 REVEAL_STEPS = "reveal_steps"  # column of traces in data sets and batches
+NO_NUMBER = -1
 
 
 class TextRow(NamedTuple):
@@ -25,6 +27,9 @@ class TextRow(NamedTuple):
     ids: Tensor
     learned: Tensor
     reveal_steps: Tensor | None = None
+
+
+NumberedRow = tuple[int, TextRow]  # the number says which row of the data it is; `NO_NUMBER` = it is not counted
 
 
 def read_batch(batch: dict[str, Tensor], config: RelayConfig) -> list[TextRow]:
@@ -55,6 +60,25 @@ def read_batch(batch: dict[str, Tensor], config: RelayConfig) -> list[TextRow]:
         )
     _check_values(ids, labels, is_text, config)
     return cut_padding(is_text, ids, labels != -100, batch.get(REVEAL_STEPS))
+
+
+def number_rows(batch: dict[str, Tensor], config: RelayConfig, numbers: Sequence[int]) -> list[NumberedRow]:
+    """The rows of a batch with their numbers, without those that have nothing to learn.
+
+    Args:
+        batch, config: as in `read_batch`.
+        numbers: one for each row that the collator was given.
+
+    Raises:
+        ValueError: `read_batch` refuses the batch, or the collator made more or fewer rows of those it was given.
+    """
+    rows = read_batch(batch, config)
+    if len(rows) != len(numbers):
+        raise ValueError(
+            f"`data_collator` made {len(rows)} rows of {len(numbers)}, so that it cannot be counted which of them were "
+            "trained: make one of each, or set `rows_on_demand=False`."
+        )
+    return [(number, row) for number, row in zip(numbers, rows, strict=True) if row.learned.any()]
 
 
 def cut_padding(is_text: Tensor, ids: Tensor, learned: Tensor, reveal_steps: Tensor | None = None) -> list[TextRow]:
