@@ -4,8 +4,7 @@ from math import ceil
 from typing import Any, NamedTuple
 
 import torch
-from torch.optim.lr_scheduler import LRScheduler
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.optimization import get_scheduler
 
 from .data.row_source import IndexedRows
@@ -46,16 +45,16 @@ class CountEpochs(TrainerCallback):
         self._first_step = 0  # of a stream's epoch
         self._standing = Standing(0, 0, 0.0)
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         epoch = state.epoch or 0.0
         self._epoch = int(epoch)
         self._first_step = state.global_step - round(epoch % 1 * args.max_steps)
         self._standing = self._look()
-        if args.max_steps <= 0 and state.global_step:
+        if args.estimates_steps and state.global_step:
             state.max_steps = self._estimate(state.global_step, state.max_steps)
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, lr_scheduler: Any, **_: Any
+        self, args: Any, state: TrainerState, control: TrainerControl, lr_scheduler: Any, **_: Any
     ) -> None:
         """Here all rollouts of a step have run, and its end is not yet decided.
 
@@ -65,12 +64,12 @@ class CountEpochs(TrainerCallback):
         self._standing = self._look()
         if not self._standing.entered:
             raise ValueError("The training set gave no row: check where it is loaded from.")
-        if args.max_steps <= 0:
+        if args.estimates_steps:
             state.max_steps = self._estimate(state.global_step + 1, state.max_steps)
             if self.follows:
                 follow_estimate(lr_scheduler, args, state.max_steps)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._standing.oldest >= self.trainer.source.end:
             state.epoch = float(args.num_train_epochs)
         elif self._standing.oldest >= (self._epoch + 1) * self.trainer.source.stride:
@@ -100,7 +99,7 @@ class CountEpochs(TrainerCallback):
             guess = ceil(steps * source.rows_of(self.trainer.args.num_train_epochs) / standing.revealed)
         return max(guess, steps + 1)
 
-    def _fraction(self, args: TrainingArguments, state: TrainerState) -> float:
+    def _fraction(self, args: Any, state: TrainerState) -> float:
         """The part of the epoch that is done, below 1; of a stream, whose length is unknown, the part of all steps."""
         source = self.trainer.source
         if not isinstance(source, IndexedRows):
@@ -109,7 +108,7 @@ class CountEpochs(TrainerCallback):
         return min(max(part, 0.0), 1 - 0.5 / source.per_epoch)
 
 
-def follow_estimate(scheduler: LRScheduler, args: TrainingArguments, steps: int) -> None:
+def follow_estimate(scheduler: Any, args: Any, steps: int) -> None:
     """Lets the rest of a schedule be that of another number of steps; a schedule without a formula stays as it is.
 
     Args:

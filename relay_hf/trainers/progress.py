@@ -73,7 +73,7 @@ class ReadableProgress(TrainerCallback):
 
 def _step(args: TrainingArguments, state: TrainerState) -> str:
     """The step, and how many there are, as far as it is known."""
-    about = "about " if getattr(args, "draws_rows", False) and args.max_steps <= 0 else ""
+    about = "about " if getattr(args, "estimates_steps", False) else ""
     return f"step {state.global_step:,}/{about}{state.max_steps:,}"
 
 

@@ -216,6 +216,11 @@ class RelayTrainerConfig(SFTConfig):
         return self.rows_on_demand and self.recipe.uses_buffer
 
     @property
+    def estimates_steps(self) -> bool:
+        """Whether the end of the rows ends the training, and the number of steps is known only then."""
+        return self.draws_rows and self.max_steps <= 0
+
+    @property
     def has_channel_groups(self) -> bool:
         """Whether the optimizer treats the channel in a way of its own."""
         return self.relay_learning_rate is not None or self.relay_weight_decay is not None

@@ -77,7 +77,7 @@ def _describe_steps(trainer: Any) -> str:
         *([f"{args.world_size} processes"] if args.world_size > 1 else []),
     ]
     text = f"{steps:,} of {total_batch:,} rows ({', '.join(parts)})"
-    if args.draws_rows and args.max_steps <= 0:
+    if args.estimates_steps:
         return f"about {text}, until every row was revealed in each of {args.num_train_epochs:g} epochs"
     if args.draws_rows:
         return f"{text}, each of which stays for several steps"
@@ -186,7 +186,7 @@ def _wait() -> None:
         torch.accelerator.synchronize()
 
 
-def time_two_steps(trainer: Trainer) -> str:
+def time_two_steps(trainer: Any) -> str:
     """Trains two steps without saving anything; returns a line with the estimated time of the whole training.
 
     The trainer cannot be used afterwards: its weights have changed.
@@ -198,7 +198,8 @@ def time_two_steps(trainer: Trainer) -> str:
     args.logging_strategy = args.eval_strategy = args.save_strategy = IntervalStrategy.NO
     trainer.train()
     minutes = timer.seconds * trainer.state.max_steps / 60
-    text = f"{timer.seconds:.2f} s for a step, measured here: {minutes:,.1f} min for {trainer.state.max_steps:,} steps"
+    steps = f"{'about ' if args.estimates_steps else ''}{trainer.state.max_steps:,} steps"
+    text = f"{timer.seconds:.2f} s for a step, measured here: {minutes:,.1f} min for {steps}"
     text += " like it, without evaluation and saving"
     if args.device.type == "cuda":
         text += f"; {_mebibytes(torch.cuda.max_memory_allocated())} at most, activations included"

@@ -61,7 +61,8 @@ def test_card_tells_rows_losses_and_adapters(make_trainer: Callable[..., RelayTr
     trainer.create_model_card("told")
     card = (Path(trainer.args.output_dir) / "README.md").read_text(encoding="utf-8")
     lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
-    assert f"The training set has {len(lengths)} rows of {lengths[0]} tokens; {trainer.state.epoch:.3g} epochs of it were read." in card
+    read = f"{trainer.state.epoch:.3g} epochs of it were read."
+    assert f"The training set has {len(lengths)} rows of {lengths[0]} tokens; {read}" in card
     assert "- Wall time since the last start: " in card
     assert "| `adapter.r` | `2` |\n" in card
     assert "| `adapter.target_modules` | `q_proj, v_proj` |" in card

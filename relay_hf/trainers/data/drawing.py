@@ -70,7 +70,7 @@ class DrawingTrainer(DataCheckingTrainer):
         self, args: Any, dataloader: Any
     ) -> tuple[int, int, int, int, int, int | None, int]:
         """As in the Trainer, but with rows on demand an epoch has any number of steps, and all of them are guessed."""
-        if not args.draws_rows or args.max_steps > 0 or not isinstance(self.train_dataset, Dataset):
+        if not args.estimates_steps or not isinstance(self.train_dataset, Dataset):
             return super().set_initial_training_values(args, dataloader)
         rows = self._make_source().rows_of(args.num_train_epochs)
         batch = self.get_total_train_batch_size(args)
@@ -85,13 +85,13 @@ class DrawingTrainer(DataCheckingTrainer):
         if not self.args.draws_rows:
             return begun
         self.buffer.load_state_dict({})
-        self.source = self._make_source()
+        self.source = source = self._make_source()
         epoch = self.state.epoch or 0.0
-        self.source.start_at(int(epoch))
+        source.start_at(int(epoch))
         if self.args.max_steps > 0:
             is_over = self.state.global_step >= max_steps
         else:
-            self.source.stop_after(self.args.num_train_epochs)
+            source.stop_after(self.args.num_train_epochs)
             is_over = epoch >= self.args.num_train_epochs
         # The place in the data is ours: the Trainer is to skip nothing.
         return epochs if is_over else int(epoch), 0

@@ -6,7 +6,7 @@ process to the others, which would wait for each other when they draw at differe
 
 from array import array
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from math import floor, inf
 from typing import Any
@@ -42,7 +42,7 @@ class RowSource:
     def __init__(
         self, loader: DataLoader, config: RelayConfig, batch_size: int, process: int = 0, processes: int = 1
     ) -> None:
-        self.loader = loader
+        self.loader: Any = loader
         self.config = config
         self.batch_size = batch_size
         self.process, self.processes = process, processes
@@ -142,7 +142,7 @@ class IndexedRows(RowSource):
         self._check_rows(state)
         self.left, self.dealt = state[NUMBERS].cpu(), int(state[DEALT][0])
 
-    def deal_anew(self, states: list[Mapping[str, Tensor]], in_work: list[Tensor]) -> None:
+    def deal_anew(self, states: Sequence[Mapping[str, Tensor]], in_work: list[Tensor]) -> None:
         """Goes on from the checkpoint of another number of processes.
 
         Args:
@@ -185,7 +185,7 @@ class IndexedRows(RowSource):
     def _order(self, epoch: int) -> "array[int]":
         """The indices of an epoch in its order; the last two orders are kept."""
         if epoch not in self._orders:
-            sampler: Any = self.loader.get_sampler()  # type: ignore[attr-defined]
+            sampler = self.loader.get_sampler()
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)
             with torch.random.fork_rng(devices=[]):
@@ -248,7 +248,7 @@ class StreamedRows(RowSource):
         self._next = int(state[DEALT][0])
         self._begin_epoch(self._next % STREAM)
 
-    def deal_anew(self, states: list[Mapping[str, Tensor]], in_work: list[Tensor]) -> None:
+    def deal_anew(self, states: Sequence[Mapping[str, Tensor]], in_work: list[Tensor]) -> None:
         """Not possible.
 
         Raises:

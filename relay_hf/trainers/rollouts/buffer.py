@@ -198,7 +198,7 @@ class RolloutBuffer:
 
     def _enter(self, rows: list[NumberedRow], free: list[int], kept: list[int], is_staggered: bool) -> None:
         """Puts rows into the first free slots; `kept` has the lengths of the rows that stay."""
-        numbers, texts = zip(*rows, strict=True)
+        numbers, texts = [number for number, _ in rows], [text for _, text in rows]
         fresh = all_masked(self.config, texts, self.keeps_state, self.device)
         # Without trimming, the longest row ever seen would set the cost of every later step.
         length = max([fresh.clean_ids.shape[1], *kept])

@@ -77,9 +77,10 @@ class Recorder(TrainerCallback):
 
 def dataset(count: int, seed: int = 0) -> Dataset:
     rows = build_rows(count, seed=seed)
-    # Every other pair has a single token to learn: processes differ in what they average over, and in when they finish.
+    # Three of four rows have a single token to learn: processes differ in what they average over, and in when they
+    # finish, whether they are dealt rows or pairs of rows.
     for first in range(0, count, 4):
-        rows["labels"][first : first + 2, :-1] = -100
+        rows["labels"][first : first + 3, :-1] = -100
     return Dataset.from_dict({name: rows[name].tolist() for name in ("input_ids", "labels")})
 
 
