@@ -167,23 +167,27 @@ def match_at(evaluations: Evaluations, forwards: float) -> float:
 
 
 def spread(values: list[float]) -> str:
-    """Mean ± standard deviation."""
+    """Mean ± standard deviation; a dash if a seed's curve does not reach."""
+    if np.isnan(values).any():
+        return "–"
     return f"{mean(values):.2f} ± {stdev(values) if len(values) > 1 else 0:.2f}"
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Markdown: the start's exact match at each threshold, and the forwards that every model needs for as much."""
+    """Markdown: forwards for the start's exact match at each threshold; exact match for its forwards, in percent."""
     names = [name for name in results[0] if name != "made"]
-    lines = ["| exact match of the start | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
+    lines = [f"| | {' | '.join(names)} |", "| --- |" + " --- |" * len(names)]
     for index, threshold in enumerate(THRESHOLDS):
         wanted = [result["start"]["evaluations"][index]["scores"]["exact_match"] for result in results]
         cells = []
         for name in names:
             needed = [forwards_at(r[name]["evaluations"], level) for r, level in zip(results, wanted, strict=True)]
             cells.append(spread(needed))
-        lines.append(
-            f"| {spread([100 * level for level in wanted])} % (threshold {threshold:g}) | {' | '.join(cells)} |"
-        )
+        lines.append(f"| forwards for its {100 * mean(wanted):.1f} % at {threshold:g} | {' | '.join(cells)} |")
+    for index, threshold in enumerate(THRESHOLDS):
+        spent = [result["start"]["evaluations"][index]["denoise_forwards"] for result in results]
+        cells = [spread([match_at(r[n]["evaluations"], f) for r, f in zip(results, spent, strict=True)]) for n in names]
+        lines.append(f"| exact match at its {mean(spent):.1f} forwards at {threshold:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -99,7 +99,12 @@ class RelayTrainer(PublishingTrainer):
         self.relay_config: RelayConfig = config
         self.recipe = recipe = recipe.for_channel(config.relay_channel)
         self.buffer = RolloutBuffer(
-            config, recipe.keeps_state, args.staggered_start, not args.rows_on_demand, args.device
+            config,
+            recipe.keeps_state,
+            args.staggered_start,
+            not args.rows_on_demand,
+            args.device,
+            has_traces=recipe.follows_traces,
         )
         self.means, self.eval_means = RunningMeans(), RunningMeans()
         self.check_finite = FiniteCheck()

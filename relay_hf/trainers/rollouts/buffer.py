@@ -29,6 +29,7 @@ class RolloutBuffer:
             not all finish together. They come again, with nothing revealed, and are not counted before.
         drops_rows: whether rows that find no place are dropped, as in the published code.
         device: where the rows in slots are.
+        has_traces: whether all rows have a trace.
 
     Attributes:
         numbers: of the row in each slot; `NO_NUMBER` = none, or it is not counted.
@@ -42,12 +43,14 @@ class RolloutBuffer:
         staggered: bool = False,
         drops_rows: bool = False,
         device: torch.device = MAIN_MEMORY,
+        has_traces: bool = False,
     ) -> None:
         self.config = config
         self.keeps_state = keeps_state
         self.staggered = staggered
         self.drops_rows = drops_rows
         self.device = device
+        self.has_traces = has_traces
         self.rows: RolloutRows | None = None
         self.numbers: list[int] = []
         self.queue: list[NumberedRow] = []
@@ -66,9 +69,8 @@ class RolloutBuffer:
         """
         is_cold = self.rows is None
         if is_cold:
-            has_trace = self._is_waiting(source) and self.queue[0][1].reveal_steps is not None
             # A row of no text has the width of a block, so that a process without any row can take part in a step.
-            self.rows = self._blank(slots, has_trace).fit(self.config.block_size or 1)
+            self.rows = self._blank(slots).fit(self.config.block_size or 1)
             self.numbers = [NO_NUMBER] * slots
         elif slots != len(self.rows):
             self._resize(slots)
@@ -125,8 +127,8 @@ class RolloutBuffer:
         """Restores a dictionary that `state_dict` returned, in this version or an earlier one, which had no numbers.
 
         Raises:
-            ValueError: exactly one of the two objectives, of the checkpoint and of this run, keeps a state; or the
-                checkpoint is of another model or tokenizer, or damaged.
+            ValueError: exactly one of the two objectives, of the checkpoint and of this run, keeps a state, or follows
+                traces; or the checkpoint is of another model or tokenizer, or damaged.
         """
         state = {RENAMED.get(name, name): tensor for name, tensor in state.items()}
         self._check_state(state)
@@ -154,7 +156,7 @@ class RolloutBuffer:
         Returns:
             (rows,) numbers of its rows that are not finished.
         """
-        other = RolloutBuffer(self.config, self.keeps_state)
+        other = RolloutBuffer(self.config, self.keeps_state, has_traces=self.has_traces)
         other.load_state_dict(state)
         if counts and other.rows is not None:
             in_work = ~other.rows.is_finished
@@ -165,7 +167,7 @@ class RolloutBuffer:
     def _check_state(self, state: dict[str, Tensor]) -> None:
         if not state:
             return
-        if self.keeps_state != ("relay_state" in state):
+        if (self.keeps_state, self.has_traces) != ("relay_state" in state, "reveal_steps" in state):
             raise ValueError(
                 "The checkpoint's rollout buffer is of another objective, which this run cannot go on with: load the "
                 "checkpoint as a model and start a new run, or delete its `rollout_buffer_*.safetensors`."
@@ -183,8 +185,8 @@ class RolloutBuffer:
                 "that it was trained with, or delete its `rollout_buffer_*.safetensors`."
             )
 
-    def _blank(self, count: int, has_trace: bool) -> RolloutRows:
-        return blank_rows(self.config, count, self.keeps_state, self.device, has_trace)
+    def _blank(self, count: int) -> RolloutRows:
+        return blank_rows(self.config, count, self.keeps_state, self.device, self.has_traces)
 
     def _is_waiting(self, source: Iterator[list[NumberedRow]]) -> bool:
         """Whether a row waits; if none does, draws the next batch."""
@@ -229,6 +231,6 @@ class RolloutBuffer:
         self.rows = self.rows.map(lambda tensor: tensor[:slots])
         self.numbers = self.numbers[:slots] + [NO_NUMBER] * missing
         if missing:
-            blank = self._blank(missing, has_trace=self.rows.reveal_steps is not None).fit(self.rows.clean_ids.shape[1])
+            blank = self._blank(missing).fit(self.rows.clean_ids.shape[1])
             self.rows = self.rows.map(lambda *tensors: torch.cat(tensors), blank)
         self._seen = None

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from relay_hf.testing import tiny_model
 from relay_hf.traces import decode_traces
+from relay_hf.trainers.rollouts.batches import number_rows
 from relay_hf.trainers.rollouts.buffer import RolloutBuffer
 from relay_hf.trainers.rollouts.noise import stagger
 from relay_hf.trainers.rollouts.rollout import FollowTrace
@@ -88,15 +89,28 @@ def test_stagger_starts_rows_along_their_traces() -> None:
 
 
 def test_buffer_keeps_traces_beside_their_texts() -> None:
-    buffer, other = (RolloutBuffer(CONFIG, keeps_state=True, queue_size=9) for _ in range(2))
-    batch = traced(build_rows(4))
-    buffer.refill(batch, slots=2)
+    buffer, other = (RolloutBuffer(CONFIG, keeps_state=True, has_traces=True) for _ in range(2))
+    batch, later = traced(build_rows(4)), traced(build_rows(1), seed=1)
+    buffer.refill(iter([number_rows(batch, CONFIG, range(4))]), slots=2)
     other.load_state_dict(buffer.state_dict())
     for one in (buffer, other):
         one.store(replace(one.rows, masked=torch.zeros_like(one.rows.masked)))
-        one.refill(traced(build_rows(1), seed=1), slots=3)
+        one.refill(iter([number_rows(later, CONFIG, [4])]), slots=3)
         assert torch.equal(one.rows.reveal_steps[:2], batch["reveal_steps"][2:])
-        assert torch.equal(one.rows.reveal_steps[2], traced(build_rows(1), seed=1)["reveal_steps"][0])
+        assert torch.equal(one.rows.reveal_steps[2], later["reveal_steps"][0])
+
+
+def test_buffer_without_any_row_follows_a_trace_of_nothing() -> None:
+    buffer = RolloutBuffer(CONFIG, keeps_state=False, has_traces=True)
+    assert buffer.refill(iter([]), slots=2) == 0
+    assert not FollowTrace(2, CONFIG.block_size).upcoming(buffer.rows).any()
+
+
+def test_buffer_of_rows_without_traces_is_refused() -> None:
+    buffer = RolloutBuffer(CONFIG, keeps_state=False)
+    buffer.refill(iter([number_rows(build_rows(2), CONFIG, range(2))]), slots=2)
+    with pytest.raises(ValueError, match="of another objective"):
+        RolloutBuffer(CONFIG, keeps_state=False, has_traces=True).load_state_dict(buffer.state_dict())
 
 
 def test_rows_without_a_trace_have_none() -> None:
