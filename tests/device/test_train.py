@@ -21,6 +21,8 @@ RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "windows of one": ("relay", {}, {"rollout_steps": 3, "gradient_window": 1}),
     "windows of two": ("relay", {}, {"rollout_steps": 3, "gradient_window": 2}),
     "no shift": ("relay", {"token_shift": False}, {}),
+    "packing": ("relay", {}, {"packing": True, "max_length": 24}),
+    "packing, one block": ("relay", {"block_size": None, "token_shift": False}, {"packing": True, "max_length": 24}),
     "clean block starts": ("relay", {}, {"clean_block_starts": True}),
     "sub-blocks": ("relay", {}, {"sub_block_size": 2}),
     "budget": ("relay", {}, {"unmasking_policy": "confidence_budget", "threshold_jitter": 0.1}),

@@ -1,5 +1,6 @@
 """FlexAttention in training: the losses of dense masks, and few shapes to compile. A CPU runs it forward only."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from relay_hf.modeling import make_policy
 from relay_hf.trainers.rollouts import denoiser
+from relay_hf.trainers.rollouts.denoiser import make_denoiser
+from relay_hf.trainers.rollouts.packing import Layout
 from relay_hf.trainers.rollouts.rollout import Rollout
 from relay_hf.trainers.rollouts.rows import RolloutRows
 
@@ -32,19 +35,33 @@ def shapes(plain_flex: None, monkeypatch: pytest.MonkeyPatch) -> list[Shape]:
 
 
 @torch.no_grad()
-def run(attention: str, lengths: list[int], **options: Any) -> Rollout:
+def run(attention: str, lengths: list[int], width: int | None = None, **options: Any) -> Rollout:
     model = build_model(**options)
     model.set_attn_implementation(attention)
     rows: RolloutRows = partly_denoised(model, lengths, prompt=3, seed=len(lengths), fresh=False)
-    rollout = begin_rollout(model, rows, [make_policy("confidence_threshold", 0.2)] * 2, "relay")
+    layout = None if width is None else Layout(rows, width, model.config.block_size)
+    make = partial(make_denoiser, layout=layout)
+    rollout = begin_rollout(model, rows, [make_policy("confidence_threshold", 0.2)] * 2, "relay", make=make)
     rollout.run_window()
     return rollout
 
 
-@pytest.mark.parametrize("options", [{}, {"token_shift": False}, {"relay_scope": "all"}, {"block_size": 5}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"token_shift": False},
+        {"relay_scope": "all"},
+        {"block_size": 5},
+        {"width": 24},
+        {"width": 24, "block_size": None},
+    ],
+    ids=str,
+)
 def test_flex_attention_gives_the_losses_of_dense_masks(shapes: list[Shape], options: dict[str, Any]) -> None:
     lengths = [7, 14, 9]
-    expected, result = (run(attention, lengths, **options) for attention in ("sdpa", "flex_attention"))
+    result = run("flex_attention", lengths, **options)
+    expected = run("sdpa", lengths, **{**options, "width": None})
     torch.testing.assert_close(result.step_losses, expected.step_losses, rtol=1e-4, atol=1e-4)
     assert torch.equal(result.rows.masked, expected.rows.masked)
     text = expected.rows.attention_mask[..., None]
