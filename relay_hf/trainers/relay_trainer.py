@@ -27,6 +27,7 @@ from .publishing import PublishingTrainer
 from .relay_config import RelayTrainerConfig
 from .rollouts.buffer import RolloutBuffer
 from .rollouts.denoiser import make_denoiser
+from .rollouts.packed_buffer import PackedBuffer
 from .rollouts.packing import Layout
 from .rollouts.reference import Reference
 from .rollouts.rollout import Rollout
@@ -98,7 +99,8 @@ class RelayTrainer(PublishingTrainer):
         self.rows_given = len(train_set) if hasattr(train_set, "__len__") else None  # before rows were left out
         self.relay_config: RelayConfig = config
         self.recipe = recipe = recipe.for_channel(config.relay_channel)
-        self.buffer = RolloutBuffer(
+        make_buffer = partial(PackedBuffer, args.max_length) if args.packing else RolloutBuffer
+        self.buffer = make_buffer(
             config,
             recipe.keeps_state,
             args.staggered_start,
@@ -194,7 +196,7 @@ class RelayTrainer(PublishingTrainer):
         else:
             rows = draw_masks(args, config, fresh_rows(config, inputs, recipe.keeps_state), is_training).to(args.device)
             new_rows = len(rows)
-        layout = Layout(rows, args.max_length, config.block_size) if args.packs(is_training) else None
+        layout = self._layout(rows) if args.packs(is_training) else None
         if is_training:
             self.throughput.add(rows, new_rows, layout)
         advances = recipe.advances(args, config, is_training)
@@ -205,6 +207,10 @@ class RelayTrainer(PublishingTrainer):
         reference = make(self.reference, self.reference.config) if self.reference is not None else None
         averages = args.step_reduction == "mean"
         return Rollout(denoiser, rows, advances, recipe.carry, reduce_loss, window, averages, reference)
+
+    def _layout(self, rows: RolloutRows) -> Layout:
+        lengths = self.buffer.lengths if rows is self.buffer.rows else None
+        return Layout(rows, self.args.max_length, self.relay_config.block_size, lengths)
 
     def _training_mean(self) -> Callable[[Tensor, RolloutRows], Tensor]:
         cap = self.args.loss_weight_cap

@@ -33,7 +33,7 @@ class Throughput(TrainerCallback):
             new_rows: how many of them the model has not seen in the micro-batch before.
             layout: of texts that share rows for the model.
         """
-        text = rows.attention_mask.sum()
+        text = rows.attention_mask.sum() if layout is None else layout.seen
         self.means.add_sum(TOKENS, text, 0.0)
         self.means.add_sum(ROWS, new_rows, 0.0)
         positions = (rows.attention_mask if layout is None else layout.starts).numel()

@@ -84,3 +84,17 @@ def test_packing_texts_stay_apart_in_the_data_set(make_trainer: Callable[..., Re
     trainer = make_trainer(None, texts, **PACKED)
     assert trainer.train_dataset["input_ids"] == texts["input_ids"]
     assert trainer.args.packing
+
+
+def test_packing_holds_more_texts_and_reveals_each_once_an_epoch(
+    make_trainer: Callable[..., RelayTrainer], texts: Dataset
+) -> None:
+    options = {"max_steps": -1, "num_train_epochs": 1, "staggered_start": False, "logging_steps": 10}
+    trainer = make_trainer(None, texts.select(range(16)), **options, **PACKED)
+    held: list[int] = []
+    refill = trainer.buffer.refill
+    trainer.buffer.refill = lambda *a, **k: (refill(*a, **k), held.append(sum(map(bool, trainer.buffer.lengths))))[0]
+    trainer.train()
+    assert max(held) > 4, "more texts than rows"
+    assert trainer.buffer.entered == 16
+    assert not trainer.buffer.rows.masked.any()

@@ -34,6 +34,7 @@ class RolloutBuffer:
     Attributes:
         numbers: of the row in each slot; `NO_NUMBER` = none, or it is not counted.
         entered, learned: rows that have come into slots, and how many positions of them are learned.
+        lengths: positions of the text in each slot that are seen, 0 if it is finished; None = not counted here.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class RolloutBuffer:
         self.numbers: list[int] = []
         self.queue: list[NumberedRow] = []
         self.entered = self.learned = 0
+        self.lengths: list[int] | None = None
         self._seen: list[list[int]] | None = None  # masked positions and length of each slot, on the host
 
     def refill(self, source: Iterator[list[NumberedRow]], slots: int) -> int:

@@ -22,11 +22,11 @@ def plan(lengths: Sequence[int], width: int) -> list[tuple[int, int]]:
     """Where texts begin in rows of at most `width` positions: row and column of each.
 
     The longest come first, each into the first row that has room (first-fit decreasing). A text that is longer than
-    `width` has a row of its own.
+    `width` has a row of its own, and one of no position lies at (0, 0).
     """
     used: list[int] = []
     places = [(0, 0)] * len(lengths)
-    for text in sorted(range(len(lengths)), key=lambda text: -lengths[text]):
+    for text in sorted(filter(lengths.__getitem__, range(len(lengths))), key=lambda text: -lengths[text]):
         row = next((row for row, taken in enumerate(used) if taken + lengths[text] <= width), len(used))
         if row == len(used):
             used.append(0)
@@ -56,6 +56,7 @@ class Layout:
             one more text.
         positions: (R, W) long, position of each in its text; 0 where no text is.
         longest: positions of the longest text, filled up to whole blocks.
+        seen: positions of all texts.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class Layout:
         lengths = rows.attention_mask.sum(-1).tolist() if lengths is None else lengths
         filled = [rounded_up(number, size) for number in lengths]
         places = plan(filled, rounded_up(width, size))
-        self.longest = max(filled)
+        self.longest, self.seen = max(filled), sum(lengths)
         self._apart = len(lengths), length
         self._joined = (
             1 + max(row for row, _ in places),
