@@ -109,6 +109,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "_forward_hooks": forward_hooks,
     "_from_model_config": config_made_of_a_model,
     "_get_output_dir": read_by(Trainer, name="self._get_output_dir(trial=trial)"),
+    "_get_train_sampler": read_by(Trainer, name="sampler_fn=self._get_train_sampler"),
     "_internal_call": read_by(Trainer, name="def save_model(self, output_dir: str | None = None, _internal_call: bool"),
     "_parser": read_by(DirectStreamer, name="if self._parser is None"),
     "_raise_exceptions_for_missing_entries": missing_files_are_none,

@@ -68,6 +68,9 @@ class CountEpochs(TrainerCallback):
             state.max_steps = self._estimate(state.global_step + 1, state.max_steps)
             if self.follows:
                 follow_estimate(lr_scheduler, args, state.max_steps)
+            for callback in self.trainer.callback_handler.callbacks:
+                if (bar := getattr(callback, "training_bar", None)) is not None:  # of the Trainer's progress
+                    bar.total = state.max_steps
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._standing.oldest >= self.trainer.source.end:

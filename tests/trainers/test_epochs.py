@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from transformers.optimization import get_linear_schedule_with_warmup
 
 from relay_hf.trainers import RelayTrainer
@@ -128,6 +129,21 @@ def test_resume_in_the_middle_of_an_epoch_equals_the_uninterrupted_run(
         assert set(second) <= set(first)
 
 
+def test_resume_in_the_middle_of_a_stream_equals_the_uninterrupted_run(
+    make_trainer: Callable[..., RelayTrainer], dataset: Dataset, tmp_path: Path
+) -> None:
+    options = {**EPOCHS, "max_steps": 8, "save_strategy": "steps", "save_steps": 5}
+    options["data"] = dataset.select(range(6)).to_iterable_dataset().shuffle(seed=3, buffer_size=4)
+    whole, _ = run(make_trainer(output_dir=tmp_path / "whole", **options))
+    resumed, _ = run(
+        make_trainer(build_model(seed=7), output_dir=tmp_path / "resumed", **options),
+        resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"),
+    )
+    assert whole.state.epoch > 1
+    for name in ("loss", "epoch"):
+        assert logged(resumed, name) == pytest.approx(logged(whole, name), rel=1e-12)
+
+
 def test_resume_of_a_finished_run_takes_no_step(
     make_trainer: Callable[..., RelayTrainer], dataset: Dataset, tmp_path: Path
 ) -> None:
@@ -138,6 +154,16 @@ def test_resume_of_a_finished_run_takes_no_step(
     assert resumed.state.global_step == whole.state.global_step
     more, finished = run(make_trainer(**{**options, "num_train_epochs": 3}), resume_from_checkpoint=str(last))
     assert (finished, more.state.epoch) == (Counter(range(12, 24)), 3)
+
+
+def test_resume_without_the_rows_of_a_process_raises(make_trainer: Callable[..., RelayTrainer], tmp_path: Path) -> None:
+    make_trainer(max_steps=1, save_strategy="steps", save_steps=1).train()
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    tensors = load_file(checkpoint / "rollout_buffer_0.safetensors")
+    tensors["source_dealt"][-1] = 3
+    save_file(tensors, checkpoint / "rollout_buffer_0.safetensors")
+    with pytest.raises(ValueError, match=r"is of 3 processes, and `rollout_buffer_1\.safetensors` is missing"):
+        make_trainer(max_steps=2).train(resume_from_checkpoint=str(checkpoint))
 
 
 def test_second_training_begins_anew(make_trainer: Callable[..., RelayTrainer], dataset: Dataset) -> None:

@@ -38,6 +38,7 @@ from .conftest import build_trainer
         ({"packing": True, "max_length": None}, "`max_length=None`: give a number"),
         ({"eval_packing": True, "max_length": None}, "`max_length=None`: give a number"),
         ({"packing": True, "packing_strategy": "wrapped"}, "`packing_strategy='wrapped'` cuts texts"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "rows are drawn one by one: choose another"),
         ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor=0.1` has no effect"),
         ({"relay_learning_rate": -1.0}, "`relay_learning_rate=-1.0` is not a number of at least 0"),
         ({"relay_learning_rate": "1e-3"}, "`relay_learning_rate='1e-3'` is not a number of at least 0"),

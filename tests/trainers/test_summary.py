@@ -38,6 +38,12 @@ def test_summary_counts_rows_tokens_and_what_is_learned(make_trainer: Callable[.
     assert "3 of 4 rows (4 per process), each of which stays for several steps" in text
 
 
+def test_steps_of_a_run_that_counts_epochs_are_called_an_estimate(make_trainer: Callable[..., RelayTrainer]) -> None:
+    """64 rows twice, four at a time, each for two rollouts of two steps: a block has four positions."""
+    text = make_trainer(max_steps=-1, num_train_epochs=2).summary()
+    assert "about 64 of 4 rows (4 per process), until every row was revealed in each of 2 epochs" in text
+
+
 @pytest.mark.parametrize("options", [{}, {"optim": "adafactor"}, {"optim": "sgd"}, {"optim_args": "amsgrad=True"}])
 @pytest.mark.parametrize("peft_config", [None, LoraConfig(r=2, target_modules=["q_proj"])], ids=["full", "lora"])
 def test_optimizer_bytes_are_those_of_the_optimizer_after_a_step(

@@ -10,7 +10,6 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -98,10 +97,7 @@ class DrawingTrainer(DataCheckingTrainer):
 
     def _make_source(self) -> Any:
         args = self.args
-        seed = args.seed if args.data_seed is None else args.data_seed
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)  # which accelerate's sampler remembers
-            loader: DataLoader = super().get_train_dataloader()
+        loader: DataLoader = super().get_train_dataloader()
         return make_row_source(
             self.train_dataset,
             loader,
@@ -109,7 +105,8 @@ class DrawingTrainer(DataCheckingTrainer):
             self._train_batch_size,
             args.process_index,
             args.world_size,
-            seed=seed,
+            make_sampler=self._get_train_sampler,  # there is no public name for it
+            seed=args.seed if args.data_seed is None else args.data_seed,
             drops_last=args.dataloader_drop_last,
         )
 

@@ -6,7 +6,7 @@ process to the others, which would wait for each other when they draw at differe
 
 from array import array
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from math import floor, inf
 from typing import Any
@@ -86,7 +86,8 @@ class IndexedRows(RowSource):
 
     Args:
         loader, config, batch_size, process, processes: as in `RowSource`.
-        seed: of the sampler; each epoch adds its number.
+        make_sampler: the Trainer's sampler of indices; an epoch makes one, and iterates over it, from one seed.
+        seed: of the first epoch; each adds its number.
         drops_last: whether an epoch leaves out what would be no whole batch of all processes.
 
     Attributes:
@@ -94,8 +95,11 @@ class IndexedRows(RowSource):
         dealt: the epochs that were dealt; the next one is when they are drawn.
     """
 
-    def __init__(self, *args: Any, seed: int, drops_last: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, *args: Any, make_sampler: Callable[[], Iterable[int]], seed: int, drops_last: bool = False
+    ) -> None:
+        super().__init__(*args)
+        self.make_sampler = make_sampler
         self.stride = len(self.loader.dataset)
         self.per_epoch = rows_per_epoch(self.stride, self.batch_size * self.processes, drops_last)
         self.seed = seed
@@ -185,12 +189,9 @@ class IndexedRows(RowSource):
     def _order(self, epoch: int) -> "array[int]":
         """The indices of an epoch in its order; the last two orders are kept."""
         if epoch not in self._orders:
-            sampler = self.loader.get_sampler()
-            if hasattr(sampler, "set_epoch"):
-                sampler.set_epoch(epoch)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.seed + epoch)
-                order = array("q", sampler)
+                order = array("q", self.make_sampler())
             self._orders = {**{e: o for e, o in self._orders.items() if e == epoch - 1}, epoch: order}
         return self._orders[epoch]
 
@@ -275,13 +276,11 @@ def rows_per_epoch(rows: int, batch: int, drops_last: bool) -> int:
     return rows // batch * batch if drops_last else rows
 
 
-def make_row_source(
-    dataset: Any, loader: DataLoader, *args: Any, seed: int, drops_last: bool
-) -> IndexedRows | StreamedRows:
-    """The source for a data set and its loader; other arguments as in `IndexedRows`."""
+def make_row_source(dataset: Any, loader: DataLoader, *args: Any, **options: Any) -> IndexedRows | StreamedRows:
+    """The source for a data set and its loader; `options` are those of `IndexedRows`."""
     if isinstance(dataset, IterableDataset):
         return StreamedRows(dataset, loader, *args)
-    return IndexedRows(loader, *args, seed=seed, drops_last=drops_last)
+    return IndexedRows(loader, *args, **options)
 
 
 def processes_of(state: Mapping[str, Tensor]) -> int | None:

@@ -70,12 +70,7 @@ class RolloutBuffer:
             Number of rows that came in.
         """
         is_cold = self.rows is None
-        if is_cold:
-            # A row of no text has the width of a block, so that a process without any row can take part in a step.
-            self.rows = self._blank(slots).fit(self.config.block_size or 1)
-            self.numbers = [NO_NUMBER] * slots
-        elif slots != len(self.rows):
-            self._resize(slots)
+        self._set_slots(slots)
         left, lengths = self.look()
         free = [slot for slot, count in enumerate(left) if not count]
         entering: list[NumberedRow] = []
@@ -216,6 +211,14 @@ class RolloutBuffer:
         self.entered += len(rows)
         self.learned += sum(int(text.learned.sum()) for text in texts)
         self._seen = None
+
+    def _set_slots(self, slots: int) -> None:
+        if self.rows is None:
+            # A row of no text has the width of a block, so that a process without any row can take part in a step.
+            self.rows = self._blank(slots).fit(self.config.block_size or 1)
+            self.numbers = [NO_NUMBER] * slots
+        elif slots != len(self.rows):
+            self._resize(slots)
 
     def _resize(self, slots: int) -> None:
         """Changes the number of slots after a resume with another batch size: surplus rows wait, to begin again."""

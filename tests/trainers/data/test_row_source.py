@@ -5,11 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset, IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, default_collate
 
 from relay_hf.trainers.data.row_source import STREAM, RowSource, make_row_source
 
@@ -35,14 +34,10 @@ def make_source(
     epochs: float | None = None,
 ) -> RowSource:
     data = Dataset.from_dict({"row": list(range(rows))}) if isinstance(rows, int) else rows
-    options = {"shuffle": shuffle} if isinstance(rows, int) else {}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        loader = prepare_data_loader(
-            DataLoader(data, batch_size, collate_fn=collate_fn, num_workers=workers, **options),
-            num_processes=processes, process_index=process, put_on_device=False, use_seedable_sampler=True,
-        )  # fmt: skip
-    source = make_row_source(data, loader, CONFIG, batch_size, process, processes, seed=0, drops_last=drops_last)
+    loader = DataLoader(data, batch_size, collate_fn=collate_fn, num_workers=workers)
+    kind = RandomSampler if shuffle else SequentialSampler
+    options = {"make_sampler": lambda: kind(data), "seed": 0, "drops_last": drops_last}
+    source = make_row_source(data, loader, CONFIG, batch_size, process, processes, **options)
     if epochs is not None:
         source.stop_after(epochs)
     return source
