@@ -74,7 +74,7 @@ class RolloutBuffer:
         left, lengths = self.look()
         free = [slot for slot, count in enumerate(left) if not count]
         entering: list[NumberedRow] = []
-        while self._is_waiting(source) and self._has_place(self.queue[0], free, entering):
+        while len(entering) < len(free) and self._is_waiting(source):
             entering.append(self.queue.pop(0))
         if entering:
             kept = [length for slot, length in enumerate(lengths) if slot not in free[: len(entering)]]
@@ -190,10 +190,6 @@ class RolloutBuffer:
         while not self.queue and (batch := next(source, None)) is not None:
             self.queue += batch
         return bool(self.queue)
-
-    def _has_place(self, row: NumberedRow, free: list[int], entering: list[NumberedRow]) -> bool:
-        """Whether a row that waits finds a place beside those that enter with it: a slot holds one row."""
-        return len(entering) < len(free)
 
     def _enter(self, rows: list[NumberedRow], free: list[int], kept: list[int], is_staggered: bool) -> None:
         """Puts rows into the first free slots; `kept` has the lengths of the rows that stay."""
