@@ -92,7 +92,8 @@ class RelayTrainerConfig(SFTConfig):
 
     Packing: with TRL's `packing=True`, texts that are shorter than `max_length` share rows, and each sees only itself,
     so that losses and gradients are those of padded rows. TRL's own packing, which cuts and joins texts, is not used.
-    `eval_packing` does the same for evaluations; None = as `packing`.
+    `eval_packing` does the same for evaluations; None = as `packing`. `per_device_train_batch_size` counts rows of
+    `max_length` positions, which the rollout buffer fills; objectives without a buffer pack the texts of a batch.
 
     Gradient accumulation and processes: the loss of a step is a mean over the masked positions of its micro-batch. With
     `average_tokens_across_devices` (the default) the micro-batch counts as one over all processes, so that n processes
