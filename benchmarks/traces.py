@@ -1,6 +1,6 @@
 """Does a model that learns from its own traces solve Sudoku in fewer forwards?
 
-    python benchmarks/traces.py [--seeds 0 1 2] [--threshold 0.02] [--stride 2]
+    python benchmarks/traces.py [--seeds 0 1 2] [--threshold 0.02] [--strides 2 3]
 
 Each seed trains the demo's model from scratch, adapts it with `relay`, and lets that model, the start, solve training
 puzzles with a sure threshold. From the start, the same number of optimizer steps is then trained on more puzzles with
@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -60,8 +61,9 @@ class SeedStudy:
         start = self._trained("start", self._from_scratch)
         texts = self._traces(start)
         self._trained("plain", lambda: self._plain(copy.deepcopy(start)))
-        for name, method in METHODS.items():
-            self._trained(name, lambda method=method: self._on_traces(copy.deepcopy(start), texts, **method))
+        for stride in self.options.strides:
+            train = partial(self._on_traces, copy.deepcopy(start), texts, stride)
+            self._trained(f"traces, stride {stride}", train)
 
     def _trained(self, name: str, train: Callable[[], RelayForMaskedDiffusion]) -> RelayForMaskedDiffusion:
         """The model of that name, evaluated; trained unless the folder holds it."""
@@ -116,11 +118,12 @@ class SeedStudy:
         rows = json.loads(path.read_text(encoding="utf-8"))
         return Dataset.from_list([{name: row[name] for name in columns} for row in rows])
 
-    def _on_traces(self, model: RelayForMaskedDiffusion, texts: Dataset, **method: Any) -> RelayForMaskedDiffusion:
+    def _on_traces(self, model: RelayForMaskedDiffusion, texts: Dataset, stride: int) -> RelayForMaskedDiffusion:
         steps = self.options.more_steps
         config = RelayTrainerConfig(
             str(self.folder),
-            **{**trainer_options("traces", self.arguments), "trace_stride": self.options.stride, **method},
+            **trainer_options("traces", self.arguments),
+            trace_stride=stride,
             rows_on_demand=False,  # the rest is as in the demo
             staggered_start=False,
             lr_scheduler_type="cosine",
@@ -139,8 +142,6 @@ class SeedStudy:
         return model
 
 
-# Name -> options of the trainer.
-METHODS: dict[str, dict[str, Any]] = {"traces": {}}
 SIZES = (
     "size", "extra_clues", "puzzles", "test_puzzles", "hidden_size", "layers", "batch_size", "warmup_steps", "steps",
 )  # fmt: skip
@@ -196,7 +197,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output_dir", default="runs/traces")
     parser.add_argument("--threshold", type=float, default=0.02, help="confidence budget of the traces")
-    parser.add_argument("--stride", type=int, default=2, help="steps of a trace that one step of training follows")
+    parser.add_argument("--strides", type=int, nargs="+", default=[2, 3], help="values of `trace_stride`")
     parser.add_argument("--more_steps", type=int, default=150, help="steps of the two trainings that are compared")
     parser.add_argument("--trace_puzzles", type=int, default=8000, help="puzzles that the start solves")
     for name in SIZES:

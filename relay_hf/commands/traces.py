@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..startup.options import option, require_at_least
-from .decoding_arguments import DecodingArguments, make_decoding_parser, parse_decoding
-from .parser import MODEL
+from .decoding_arguments import DecodingArguments, make_decoding_parser
+from .parser import MODEL, parse
 
 CHECKS = ("none", "answer", "tests", "sudoku")
 
@@ -41,7 +41,8 @@ def run(program: str, argv: Sequence[str]) -> None:
     positionals = {**MODEL, "OUTPUT": "file of JSON lines to write; must not exist"}
     parser = make_decoding_parser(program, positionals, TracesArguments, run.__doc__)
     parser.add_argument("--raw", action="store_true", help="give prompts without the chat template")
-    arguments, given = parse_decoding(parser, argv)
+    arguments, given = parse(parser, argv)
+    arguments.do_sample = given.do_sample
     # Not above: `--help` and refused options would wait for torch.
     from .trace_files import write_traces
 
