@@ -74,7 +74,7 @@ class RolloutBuffer:
         left, lengths = self.look()
         free = [slot for slot, count in enumerate(left) if not count]
         entering: list[NumberedRow] = []
-        while len(entering) < len(free) and self._is_waiting(source):
+        while self._has_next(source, free, entering):
             entering.append(self.queue.pop(0))
         if entering:
             kept = [length for slot, length in enumerate(lengths) if slot not in free[: len(entering)]]
@@ -190,6 +190,10 @@ class RolloutBuffer:
         while not self.queue and (batch := next(source, None)) is not None:
             self.queue += batch
         return bool(self.queue)
+
+    def _has_next(self, source: Iterator[list[NumberedRow]], free: list[int], entering: list[NumberedRow]) -> bool:
+        """Whether a row waits for which there is a place beside those that enter; none is read before there is."""
+        return len(entering) < len(free) and self._is_waiting(source)
 
     def _enter(self, rows: list[NumberedRow], free: list[int], kept: list[int], is_staggered: bool) -> None:
         """Puts rows into the first free slots; `kept` has the lengths of the rows that stay."""

@@ -29,16 +29,16 @@ class PackedBuffer(RolloutBuffer):
 
     def refill(self, source: Iterator[list[NumberedRow]], slots: int) -> int:
         """As in `RolloutBuffer`, but `slots` is the number of rows that the texts share."""
-        is_less, self._rows = slots < self._rows, slots
-        if is_less:
-            self._send_back()
         entered = super().refill(source, slots)
         if not entered:
             self.lengths = self._in_work()
         return entered
 
-    def _has_place(self, row: NumberedRow, free: list[int], entering: list[NumberedRow]) -> bool:
-        lengths = [*self._in_work(), *self._lengths_of([*entering, row])]
+    def _has_next(self, source: Iterator[list[NumberedRow]], free: list[int], entering: list[NumberedRow]) -> bool:
+        """A text must be read to see whether it fits."""
+        if not self._is_waiting(source):
+            return False
+        lengths = [*self._in_work(), *self._lengths_of([*entering, self.queue[0]])]
         return rows_needed(lengths, self.width, self.config.block_size) <= self._rows
 
     def _enter(self, rows: list[NumberedRow], free: list[int], kept: list[int], is_staggered: bool) -> None:
@@ -52,16 +52,16 @@ class PackedBuffer(RolloutBuffer):
         super()._enter(rows, list(range(len(stay), len(self.numbers))), lengths, is_staggered)
         self.lengths = lengths + self._lengths_of(rows)
 
-    def _resize(self, slots: int) -> None:
-        """The number of slots is that of the texts."""
-
-    def _send_back(self) -> None:
-        """After the batch size has shrunk: the last texts wait until there is room, and begin again."""
-        lengths, count = self._in_work(), len(self.numbers)
-        while rows_needed(lengths[:count], self.width, self.config.block_size) > self._rows:
-            count -= 1
-        if count < len(self.numbers):
-            super()._resize(count)
+    def _set_slots(self, slots: int) -> None:
+        """There is a slot for each text. If the batch size has shrunk, the last ones wait for room, and begin again."""
+        is_less, self._rows = slots < self._rows, slots
+        if self.rows is None:
+            super()._set_slots(1)
+        elif is_less:
+            lengths, count = self._in_work(), len(self.numbers)
+            while rows_needed(lengths[:count], self.width, self.config.block_size) > slots:
+                count -= 1
+            super()._set_slots(max(count, 1))
 
     def _in_work(self) -> list[int]:
         return [length if left else 0 for left, length in zip(*self.look(), strict=True)]
