@@ -38,14 +38,14 @@ DECODING: dict[tuple[str, str], tuple[float, float, float, float]] = {
 }
 # Waits of an optimizer step, what logging adds to them, and launches of an optimizer step; for objective and K.
 TRAINING: dict[tuple[str, int | None], tuple[float, float, float]] = {
-    ("relay", 1): (3, 2, 1112),
-    ("relay", 2): (4, 2, 1745),
-    ("relay", 4): (6, 2, 3011),
-    ("relay_sg", 2): (4, 2, 1722),
-    ("rollout", 2): (4, 2, 1644),
-    ("masked", None): (2, 2, 1051),
-    ("complementary", None): (3, 2, 1606),
-    ("residual_context", None): (3, 2, 1289),
+    ("relay", 1): (3, 2, 1122),
+    ("relay", 2): (4, 2, 1760),
+    ("relay", 4): (6, 2, 3036),
+    ("relay_sg", 2): (4, 2, 1737),
+    ("rollout", 2): (4, 2, 1655),
+    ("masked", None): (2, 2, 1060),
+    ("complementary", None): (3, 2, 1618),
+    ("residual_context", None): (3, 2, 1303),
 }
 
 
