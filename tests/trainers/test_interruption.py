@@ -94,6 +94,8 @@ def test_interruption_evaluates_only_at_the_end_of_an_epoch(
     trainer = make_trainer(
         data=dataset.select(range(8)),
         max_steps=4,
+        unmasking_threshold=0.0,  # four rows are finished in each step
+        staggered_start=False,
         eval_strategy="epoch",
         trainer_options={"eval_dataset": dataset.select(range(4))},
     )
