@@ -15,9 +15,7 @@ class TracesArguments(DecodingArguments):
     """Arguments of `relay-hf traces`."""
 
     # A canvas is filled in, and nothing is appended unless asked for.
-    max_new_tokens: int | None = option(  # type: ignore[assignment]
-        None, "tokens to write at most [256]; on a canvas, beside its masks [0]", "N"
-    )
+    max_new_tokens: int | None = option(None, "tokens to write at most [256]; on a canvas, beside its masks [0]", "N")
     dataset_name: str | None = option(None, "data set on the Hub, a folder, or a file of JSON lines, CSV or Parquet")
     dataset_config: str | None = option(None, "configuration of a data set on the Hub")
     dataset_split: str = option("train", "its split")
