@@ -32,8 +32,8 @@ def packed_pattern(stops: Tensor, size: int, starts: Tensor | None = None) -> Te
     Returns:
         (n or 1, 1 or 2, J, S) long, alike along S.
     """
-    bounds = [stops] if starts is None else torch.broadcast_tensors(stops, starts)
-    return torch.stack(tuple(bounds), dim=1)[..., None].expand(-1, -1, -1, size)
+    bounds = stops[:, None] if starts is None else torch.stack(torch.broadcast_tensors(stops, starts), dim=1)
+    return bounds[..., None].expand(-1, -1, -1, size)
 
 
 def dense_mask(pattern: Tensor, length: int, total: int) -> Tensor:
@@ -45,12 +45,13 @@ def dense_mask(pattern: Tensor, length: int, total: int) -> Tensor:
         total: K.
     """
     size, device = pattern.shape[3], pattern.device
-    bounds = pattern[..., :1].repeat_interleave(size, dim=2, output_size=length)  # (n or 1, 1 or 2, L, 1)
+    # (n or 1, L, 1) each: stops and, if given, starts.
+    bounds = [part[..., :1].repeat_interleave(size, dim=1, output_size=length) for part in pattern.unbind(1)]
     block, key = torch.arange(length, device=device) // size, torch.arange(total, device=device)
     own = F.pad(block[:, None] == block, (total - length, 0))  # (L, K)
-    seen = key < bounds[:, 0]
-    if bounds.shape[1] > 1:
-        seen &= key >= bounds[:, 1]
+    seen = key < bounds[0]
+    if len(bounds) > 1:
+        seen &= key >= bounds[1]
     return (own | seen)[:, None]
 
 

@@ -186,17 +186,19 @@ class RelayTrainer(PublishingTrainer):
 
     def _begin_rollout(self, model: Any, inputs: dict[str, Tensor], is_training: bool) -> Rollout:
         args, config, recipe = self.args, self.relay_config, self.recipe
+        lengths: list[int] | None = None  # of the texts, where nothing has to be waited for to know them
         if recipe.uses_buffer and is_training:
             # The public `args.train_batch_size` is not the one that `auto_find_batch_size` found.
             new_rows = refilled = self.buffer.refill(self._drawn(inputs), slots=self._train_batch_size)
             self.means.add({"buffer_refills": float(refilled)})
-            rows = self.buffer.rows
+            rows, lengths = self.buffer.rows, self.buffer.lengths
         elif recipe.uses_buffer:
             rows = fresh_rows(config, inputs, recipe.keeps_state, args.device)
         else:
-            rows = draw_masks(args, config, fresh_rows(config, inputs, recipe.keeps_state), is_training).to(args.device)
-            new_rows = len(rows)
-        layout = self._layout(rows) if args.packs(is_training) else None
+            rows = draw_masks(args, config, fresh_rows(config, inputs, recipe.keeps_state), is_training)
+            new_rows, lengths = len(rows), rows.attention_mask.sum(-1).tolist()
+            rows = rows.to(args.device)
+        layout = Layout(rows, args.max_length, config.block_size, lengths) if args.packs(is_training) else None
         if is_training:
             self.throughput.add(rows, new_rows, layout)
         advances = recipe.advances(args, config, is_training)
@@ -207,10 +209,6 @@ class RelayTrainer(PublishingTrainer):
         reference = make(self.reference, self.reference.config) if self.reference is not None else None
         averages = args.step_reduction == "mean"
         return Rollout(denoiser, rows, advances, recipe.carry, reduce_loss, window, averages, reference)
-
-    def _layout(self, rows: RolloutRows) -> Layout:
-        lengths = self.buffer.lengths if rows is self.buffer.rows else None
-        return Layout(rows, self.args.max_length, self.relay_config.block_size, lengths)
 
     def _training_mean(self) -> Callable[[Tensor, RolloutRows], Tensor]:
         cap = self.args.loss_weight_cap
