@@ -93,3 +93,11 @@ def test_other_objective_passes_over_traces(make_trainer: Callable[..., RelayTra
         trainer.train()
         losses.append(logged(trainer, "loss"))
     assert losses[0] == losses[1]
+
+
+def test_traces_side_by_side_are_followed(make_trainer: Callable[..., RelayTrainer]) -> None:
+    options = {"objective": "traces", "packing": True, "max_length": 24, "max_steps": 1, "staggered_start": False}
+    trainer = make_trainer(build_model(), traced_dataset(), **options)
+    trainer.train()
+    assert logged(trainer, "buffer_refills") == [8]
+    assert logged(trainer, "reveals_step_1") == [9]
