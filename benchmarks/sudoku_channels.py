@@ -12,6 +12,7 @@ the output folder holds already is not trained again.
 import argparse
 import json
 import os
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
@@ -171,11 +172,11 @@ def curve_points(results: list[dict[str, Any]], part: str, name: str) -> list[Cu
     return points
 
 
-def at_equal_forwards(run: Evaluations) -> list[float]:
-    """Exact match in percent where a curve passes `FORWARDS`, linear between thresholds; NaN outside of it."""
+def at_equal_forwards(run: Evaluations, at: Sequence[float] = FORWARDS) -> list[float]:
+    """Exact match in percent where a curve passes those forwards, linear between thresholds; NaN outside of it."""
     points = sorted((point["denoise_forwards"], 100 * point["scores"]["exact_match"]) for point in run)
     forwards, accuracy = zip(*points, strict=True)
-    return [float(value) for value in np.interp(FORWARDS, forwards, accuracy, left=np.nan, right=np.nan)]
+    return [float(value) for value in np.interp(at, forwards, accuracy, left=np.nan, right=np.nan)]
 
 
 def table(results: list[dict[str, Any]], part: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from sudoku_channels import FORWARDS, at_equal_forwards
+from sudoku_channels import at_equal_forwards
 from transformers import set_seed
 from transformers.utils import logging
 
@@ -45,6 +45,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"pumba, W = {steps}": ("relay", PUMBA | {"rollout_steps": steps}) for steps in (1, 2, 4, 8)},
 }
 BASELINE = "relay, no carry"
+FORWARDS = (3.0, 3.25, 3.5, 3.75)  # denoise forwards per puzzle that all curves reach
 
 
 class SeedStudy:
@@ -78,7 +79,9 @@ class SeedStudy:
             seconds = self._train(model, objective, self.arguments.steps, options=options)
             self.results[name] = {"seconds": seconds, "curve": self._evaluate(model, use_relay=objective == "relay")}
             self.path.write_text(json.dumps(self.results), encoding="utf-8")
-            print(f"seed {self.seed}, {name}: {seconds:.0f} s, {at_equal_forwards(self.results[name]['curve'])}")
+            print(
+                f"seed {self.seed}, {name}: {seconds:.0f} s, {at_equal_forwards(self.results[name]['curve'], FORWARDS)}"
+            )
         return self.results
 
     def _train(self, model: RelayForMaskedDiffusion, objective: str, steps: int, **options: Any) -> float:
@@ -94,20 +97,25 @@ class SeedStudy:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Markdown: exact match at equal forwards, its gain over `BASELINE` of the same seed, and processor time."""
-    header = ["method", *(f"{forwards:g} forwards" for forwards in FORWARDS), "training time"]
+    """Markdown: exact match at equal forwards, and its gain over `BASELINE` of the same seed; exact match and forwards
+    at the surest threshold; processor time."""
+    surest = f"threshold {THRESHOLDS[0]:g}"
+    header = ["method", *(f"{forwards:g} forwards" for forwards in FORWARDS), surest, "training time"]
     lines = [" | ".join(header), " | ".join(["---"] * len(header))]
-    baseline = np.array([at_equal_forwards(result[BASELINE]["curve"]) for result in results])  # (seeds, forwards)
+    baseline = np.array([at_equal_forwards(result[BASELINE]["curve"], FORWARDS) for result in results])
     for name in METHODS:
-        values = np.array([at_equal_forwards(result[name]["curve"]) for result in results])
+        curves = [result[name]["curve"] for result in results]
+        values = np.array([at_equal_forwards(curve, FORWARDS) for curve in curves])  # (seeds, forwards)
         gains = values - baseline
         spread = gains.std(0, ddof=1) if len(results) > 1 else np.zeros(len(FORWARDS))
         cells = [
-            "–" if np.isnan(gain) else f"{value:.1f} ({gain:+.1f} ± {deviation:.1f})"
+            f"{value:.1f} ({gain:+.1f} ± {deviation:.1f})"
             for value, gain, deviation in zip(values.mean(0), gains.mean(0), spread, strict=True)
         ]
+        exact = 100 * np.mean([curve[0]["scores"]["exact_match"] for curve in curves])
+        forwards = np.mean([curve[0]["denoise_forwards"] for curve in curves])
         times = np.mean([result[name]["seconds"] / result["relay, W = 1"]["seconds"] for result in results])
-        lines.append(" | ".join([name, *cells, f"{times:.1f}"]))
+        lines.append(" | ".join([name, *cells, f"{exact:.1f} at {forwards:.2f}", f"{times:.1f}"]))
     return "\n".join(f"| {line} |" for line in lines)
 
 
