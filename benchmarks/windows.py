@@ -124,8 +124,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output_dir", default="runs/windows")
-    for name in ("steps", "warmup_steps", "puzzles", "test_puzzles", "batch_size", "hidden_size", "layers", "size"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(DemoArguments, name))
+    sizes = (
+        "--steps",
+        "--warmup_steps",
+        "--puzzles",
+        "--test_puzzles",
+        "--batch_size",
+        "--hidden_size",
+        "--layers",
+        "--size",
+    )
+    for name in sizes:
+        parser.add_argument(name, type=int, default=getattr(DemoArguments, name.removeprefix("--")))
     options = vars(parser.parse_args())
     seeds, folder = options.pop("seeds"), Path(options["output_dir"])
     torch.set_num_threads(options.pop("threads"))
