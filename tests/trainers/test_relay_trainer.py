@@ -197,7 +197,8 @@ def test_trainer_prompt_completion_text_learns_the_completion_only(
     backbone = text_config(vocab_size=257, num_hidden_layers=1)
     model = RelayForMaskedDiffusion(RelayConfig.fast_dllm_v2(backbone, mask_token_id=256, block_size=4))
     rows = [{"prompt": "2 + 2 = ", "completion": "4."}, {"prompt": "one, two, ", "completion": "three"}] * 8
-    trainer = make_trainer(model, Dataset.from_list(rows), max_steps=2)
+    # Places for all rows.
+    trainer = make_trainer(model, Dataset.from_list(rows), max_steps=1, per_device_train_batch_size=16)
     trainer.train()
     learned = trainer.buffer.rows.learned.sum(-1)
     assert set(learned.tolist()) == {3, 6}, "the completion and its end-of-text token"

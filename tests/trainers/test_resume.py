@@ -66,8 +66,8 @@ def test_best_model_at_the_end_is_the_average_that_scored_best(
         ema_decay=0.9,
         max_steps=6,
         learning_rate=0.5,
-        # The worst loss counts as the best here, so that the best model is the first and not the last.
-        greater_is_better=True,
+        # At such a rate the loss grows, so that the best model is the first and not the last.
+        greater_is_better=False,
         save_strategy="steps",
         save_steps=2,
         eval_strategy="steps",
@@ -77,8 +77,8 @@ def test_best_model_at_the_end_is_the_average_that_scored_best(
     )
     trainer.train()
     scores = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert max(scores) > scores[-1]
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(max(scores))
+    assert min(scores) < scores[-1]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(scores))
 
 
 def test_resume_without_an_average_starts_it_from_the_loaded_weights(

@@ -123,6 +123,7 @@ def test_training_masks_the_response_only(text_trainer: Callable[..., RelayTrain
     data = Dataset.from_list(rows * 4)
     data = data.to_iterable_dataset() if streamed else data
     # Every pass of a whole-sequence model shows whole rows.
+    changes = {"per_device_train_batch_size": 4 * len(rows), **changes}  # places for all rows
     trainer = text_trainer(data, build_text_model(block_size=None), **changes)
     passes = watch(trainer)
     trainer.train()
@@ -315,7 +316,7 @@ def test_output_folder_alone_answers_what_was_learned(text_trainer: Callable[...
         [{"messages": talk} for talk in talks] * 4,
         build_text_model(wide, block_size=8),
         assistant_only_loss=True,
-        max_steps=60,
+        max_steps=100,
         learning_rate=1e-2,
         per_device_train_batch_size=6,
         unmasking_threshold=0.9,
