@@ -114,7 +114,8 @@ class _Packed(torch.autograd.Function):
         query, key, value, pattern = ctx.saved_tensors
         for_query = torch.empty_like(query)
         # Sums over blocks, which half precision would round one by one.
-        for_key, for_value = (torch.zeros_like(t, dtype=torch.float32) for t in (key, value))
+        at_least_single = torch.promote_types(key.dtype, torch.float32)
+        for_key, for_value = (torch.zeros_like(t, dtype=at_least_single) for t in (key, value))
         for piece in _pieces(pattern, query.shape[2], key.shape[2]):
             rows, queries = piece.rows, piece.queries
             parts = query[rows, :, queries], piece.keys_of(key), piece.keys_of(value)

@@ -86,7 +86,8 @@ def alone(rows: RolloutRows) -> list[RolloutRows]:
     ]
 
 
-def assert_equal_alone(model: Any, rows: RolloutRows, width: int, **options: Any) -> None:
+def assert_equal_alone(model: Any, rows: RolloutRows, width: int, of_norm: float = 1e-5, **options: Any) -> None:
+    """`of_norm`: how far a gradient may be, of the norm of the greatest."""
     together = outcome(model, rows, side_by_side(model, rows, width), **options)
     total: dict[str, Tensor] = {}
     for row, text in enumerate(alone(rows)):
@@ -100,7 +101,7 @@ def assert_equal_alone(model: Any, rows: RolloutRows, width: int, **options: Any
             total[name] = total.get(name, 0) + gradient
     scale = max(float(gradient.norm()) for gradient in total.values())
     for name, gradient in total.items():
-        assert float((together.gradients[name] - gradient).norm()) <= 1e-5 * scale, name
+        assert float((together.gradients[name] - gradient).norm()) <= of_norm * scale, name
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
@@ -137,10 +138,11 @@ def test_packing_any_rollout_equals_each_text_alone(
         relay_layer=read_out[1],
         relay_initial_state=initial_state,
     )
-    model.set_attn_implementation(attention)
+    # In double precision (states are kept in single) no rounding comes near to what a wrong position would change.
+    model.double().set_attn_implementation(attention)
     rows = partly_denoised(model, lengths, prompt, seed, fresh)
     assert_equal_alone(
-        model, rows, width, objective=objective, steps=steps, window=window, threshold=threshold,
+        model, rows, width, 1e-6, objective=objective, steps=steps, window=window, threshold=threshold,
         clean_block_starts=clean_block_starts,
     )  # fmt: skip
 
