@@ -15,6 +15,7 @@ from datasets import load_dataset
 from huggingface_hub.utils import tqdm
 
 from ..loading.checkpoint import read_config, read_tokenizer
+from ..startup.whole_file import write_whole
 from .mixture_filters import CODE, MATH, Source, prompt_key
 
 if TYPE_CHECKING:
@@ -61,11 +62,7 @@ def prepare_data(output: str | Path, arguments: "PrepareArguments") -> dict[str,
             )
         rows += kept
     random.Random(arguments.seed).shuffle(rows)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Renamed when it is whole: half a file is never seen.
-    unfinished = target.with_name(f".{target.name}.part")
-    unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    unfinished.rename(target)
+    write_whole(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return counts
 
 

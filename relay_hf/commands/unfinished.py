@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..startup.whole_file import write_whole
+
 Record = dict[str, Any]
 
 
@@ -37,7 +39,7 @@ class UnfinishedFile:
         lines = [line for line in lines if line.endswith(b"\n")]
         if not lines:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_bytes(_line(self.settings))
+            self.path.write_bytes(_line(self.settings).encode())
             return []
         if json.loads(lines[0]) != self.settings:
             raise ValueError(
@@ -51,17 +53,15 @@ class UnfinishedFile:
     def append(self, records: Sequence[Record]) -> None:
         """Writes records to the disk."""
         with self.path.open("ab") as file:
-            file.write(b"".join(map(_line, records)))
+            file.write("".join(map(_line, records)).encode())
             file.flush()
             os.fsync(file.fileno())
 
     def finish(self, records: Sequence[Record]) -> None:
         """Writes the file with these records, and removes what was collected."""
-        whole = self.path.with_suffix(".whole")
-        whole.write_bytes(b"".join(map(_line, records)))
-        whole.rename(self.target)
+        write_whole(self.target, "".join(map(_line, records)))
         self.path.unlink()
 
 
-def _line(record: Record) -> bytes:
-    return (json.dumps(record, ensure_ascii=False) + "\n").encode()
+def _line(record: Record) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"

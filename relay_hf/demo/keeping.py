@@ -15,6 +15,7 @@ from safetensors.torch import load_model, save_model
 from transformers import PreTrainedModel
 
 from ..hub_cards import versions
+from ..startup.whole_file import write_whole
 from .arguments import DemoArguments
 
 # What does not change the results.
@@ -93,10 +94,7 @@ class KeptStudy:
 
 def _write(path: Path, content: Any) -> None:
     """All or nothing: a half-written file would be read by the next run."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def _read(path: Path) -> Any:

@@ -136,11 +136,8 @@ class ConfidenceThreshold(UnmaskingPolicy):
 
     def __call__(self, measure: Tensor, masked: Tensor, progress: Progress | None = None) -> Tensor:
         sure = masked & (measure > self.threshold)
-        if self.denoising_steps is not None:
-            return sure | _first(measure, masked, _even_share(self.denoising_steps, progress))
-        if self.unmasking_count > 1:
-            return sure | _first(measure, masked, self.unmasking_count)
-        return sure | _most_confident(measure, masked)
+        steps = self.denoising_steps
+        return sure | _first(measure, masked, self.unmasking_count if steps is None else _even_share(steps, progress))
 
 
 @dataclass(frozen=True)
@@ -163,7 +160,7 @@ class ConfidenceBudget(UnmaskingPolicy):
         uncertainty = (1.0 - measure.float()).masked_fill(~masked, torch.inf)
         ascending, order = uncertainty.sort(dim=-1, stable=True)
         within_budget = ascending.cumsum(-1) < self.threshold
-        return torch.zeros_like(masked).scatter(-1, order, within_budget) | _most_confident(measure, masked)
+        return torch.zeros_like(masked).scatter(-1, order, within_budget) | _first(measure, masked, 1)
 
 
 @dataclass(frozen=True)
@@ -376,13 +373,11 @@ def _even_share(steps: int, progress: Progress | None) -> Tensor:
 
 def _first(measure: Tensor, masked: Tensor, count: Tensor | float) -> Tensor:
     """(G, L) bool, the `count` masked positions of each group whose measure is highest; `count`: (G,) or a number."""
-    order = measure.masked_fill(~masked, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    counts = count[:, None] if isinstance(count, Tensor) else count
-    is_first = torch.arange(masked.shape[-1], device=masked.device) < counts
-    return torch.zeros_like(masked).scatter(-1, order, is_first.expand_as(masked)) & masked
-
-
-def _most_confident(confidence: Tensor, masked: Tensor) -> Tensor:
-    """(G, L) bool, the most probable masked position of each group that has one."""
-    best = confidence.masked_fill(~masked, -1.0).argmax(-1, keepdim=True)
-    return torch.zeros_like(masked).scatter(-1, best, True) & masked
+    measure = measure.masked_fill(~masked, -torch.inf)
+    if isinstance(count, int | float) and count == 1:
+        order, is_first = measure.argmax(-1, keepdim=True), torch.ones_like(masked[..., :1])
+    else:
+        order = measure.argsort(dim=-1, descending=True, stable=True)
+        counts = count[:, None] if isinstance(count, Tensor) else count
+        is_first = (torch.arange(masked.shape[-1], device=masked.device) < counts).expand_as(masked)
+    return torch.zeros_like(masked).scatter(-1, order, is_first) & masked

@@ -189,8 +189,8 @@ class RelayTrainer(PublishingTrainer):
         lengths: list[int] | None = None  # of the texts, where nothing has to be waited for to know them
         if recipe.uses_buffer and is_training:
             # The public `args.train_batch_size` is not the one that `auto_find_batch_size` found.
-            new_rows = refilled = self.buffer.refill(self._drawn(inputs), slots=self._train_batch_size)
-            self.means.add({"buffer_refills": float(refilled)})
+            new_rows = self.buffer.refill(self._drawn(inputs), slots=self._train_batch_size)
+            self.means.add({"buffer_refills": float(new_rows)})
             rows, lengths = self.buffer.rows, self.buffer.lengths
         elif recipe.uses_buffer:
             rows = fresh_rows(config, inputs, recipe.keeps_state, args.device)

@@ -28,7 +28,14 @@ GUESSED_DENOISE_STEPS = 12
 
 
 class EmptyBatches:
-    """As many empty batches as anybody asks for."""
+    """As many empty batches as anybody asks for.
+
+    Args:
+        source: where the rows come from instead.
+    """
+
+    def __init__(self, source: IndexedRows | StreamedRows) -> None:
+        self.source = source
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         while True:
@@ -63,15 +70,16 @@ class DrawingTrainer(DataCheckingTrainer):
                 f"The training set has fewer rows than a batch ({rows}), and `dataloader_drop_last=True` drops what is "
                 "not a whole one: set it to False, or make `per_device_train_batch_size` smaller."
             )
-        return EmptyBatches() if self.args.draws_rows else loader
+        return EmptyBatches(self._make_source(loader)) if self.args.draws_rows else loader
 
     def set_initial_training_values(
         self, args: Any, dataloader: Any
     ) -> tuple[int, int, int, int, int, int | None, int]:
         """As in the Trainer, but with rows on demand an epoch has any number of steps, and all of them are guessed."""
+        self.source = dataloader.source if args.draws_rows else None
         if not args.estimates_steps or not isinstance(self.train_dataset, Dataset):
             return super().set_initial_training_values(args, dataloader)
-        rows = self._make_source().rows_of(args.num_train_epochs)
+        rows = dataloader.source.rows_of(args.num_train_epochs)
         batch = self.get_total_train_batch_size(args)
         denoise_steps = min(self.relay_config.block_size or GUESSED_DENOISE_STEPS, GUESSED_DENOISE_STEPS)
         guess = ceil(rows / batch * ceil(denoise_steps / args.rollout_steps))
@@ -84,7 +92,7 @@ class DrawingTrainer(DataCheckingTrainer):
         if not self.args.draws_rows:
             return begun
         self.buffer.load_state_dict({})
-        self.source = source = self._make_source()
+        source: Any = self.source
         epoch = self.state.epoch or 0.0
         source.start_at(int(epoch))
         if self.args.max_steps > 0:
@@ -95,9 +103,8 @@ class DrawingTrainer(DataCheckingTrainer):
         # The place in the data is ours: the Trainer is to skip nothing.
         return epochs if is_over else int(epoch), 0
 
-    def _make_source(self) -> Any:
+    def _make_source(self, loader: DataLoader) -> IndexedRows | StreamedRows:
         args = self.args
-        loader: DataLoader = super().get_train_dataloader()
         return make_row_source(
             self.train_dataset,
             loader,
