@@ -29,7 +29,7 @@ class CurvePoint:
 
     Args:
         threshold: unmasking threshold, written beside the point; `None` writes nothing.
-        forwards: mean denoise forwards per sample.
+        forwards: mean denoise forwards per sample, or what else `cost` names.
         accuracy: fraction in [0, 1].
         spread: half the length of the error bar, a fraction too, for instance the standard deviation over seeds.
 
@@ -58,6 +58,7 @@ def plot_accuracy_against_forwards(
     *,
     metric: str = "Exact match",
     unit: str = "puzzle",
+    cost: str = "denoise forwards",
 ) -> FilePath:
     """Draw one curve per objective and write it as PNG (1280 x 880 pixels).
 
@@ -65,12 +66,12 @@ def plot_accuracy_against_forwards(
         curves: label -> points, in any order. The label decides colour and marker, in this and in every other picture.
         path: the PNG file; its folder is made if need be.
         title: the title of the picture.
-        metric, unit: names for the axes: "`metric` (%)" against "mean denoise forwards per `unit`".
+        metric, unit, cost: names for the axes: "`metric` (%)" against "mean `cost` per `unit`".
 
     Returns: the path.
     Raises: ValueError if no curve has a point.
     """
-    return save_figure(draw_accuracy_against_forwards(curves, title, metric=metric, unit=unit), path)
+    return save_figure(draw_accuracy_against_forwards(curves, title, metric=metric, unit=unit, cost=cost), path)
 
 
 def draw_accuracy_against_forwards(
@@ -79,6 +80,7 @@ def draw_accuracy_against_forwards(
     *,
     metric: str = "Exact match",
     unit: str = "puzzle",
+    cost: str = "denoise forwards",
 ) -> Figure:
     """The figure itself, for notebooks and other formats; arguments as in `plot_accuracy_against_forwards`."""
     if not curves:
@@ -94,7 +96,12 @@ def draw_accuracy_against_forwards(
         _draw_curve(axes, label, points, *styles[label])
     every_point = [point for points in ordered.values() for point in points]
     _set_limits(axes, every_point)
-    _dress_axes(axes, metric, unit, has_thresholds=any(point.threshold is not None for point in every_point))
+    _dress_axes(
+        axes,
+        metric,
+        f"mean {cost} per {unit}",
+        has_thresholds=any(point.threshold is not None for point in every_point),
+    )
     # The layout must be final before anything is measured in pixels.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
@@ -130,8 +137,8 @@ def _set_limits(axes: Axes, points: Sequence[CurvePoint]) -> None:
     axes.set_xlim(0.0, 1.06 * max(max(point.forwards for point in points), 1.0))
 
 
-def _dress_axes(axes: Axes, metric: str, unit: str, has_thresholds: bool) -> None:
-    axes.set_xlabel(f"mean denoise forwards per {unit}", color=INK, fontsize=10)
+def _dress_axes(axes: Axes, metric: str, cost: str, has_thresholds: bool) -> None:
+    axes.set_xlabel(cost, color=INK, fontsize=10)
     axes.set_ylabel(f"{metric} (%)", color=INK, fontsize=10)
     axes.text(0.015, 0.975, "↖ better: up and to the left", va="top", **_small_print(axes))
     if has_thresholds:

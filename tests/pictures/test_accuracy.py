@@ -52,6 +52,8 @@ def test_picture_labels_say_title_metric_and_unit():
     assert figure.get_suptitle() == "HumanEval"
     assert figure.axes[0].get_ylabel() == "pass@1 (%)"
     assert figure.axes[0].get_xlabel() == "mean denoise forwards per problem"
+    timed = draw_accuracy_against_forwards(CURVES, unit="problem", cost="ms")
+    assert timed.axes[0].get_xlabel() == "mean ms per problem"
 
 
 def test_spread_is_drawn_as_error_bars():

@@ -1,0 +1,196 @@
+"""Studies: arms that are trained and evaluated with several seeds, so that what one brings is seen with its spread.
+
+    python benchmarks/study.py text --seeds 0 1 2 3 4
+    python benchmarks/study.py windows --batch_size 128 --warmup_steps 1500 --steps 100 --test_puzzles 300
+    python benchmarks/study.py channels --batch_size 128 --processes 2
+    python benchmarks/study.py traces --steps 75
+
+Every arm begins with another one, mostly `start`, which is trained from scratch, and trains for as many optimizer steps
+as all others; with `--equal_compute ARM`, besides for as many as cost the operations of that arm's steps. What the
+output folder holds already is not trained again: a study may be interrupted at any time, and goes on with the same
+command.
+
+Results are lines of JSON, one per arm, seed and budget, and the models of all arms. Tables have mean ± standard
+deviation over the seeds and the mean of paired differences with its 95 % interval (Student's t).
+"""
+
+import argparse
+import json
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from boards_workload import Boards
+from study_results import Results, report
+from study_runner import START, Arm, Runner
+from text_workload import Balances
+from transformers.utils import logging
+
+SIZES = (
+    "--size", "--extra_clues", "--puzzles", "--test_puzzles", "--hidden_size", "--layers", "--batch_size",
+    "--warmup_steps", "--steps",
+)  # fmt: skip
+PUMBA: dict[str, Any] = {
+    "unmasking_policy": "confidence_threshold",
+    "unmasking_threshold": 0.9,
+    "threshold_jitter": 0.0,
+    "unmasking_count": 2,
+    "step_reduction": "mean",
+    "loss_weight_cap": 5.0,
+    "z_loss": 1e-5,
+}
+
+
+SCRATCH = {START: Arm("masked", channel="none", begins=None)}
+PLAIN = {
+    "masked": Arm("masked", channel="none"),
+    "rollout": Arm("rollout", channel="none"),
+    "relay_sg": Arm("relay_sg"),
+}
+# What the gradient through the state brings, and how far back: W steps are differentiated together.
+WINDOWS = SCRATCH | PLAIN
+WINDOWS |= {f"relay, W = {steps}": Arm("relay", {"rollout_steps": steps}) for steps in (2, 4, 8)}
+WINDOWS |= {f"pumba, W = {steps}": Arm("relay", PUMBA | {"rollout_steps": steps}) for steps in (1, 2, 4, 8)}
+TEXT = {**SCRATCH, "complementary": Arm("complementary", channel="none"), **WINDOWS}
+
+# What a channel brings, as its authors train it and on Relay's rollouts; and what its state does.
+NO_STATE = {"state taken away": {"use_relay": False}}
+STATE_VIEWS = NO_STATE | {"state of zeros": {"state": "zeros"}}
+OTHER_STARTS = NO_STATE | {"started by itself": {"relay_start": "self"}}
+BY_REFERENCE = {
+    name: OTHER_STARTS | {"started by its reference": {"relay_start": "reference", "reference_model": name}}
+    for name in ("light", START)
+}
+CHANNELS = SCRATCH | {
+    # About a third of the parameters, as published: 1.7B for 4B and 8B.
+    "light": Arm("masked", channel="none", begins=None, sizes={"hidden_size": 64, "layers": 2}),
+    "masked": Arm("masked", channel="none"),
+    "rollout": Arm("rollout", channel="none"),
+    "relay": Arm("relay", views=STATE_VIEWS),
+    "relay_sg": Arm("relay_sg", views=STATE_VIEWS),
+    "rcd": Arm("residual_context", channel="residual_context", reference="light", views=BY_REFERENCE["light"]),
+    "rcd, heavy reference": Arm(
+        "residual_context", channel="residual_context", reference=START, views=BY_REFERENCE[START]
+    ),
+    "rcd, rollouts": Arm("relay_sg", channel="residual_context", views=NO_STATE),
+    "soft-mask": Arm("residual_context", channel="soft_mask", views=NO_STATE),
+    "soft-mask, rollouts": Arm("relay_sg", channel="soft_mask", views=NO_STATE),
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a name on the command line means.
+
+    Args:
+        workload: class of what is trained on.
+        arms: name -> arm.
+        against: arms that all others are compared with.
+        pictured: arms in the pictures; more would hide each other.
+    """
+
+    workload: type
+    arms: Mapping[str, Arm]
+    against: tuple[str, ...]
+    pictured: tuple[str, ...]
+
+
+STUDIES = {
+    "channels": Study(Boards, CHANNELS, ("masked", "rollout"), ("masked", "relay", "relay_sg", "rcd", "soft-mask")),
+    "windows": Study(Boards, WINDOWS, ("rollout", "relay_sg"), ("masked", "rollout", "relay_sg", "relay, W = 2")),
+    "text": Study(Balances, TEXT, ("masked", "rollout", "relay_sg"), ("masked", "rollout", "relay_sg", "relay, W = 2")),
+}
+
+
+def begin_process() -> None:
+    """One thread, because sums of several differ in their last digits; no notes of the libraries."""
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+
+
+def run_seed(study: str, sizes: dict[str, Any], folder: Path, arms: list[str], seed: int, equal: str | None) -> None:
+    """All arms of one seed, one after the other."""
+    runner = Runner(STUDIES[study].workload(**sizes), STUDIES[study].arms, folder)
+    for equal_compute in (None, equal) if equal else (None,):
+        for name in arms:
+            if equal_compute is None or runner.arms[name].begins:
+                runner.run(name, seed, equal_compute)
+
+
+def run_study(
+    study: str,
+    sizes: dict[str, Any],
+    folder: Path,
+    arms: Iterable[str] = (),
+    seeds: Iterable[int] = (0, 1, 2),
+    processes: int = 1,
+    equal_compute: str | None = None,
+) -> str:
+    """Runs what is missing and reads everything that there is.
+
+    Args:
+        study: key of `STUDIES`.
+        sizes: of its workload.
+        folder: where everything is kept.
+        arms: the arms to run; none = all.
+        seeds: the seeds to run.
+        processes: seeds that run side by side.
+        equal_compute: see `Runner.run`; None = equal steps alone.
+
+    Returns:
+        The tables, as Markdown; they are also written, beside the pictures.
+
+    Raises:
+        ValueError: an arm is unknown, or the folder holds results of other sizes.
+    """
+    known = STUDIES[study].arms
+    if unknown := set(arms) - set(known):
+        raise ValueError(f"`--arms` has {sorted(unknown)}, which `{study}` has not: choose from {list(known)}.")
+    arms = [name for name in known if not arms or name in (*arms, START)]
+    folder.mkdir(parents=True, exist_ok=True)
+    described, text = folder / "study.json", json.dumps({"study": study, "sizes": sizes})
+    if described.exists() and described.read_text(encoding="utf-8") != text:
+        raise ValueError(
+            f"`--output_dir={folder}` holds results of {described.read_text(encoding='utf-8')}, not of {text}: "
+            "choose another folder, or the same study and sizes."
+        )
+    described.write_text(text, encoding="utf-8")
+    jobs = [(study, sizes, folder, arms, seed, equal_compute) for seed in seeds]
+    if processes == 1:
+        for job in jobs:
+            run_seed(*job)
+    else:
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=begin_process) as pool:
+            for future in [pool.submit(run_seed, *job) for job in jobs]:
+                future.result()
+    asked = STUDIES[study]
+    found = Results(folder / "results.jsonl").lines()
+    tables = report(found, asked.workload, asked.against, asked.pictured, folder)
+    (folder / "tables.md").write_text(tables + "\n", encoding="utf-8")
+    return tables
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", default=[], help="names of arms; all by default")
+    parser.add_argument("--equal_compute", metavar="ARM", help="also train for as many operations as this arm")
+    parser.add_argument("--processes", type=int, default=1, help="seeds that run side by side, with one thread each")
+    parser.add_argument("--output_dir", type=Path, help="runs/STUDY by default")
+    for name in SIZES:
+        parser.add_argument(name, type=int, help="the workload's own by default")
+    options = vars(parser.parse_args())
+    study, folder = options.pop("study"), options.pop("output_dir")
+    run = {name: options.pop(name) for name in ("seeds", "arms", "equal_compute", "processes")}
+    sizes = {name: value for name, value in options.items() if value is not None}
+    begin_process()
+    print(run_study(study, sizes, folder or Path("runs", study), **run))
+
+
+if __name__ == "__main__":
+    main()

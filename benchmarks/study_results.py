@@ -1,0 +1,162 @@
+"""What studies have found: kept as lines of JSON, and read as tables and pictures.
+
+A line is one arm, trained with one seed and one budget: `arm`, `seed`, `budget` ("steps" or "compute"), `steps`,
+`operations` and processor `seconds` of its training, and `curves`: view -> one point per threshold, with mean denoise
+`forwards`, share of `exact` replies, and wall `seconds` and floating-point `operations` per reply.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import t as student
+
+from relay_hf.pictures import CurvePoint, plot_accuracy_against_forwards
+
+Line = dict[str, Any]
+Curve = list[dict[str, Any]]
+Rows = dict[str, dict[int, list[float]]]
+
+
+class Results:
+    """Lines in a file that processes append to side by side.
+
+    Args:
+        path: the file; what is no whole line in it, because a process ended while it wrote, is passed over.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def lines(self) -> list[Line]:
+        """All lines, in the order in which they were written."""
+        found = []
+        for text in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
+            try:
+                found.append(json.loads(text))
+            except json.JSONDecodeError:
+                continue
+        return found
+
+    def find(self, arm: str, seed: int, budget: str) -> Line | None:
+        """The line of an arm; None if there is none yet."""
+        same = (line for line in self.lines() if (line["arm"], line["seed"], line["budget"]) == (arm, seed, budget))
+        return next(same, None)
+
+    def add(self, line: Line) -> None:
+        """Writes a line at once, so that lines of several processes never mix."""
+        is_cut = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
+        with self.path.open("ab", buffering=0) as file:
+            file.write(b"\n" * is_cut + json.dumps(line).encode() + b"\n")
+
+
+def score_at(curve: Curve, cost: float) -> float:
+    """Exact match in percent where a curve passes that many forwards, linear between thresholds; NaN if it does not."""
+    points = sorted((point["forwards"], 100 * point["exact"]) for point in curve)
+    costs, scores = zip(*points, strict=True)
+    return float(np.interp(cost, costs, scores, left=np.nan, right=np.nan))
+
+
+def cost_at(curve: Curve, score: float) -> float:
+    """Least forwards at which a curve has reached that exact match in percent; NaN if it does not, or always has."""
+    points = sorted((point["forwards"], 100 * point["exact"]) for point in curve)
+    costs, scores = zip(*points, strict=True)
+    return float(np.interp(score, np.maximum.accumulate(scores), costs, left=np.nan, right=np.nan))
+
+
+def interval(values: Sequence[float]) -> float:
+    """Half the 95 % interval of a mean over seeds (Student's t); NaN for one seed."""
+    count = len(values)
+    return float(student.ppf(0.975, count - 1) * np.std(values, ddof=1) / count**0.5) if count > 1 else float("nan")
+
+
+def table(title: str, columns: Sequence[str], rows: Rows, against: str | None = None) -> str:
+    """Markdown: mean ± standard deviation over the seeds; or mean and 95 % interval of differences to an arm of the
+    same seed. A dash where not all seeds have a number.
+
+    Args:
+        title: head of the first column.
+        columns: heads of the others.
+        rows: arm -> seed -> a number per column, NaN where there is none.
+        against: the arm to compare with.
+    """
+    lines = [[title, "seeds", *columns], ["---"] * (len(columns) + 2)]
+    for name, by_seed in rows.items():
+        seeds = [seed for seed in by_seed if against is None or seed in rows[against]]
+        values = np.array([by_seed[seed] for seed in seeds])  # (seeds, columns)
+        if against is None:
+            spread = values.std(0, ddof=1) if len(seeds) > 1 else np.full(len(columns), np.nan)
+            cells = [f"{m:.1f} ± {s:.1f}" for m, s in zip(values.mean(0), spread, strict=True)]
+        elif name == against or len(seeds) < 2:
+            continue
+        else:
+            gains = values - np.array([rows[against][seed] for seed in seeds])
+            cells = [f"{gain.mean():+.1f} ± {interval(gain):.1f}" for gain in gains.T]
+        lines.append([name, str(len(seeds)), *("–" if "nan ± nan" in cell else cell for cell in cells)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def report(lines: list[Line], workload: Any, against: Sequence[str], pictured: Sequence[str], folder: Path) -> str:
+    """All tables of a study, a budget after the other; draws its pictures into the folder."""
+    parts = []
+    for budget in sorted({line["budget"] for line in lines}, reverse=True):
+        of_budget = [line for line in lines if line["budget"] == budget]
+        curves: dict[str, dict[int, Curve]] = {}  # arm -> seed -> curve
+        for line in of_budget:
+            for view, curve in line["curves"].items():
+                curves.setdefault(line["arm"] + (f": {view}" if view else ""), {})[line["seed"]] = curve
+        readings: dict[str, dict[str, Callable[[Curve], float]]] = {
+            "exact match, %": {f"{cost:g} forwards": partial(score_at, cost=cost) for cost in workload.forwards},
+            "forwards": {f"for {score:g} %": partial(cost_at, score=score) for score in workload.levels},
+            "surest threshold": {
+                "exact match, %": lambda c: 100 * c[0]["exact"],
+                "forwards": lambda c: c[0]["forwards"],
+            },
+        }
+        parts.append(f"## Equal {budget}")
+        for title, columns in readings.items():
+            rows = {
+                name: {seed: [read(curve) for read in columns.values()] for seed, curve in by_seed.items()}
+                for name, by_seed in curves.items()
+            }
+            parts.append(table(title, list(columns), rows))
+            if title != "surest threshold":
+                parts += [table(f"{title}, minus `{arm}`", list(columns), rows, arm) for arm in against if arm in rows]
+        parts.append(costs(of_budget))
+        draw({name: curves[name] for name in pictured if name in curves}, f"equal {budget}", workload, folder)
+    return "\n\n".join(parts)
+
+
+def costs(lines: list[Line]) -> str:
+    """Markdown: what the trainings cost, means over the seeds."""
+    rows = ["| training | steps | operations, 10^12 | processor seconds |", "| --- | --- | --- | --- |"]
+    for name in dict.fromkeys(line["arm"] for line in lines):
+        same = [line for line in lines if line["arm"] == name]
+        steps, operations, seconds = (
+            np.mean([line[key] for line in same]) for key in ("steps", "operations", "seconds")
+        )
+        rows.append(f"| {name} | {steps:.0f} | {operations / 1e12:.2f} | {seconds:.0f} |")
+    return "\n".join(rows)
+
+
+def draw(curves: dict[str, dict[int, Curve]], title: str, workload: Any, folder: Path) -> None:
+    """Accuracy against forwards, wall time and operations: means over the seeds, bars of one standard deviation."""
+    axes = {"forwards": (1, "denoise forwards"), "seconds": (1e3, "ms"), "operations": (1e-6, "operations, 10^6,")}
+    for axis, (scale, cost) in axes.items():
+        points = {
+            name: [mean_point(at_threshold, axis, scale) for at_threshold in zip(*by_seed.values(), strict=True)]
+            for name, by_seed in curves.items()
+        }
+        path = folder / f"{title.replace(' ', '_')}_{axis}.png"
+        if points:
+            plot_accuracy_against_forwards(points, path, f"{workload.title}, {title}", unit=workload.unit, cost=cost)
+
+
+def mean_point(evaluations: Sequence[dict[str, Any]], axis: str, scale: float) -> CurvePoint:
+    """One point of a picture from the evaluations of several seeds at one threshold."""
+    exact, cost = ([evaluation[key] for evaluation in evaluations] for key in ("exact", axis))
+    spread = float(np.std(exact, ddof=1)) if len(exact) > 1 else None
+    return CurvePoint(evaluations[0]["threshold"], scale * float(np.mean(cost)), float(np.mean(exact)), spread)

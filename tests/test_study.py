@@ -1,0 +1,120 @@
+"""The runner of studies, `benchmarks/study.py`, on models of one layer: seconds."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SMALL = {"hidden_size": 32, "layers": 1, "batch_size": 4, "warmup_steps": 3, "steps": 2, "test_puzzles": 6, "size": 4}
+ARMS = ["rollout", "relay, W = 2"]
+
+
+@pytest.fixture
+def study(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import study
+
+    return study
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a study of text with two seeds, at equal steps and at equal compute."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        import study
+
+        folder = tmp_path_factory.mktemp("study")
+        study.run_study("text", SMALL, folder, ARMS, seeds=[0, 1], equal_compute="relay, W = 2")
+    return folder
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def digits(line: dict[str, Any]) -> dict[str, Any]:
+    """A line without its times."""
+    curves = {view: [{**point, "seconds": None} for point in curve] for view, curve in line["curves"].items()}
+    return {**line, "seconds": None, "curves": curves}
+
+
+def test_study_keeps_a_line_per_arm_seed_and_budget(finished: Path) -> None:
+    lines = lines_of(finished)
+    found = {(line["arm"], line["seed"], line["budget"]) for line in lines}
+    started = {("start", seed, "steps") for seed in (0, 1)}
+    assert found == started | {(arm, seed, b) for arm in ARMS for seed in (0, 1) for b in ("steps", "compute")}
+    assert len(found) == len(lines)
+    for line in lines:
+        assert [point["threshold"] for point in line["curves"][""]] == [0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.3]
+        assert line["operations"] > 0
+        assert all(point["operations"] > 0 and point["forwards"] >= 1 for point in line["curves"][""])
+
+
+def test_study_tables_and_pictures_are_written(finished: Path) -> None:
+    text = (finished / "tables.md").read_text()
+    assert text.index("## Equal steps") < text.index("## Equal compute")
+    assert "| exact match, %, minus `rollout` | seeds |" in text
+    names = {path.name for path in finished.glob("*.png")}
+    assert {"equal_steps_forwards.png", "equal_steps_seconds.png", "equal_compute_operations.png"} <= names
+
+
+def test_study_interrupted_in_a_line_goes_on_with_the_same_digits(study: Any, finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "interrupted"
+    shutil.copytree(finished, folder)
+    lines = lines_of(folder)
+    dropped = next(line for line in lines if (line["arm"], line["budget"]) == ("relay, W = 2", "steps"))
+    texts = [json.dumps(line) for line in lines if line != dropped]
+    (folder / "results.jsonl").write_text("\n".join([*texts, json.dumps(dropped)[:40]]))
+    study.run_study("text", SMALL, folder, ARMS, seeds=[0, 1], equal_compute="relay, W = 2")
+    *before, half, again = (folder / "results.jsonl").read_text().splitlines()
+    assert before == texts
+    assert half == json.dumps(dropped)[:40]
+    assert digits(json.loads(again)) == digits(dropped)
+    assert json.loads(again)["seconds"] != dropped["seconds"]
+
+
+def test_study_seeds_side_by_side_have_the_same_digits(study: Any, finished: Path, tmp_path: Path) -> None:
+    study.run_study("text", SMALL, tmp_path, ["rollout"], seeds=[0, 1], processes=2)
+    wanted = {(line["arm"], line["seed"]): digits(line) for line in lines_of(finished) if line["budget"] == "steps"}
+    found = {(line["arm"], line["seed"]): digits(line) for line in lines_of(tmp_path)}
+    assert found == {key: line for key, line in wanted.items() if key in found}
+    assert len(found) == 4
+
+
+def test_study_of_boards_runs(study: Any, tmp_path: Path) -> None:
+    sizes = SMALL | {"puzzles": 20, "size": 4}
+    study.run_study("windows", sizes, tmp_path, ["relay_sg"], seeds=[0])
+    assert [line["arm"] for line in lines_of(tmp_path)] == ["start", "relay_sg"]
+
+
+def test_study_unknown_arm_raises(study: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="relays"):
+        study.run_study("text", SMALL, tmp_path, ["relays"])
+
+
+def test_study_other_sizes_in_the_folder_raise(study: Any, finished: Path) -> None:
+    with pytest.raises(ValueError, match="choose another folder"):
+        study.run_study("text", SMALL | {"steps": 3}, finished)
+
+
+def test_readings_interpolate_and_do_not_extrapolate(study: Any) -> None:
+    from study_results import cost_at, score_at
+
+    curve = [{"forwards": 4.0, "exact": 0.8}, {"forwards": 2.0, "exact": 0.4}, {"forwards": 3.0, "exact": 0.5}]
+    assert score_at(curve, 3.5) == pytest.approx(65)
+    assert cost_at(curve, 45) == pytest.approx(2.5)
+    assert np.isnan([score_at(curve, 1.9), score_at(curve, 4.1), cost_at(curve, 39), cost_at(curve, 81)]).all()
+
+
+def test_table_pairs_gains_by_seed(study: Any) -> None:
+    from study_results import table
+
+    rows = {"a": {0: [10.0], 1: [20.0], 2: [30.0]}, "b": {2: [33.0], 0: [11.0], 1: [22.0]}, "c": {0: [float("nan")]}}
+    assert table("score", ["at 3"], rows).splitlines()[3:] == ["| b | 3 | 22.0 ± 11.0 |", "| c | 1 | – |"]
+    # Mean 2, standard deviation 1, t of two degrees of freedom 4.303; one seed shows no interval.
+    assert table("score", ["at 3"], rows, "a").splitlines()[2:] == ["| b | 3 | +2.0 ± 2.5 |"]
