@@ -52,12 +52,12 @@ demo: $(VENV)/demo $(if $(findstring --web,$(DEMO)),$(VENV)/web)
 
 # Files are shared out among as many processes as there are cores, but not so many that memory becomes scarce.
 test: $(VENV)/dev
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # On a stand-in for a GPU, which is built for it: what differs from the CPU, and ceilings on waits and launches.
 test-device: $(VENV)/dev
 	$(BIN)/python -m tests.device.fakegpu
-	$(BIN)/python -m pytest tests/device --numprocesses logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest tests/device --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # The oldest supported versions, in an environment of their own, and the short part of the suite that concerns them.
 OLDEST := .venv-oldest

@@ -5,6 +5,8 @@ import os
 # Read when the libraries are imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+# For the processes that tests start; this one is limited below.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import functools
 import gc
@@ -37,6 +39,11 @@ settings.load_profile("repeatable")
 
 REFERENCE = Path(os.environ.get("RELAY_HF_REFERENCE", Path(__file__).parent / "reference"))
 VOCAB_SIZE, MASK = 64, 63
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start processes come first: they take long, and none is to be left over for one worker at the end."""
+    items.sort(key=lambda item: not hasattr(getattr(item, "module", None), "subprocess"))
 
 
 def pytest_collection_finish() -> None:

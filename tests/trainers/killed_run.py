@@ -1,11 +1,10 @@
-"""A training run that is killed: `python -m tests.trainers.killed_run FOLDER step|save|end`, the moment."""
+"""A training run that is killed."""
 
 import os
 import signal
-import sys
+from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 
 from relay_hf.trainers import checkpoints
@@ -37,9 +36,8 @@ class KillAfterStep(TrainerCallback):
             kill()
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    folder, moment = sys.argv[1:]
+def train_and_die(folder: Path, moment: str) -> None:
+    """Trains into a folder and kills this process at a moment: `"step"`, `"save"` or `"end"`."""
     trainer = build_trainer(folder, **SETTINGS)
     if moment == "step":
         trainer.add_callback(KillAfterStep())

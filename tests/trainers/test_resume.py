@@ -1,9 +1,8 @@
 """A run that stops and goes on gives what the uninterrupted run gives: buffer, averages, randomness and all."""
 
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from relay_hf.trainers import RelayTrainer, checkpoints
 from relay_hf.trainers.whole_checkpoints import finish_checkpoint
 
 from .conftest import build_model, build_trainer
-from .killed_run import SETTINGS
+from .killed_run import SETTINGS, train_and_die
 
 JITTERED = {"threshold_jitter": 0.2, "ema_decay": 0.9, "relay_learning_rate": 1e-2}
 
@@ -103,9 +102,10 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> RelayTrainer:
 def test_resume_after_sigkill_equals_the_uninterrupted_run(
     uninterrupted: RelayTrainer, tmp_path: Path, moment: str, last_whole: int
 ) -> None:
-    command = [sys.executable, "-m", "tests.trainers.killed_run", str(tmp_path), moment]
-    killed = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    killed = get_context("fork").Process(target=train_and_die, args=(tmp_path, moment))
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
     assert (tmp_path / "checkpoint-4" / "trainer_state.json").exists() == (moment != "save")
 
     resumed = build_trainer(tmp_path, build_model(seed=7), **SETTINGS)
