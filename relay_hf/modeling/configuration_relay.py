@@ -171,6 +171,11 @@ class RelayConfig(BackboneHolderConfig):
         """Positions that the backbone was made for; None if its configuration names no number."""
         return getattr(self.text_config, "max_position_embeddings", None)
 
+    @property
+    def canvas_length(self) -> int | None:
+        """`block_size` under the name by which vLLM knows that a model denoises."""
+        return self.block_size
+
     @classmethod
     def fast_dllm_v2(cls, text_config: PreTrainedConfig | dict | None = None, **overrides: Any) -> "RelayConfig":
         """The published language-model instance: blocks of 32, token shift, zero-initialised channel on [MASK]s.

@@ -53,13 +53,13 @@ class Candidates(NamedTuple):
     end: Tensor
 
 
-def find_candidates(texts: Texts, stops: Tensor | None, size: int, mask_token_id: int) -> Candidates:
+def find_candidates(texts: Texts, stops: Tensor | None, size: int | Tensor, mask_token_id: int) -> Candidates:
     """Finds the masked positions that come next; those behind a row's end or its stop token need no forward.
 
     Args:
         texts: the block of every row.
-        stops: (n,) tokens that end a row, or None.
-        size: positions of a sub-block.
+        stops: (n,) tokens that end a row, (B, 1, n) if each row has its own, or None.
+        size: positions of a sub-block; one number for all rows, or (B,) long.
         mask_token_id: id of [MASK].
     """
     column = torch.arange(texts.tokens.shape[1], device=texts.tokens.device)
@@ -77,7 +77,9 @@ def find_candidates(texts: Texts, stops: Tensor | None, size: int, mask_token_id
     return Candidates(masked, candidates, active, sub_block, texts.anchor + sub_block * size, end)
 
 
-def progress_before(progress: Progress, sub_block: Tensor, now: Candidates, size: int, is_canvas: bool) -> Progress:
+def progress_before(
+    progress: Progress, sub_block: Tensor, now: Candidates, size: int | Tensor, is_canvas: bool
+) -> Progress:
     """The steps that each row has had within the sub-block of its next step.
 
     In a block model, the steps are for all positions of a sub-block, prompt included, as SDAR counts them; on a canvas,
@@ -87,10 +89,10 @@ def progress_before(progress: Progress, sub_block: Tensor, now: Candidates, size
         progress: of each row, its last step included.
         sub_block: (B,) long, sub-block that each row's last step was about.
         now: what the next step is about.
-        size: positions of a sub-block.
+        size: positions of a sub-block; one number for all rows, or (B,) long.
         is_canvas: the whole sequence is one block.
     """
     is_new = now.active & (now.sub_block != sub_block)
     masks = now.candidates.sum(-1)
-    total = masks if is_canvas else torch.full_like(masks, size)
+    total = masks if is_canvas else torch.zeros_like(masks) + size
     return Progress(progress.step.where(~is_new, 0), progress.positions.where(~is_new, total))

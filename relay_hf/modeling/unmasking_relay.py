@@ -330,16 +330,17 @@ def make_policy(
     return policy(**{option: value for option, value in given.items() if option in policy.options()})
 
 
-def sub_blocks_of(count: int, size: int, anchor: Tensor) -> Tensor:
+def sub_blocks_of(count: int, size: int | Tensor, anchor: Tensor) -> Tensor:
     """Number of the sub-block that each position of a group is in, negative before the anchor: (G, L) long.
 
     Args:
         count: L, positions of a group.
-        size: positions of a sub-block.
+        size: positions of a sub-block; one number for all groups, or (G,) long.
         anchor: (G,) position at which sub-block 0 begins; a group's first and last sub-block may be shorter.
     """
     position = torch.arange(count, device=anchor.device)
-    return (position - anchor[:, None]).div(size, rounding_mode="floor")
+    sizes = size[:, None] if isinstance(size, Tensor) else size
+    return (position - anchor[:, None]).div(sizes, rounding_mode="floor")
 
 
 def in_earliest_sub_block(masked: Tensor, sub_blocks: Tensor) -> Tensor:

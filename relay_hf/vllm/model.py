@@ -1,0 +1,106 @@
+"""The model as vLLM runs it: one of vLLM's own backbones, and the library's channel beside it.
+
+Legend: T positions of a step, those of all its requests one after the other; D hidden size, V vocabulary, N positions
+that the step scores.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from .internals import init_vllm_registered_model, maybe_prefix
+from .plan import StepPlan
+from .state import RelayModelState
+
+CHANNEL = "relay."
+
+
+class RelayForVllm(nn.Module):
+    """A relay model.
+
+    Args:
+        vllm_config: configuration of vLLM, whose `hf_config` is a `RelayConfig`.
+        prefix: of the names of parameters.
+
+    Raises:
+        ValueError: vLLM has no backbone of this kind.
+
+    Attributes:
+        step: what the step in work is about; None where vLLM only measures memory, or warms up.
+        hidden: (n, D) raw outputs at the positions that the step asked for, N scored ones first.
+    """
+
+    @staticmethod
+    def get_model_state_cls() -> type[RelayModelState]:
+        return RelayModelState
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__()
+        self.config = config = vllm_config.model_config.hf_config
+        config.text_config.tie_word_embeddings = config.tie_word_embeddings
+        self.backbone = init_vllm_registered_model(
+            vllm_config,
+            hf_config=config.text_config,
+            architectures=[architecture_of(config.text_config.model_type)],
+            prefix=maybe_prefix(prefix, "backbone"),
+        )
+        self.relay = config.channel_class(config)
+        self.step: StepPlan | None = None
+        self.hidden: Tensor | None = None
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """(T,) -> (T, D)."""
+        return self.backbone.embed_input_ids(input_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """The raw outputs of the backbone, (T, D): in a token-shift model, entry i speaks about position i + 1."""
+        return self.backbone(input_ids, positions, intermediate_tensors, inputs_embeds)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        """Logits of the positions that the step scores, (N, V), given its (n, D) outputs; the others are kept."""
+        self.hidden = hidden_states
+        scored = hidden_states if self.step is None else hidden_states[: self.step.scored]
+        if len(scored) == 0:
+            # A step of prompts alone scores nothing, and vLLM's gather across processes divides by the number of rows.
+            return scored.new_empty(0, self.config.text_config.vocab_size, dtype=torch.float32)
+        return self.backbone.compute_logits(scored)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Loads a checkpoint, whose names are those of the backbone; returns the names of what needs no more loading.
+
+        The weights of a channel may be missing: it is a fresh one then, as in `from_pretrained`.
+        """
+        channel = dict(self.relay.named_parameters())
+        of_backbone = []
+        for name, tensor in weights:
+            if name.startswith(CHANNEL):
+                channel[name.removeprefix(CHANNEL)].data.copy_(tensor)
+            else:
+                of_backbone.append((name, tensor))
+        loaded = {f"backbone.{name}" for name in self.backbone.load_weights(of_backbone)}
+        return loaded | {f"{CHANNEL}{name}" for name in channel}
+
+
+def architecture_of(model_type: str) -> str:
+    """The name of vLLM's class for a causal decoder, as transformers calls it.
+
+    Raises:
+        ValueError: vLLM has none.
+    """
+    from vllm import ModelRegistry
+
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    if name not in ModelRegistry.get_supported_archs():
+        raise ValueError(
+            f"The backbone `{model_type}` is not known to vLLM as a causal decoder: serve with `relay-hf serve`."
+        )
+    return name
