@@ -8,9 +8,10 @@ The folder is flat, because the Hub copies its files next to a checkpoint: prefi
   sees before its own positions; `cache`: committed text and the block in work, with `cache_layers`; `outputs`: what
   forward and `generate` return.
 - `generation`: `generate` of transformers with block diffusion. Its `options` are parsed once, with the `processors` of
-  transformers; the `grid` lines rows up; `blocks` is the loop, `candidates` and `steps` what a step scores, `tokens`
-  what is chosen, `stopping` what ends a row. `start` and `shortcuts` are options: the first state of a block, the
-  sub-block cache. `static` is the loop with steps of fixed shapes, for which `cache_static` is the memory.
+  transformers; the `grid` lines rows up, `given` keeps what belongs to one call; `blocks` is the loop, `candidates` and
+  `steps` what a step scores, `tokens` what is chosen, `stopping` what ends a row. `start` and `shortcuts` are options:
+  the first state of a block, the sub-block cache. `static` is the loop with steps of fixed shapes, for which
+  `cache_static` is the memory.
 - `unmasking`: policies, shared by decoding and training.
 - `loading_families`, `loading_adapters`, `loading_backbones`, `loading_files`: configurations and names of other
   libraries, adapters, what a backbone must offer, damaged files.

@@ -120,6 +120,34 @@ class RelayLayer(DynamicLayer):
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._map(lambda held: held.repeat_interleave(repeats, dim=0))
 
+    def drop_columns(self, count: int) -> None:
+        """Forgets the first positions of every row, which are padding."""
+        self._map(lambda held: held[:, :, count:])
+
+    def join(self, other: "RelayLayer", rows: tuple[int, int], length: int) -> None:
+        """Takes the rows of another layer behind its own; all then end at the same position, behind zeros.
+
+        Args:
+            other: the other layer.
+            rows: how many rows this layer has, and how many the other one.
+            length: committed positions of both afterwards, at least as many as either has.
+        """
+        filled = [layer for layer in (self, other) if layer.length]
+        if not filled:
+            self.memory = None
+            return
+        both: list[Any] = [layer.memory for layer in filled]
+        memory, capacity = [], max(self.wanted, length)
+        for index, held in enumerate(both[0]):
+            dtype = torch.promote_types(held.dtype, both[-1][index].dtype)
+            # Token by token, as `_room_for` lays it out.
+            new = held.new_zeros((sum(rows), capacity, held.shape[1], held.shape[3]), dtype=dtype).transpose(1, 2)
+            for layer, part in ((self, slice(0, rows[0])), (other, slice(rows[0], None))):
+                if layer.length:
+                    new[part, :, length - layer.length : length] = (layer.keys, layer.values)[index]
+            memory.append(new)
+        self._hold(tuple(memory), length)
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Changes the committed numbers; the next forward takes memory anew."""
         if self.memory is not None:

@@ -307,6 +307,36 @@ class RelayCache(DynamicCache):
         super().batch_repeat_interleave(repeats)
         self._map_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
+    def drop_columns(self, count: int) -> None:
+        """Forgets the first committed positions of every row, which are padding."""
+        for layer in self.layers:
+            layer.drop_columns(count)
+        self.tokens = None if self.tokens is None else self.tokens[:, count:]
+        self._in_work = None
+
+    def reopen(self, count: int) -> None:
+        """Forgets the last committed positions, for a forward that commits them again.
+
+        The tail stays: what that forward aligns with it, its first position, is of a block that nobody reads again.
+        """
+        tail = self.last_hidden, self.last_read_out
+        self.crop(-count)
+        self.last_hidden, self.last_read_out = tail
+
+    def join(self, other: "RelayCache", rows: tuple[int, int], length: int) -> None:
+        """Takes the rows of another cache behind its own, between two blocks; zeros fill up shorter texts in front.
+
+        Args:
+            other: a cache of the same model, which is not used afterwards.
+            rows: how many rows this cache has, and how many the other one.
+            length: committed positions of both afterwards, at least as many as either has.
+        """
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            mine.join(theirs, rows, length)
+        for name, columns in (("tokens", length), ("last_hidden", 1), ("last_read_out", 1)):
+            setattr(self, name, _joined([getattr(cache, name) for cache in (self, other)], rows, columns))
+        self.relay_state = self._in_work = None
+
     def _forget_block_and_tail(self) -> None:
         self.last_hidden = self.last_read_out = self.relay_state = self._in_work = None
 
@@ -315,6 +345,19 @@ class RelayCache(DynamicCache):
         for name in self._ROW_TENSORS:
             if (tensor := getattr(self, name)) is not None:
                 setattr(self, name, function(tensor))
+
+
+def _joined(both: list[Tensor | None], rows: tuple[int, int], length: int) -> Tensor | None:
+    """Rows of two tensors, (n, <= length, ..), one below the other; zeros in front of the shorter, or for a missing
+    one."""
+    held = [tensor for tensor in both if tensor is not None]
+    if not held:
+        return None
+    joined = held[0].new_zeros(sum(rows), length, *held[0].shape[2:])
+    for tensor, part in zip(both, (slice(0, rows[0]), slice(rows[0], None)), strict=True):
+        if tensor is not None:
+            joined[part, length - tensor.shape[1] :] = tensor
+    return joined
 
 
 def prefix_of(cache: Cache | None) -> Prefix:

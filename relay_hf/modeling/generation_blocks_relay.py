@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from .cache_relay import RelayCache, rows_of
-from .generation_grid_relay import DecodingGrid, RevealRecorder
+from .generation_given_relay import GivenBatch
+from .generation_grid_relay import DecodingGrid
 from .generation_options_relay import DecodingOptions
 from .generation_shortcuts_relay import SubBlockCache, state_of_part
 from .generation_start_relay import RelayStart
 from .generation_steps_relay import Block, Forward, Step, StepPlanner
-from .generation_stopping_relay import Stopping
 from .generation_tokens_relay import Choice, TokenChooser, uniform_numbers
 from .outputs_relay import RelayGenerateOutput
 from .prefix_relay import denoise
@@ -25,18 +25,18 @@ from .unmasking_relay import Progress
 
 @dataclass
 class BlockDecoder:
-    """Decodes one batch; made anew by every `generate`.
+    """Decodes rows side by side; made anew by every `generate`.
+
+    `run` decodes them all. Whoever has more rows than one call calls `prefill` and then `step_block` until no row is
+    left; in between, rows of other decoders `join`, and those of a batch can be dropped.
 
     Args:
         model: the `RelayForMaskedDiffusion`.
         cache: empty, or the cache of an earlier turn of the only row's conversation; filled while decoding.
-        grid: the rows of the batch, side by side.
+        grid: the rows.
         options: options of this `generate`.
         chooser: chooses the token of each scored position.
-        seeds: (B,) long, seeds of the random numbers that a row's tokens are drawn with.
         start: writes the state of each block's first step; None = the model's initial state.
-        stopping: ends rows.
-        streamer: receives the finished blocks of the only row, and drafts if it has a method `put_draft`.
     """
 
     model: Any
@@ -44,68 +44,135 @@ class BlockDecoder:
     grid: DecodingGrid
     options: DecodingOptions
     chooser: TokenChooser
-    seeds: Tensor
     start: RelayStart | None
-    stopping: Stopping
-    streamer: Any
 
     def __post_init__(self) -> None:
-        grid, config = self.grid, self.model.config
+        config = self.model.config
         self.mask_token_id: int = config.mask_token_id
         self.token_shift: bool = config.token_shift
-        self.shows_drafts = hasattr(self.streamer, "put_draft")
-        self.planner = StepPlanner(grid, self.options, config, self.stopping, is_watched=self.shows_drafts)
-        self.recorder = RevealRecorder(grid.tokens) if self.options.output_history else None
+        self.stops: Tensor | None = self.grid.batches[0].stopping.token_ids
+        self.planner = self._plan()
+        self.is_prefilled = False
         self.uncommitted = 0  # columns before the block that the next denoise forward commits
-        # (B,) forwards of each row of the batch.
-        self.denoise_forwards, self.commit_forwards, self.prefill_forwards, self.reference_forwards = torch.zeros(
-            4, len(grid.rows), dtype=torch.long, device=grid.tokens.device
-        )
+
+    def _plan(self) -> StepPlanner:
+        return StepPlanner(self.grid, self.options, self.model.config, self.stops, is_watched=self.shows_drafts)
+
+    @property
+    def shows_drafts(self) -> bool:
+        """Whether some streamer is shown every step."""
+        return any(batch.shows_drafts for batch in self.grid.batches)
 
     def run(self) -> RelayGenerateOutput:
-        """Decodes all rows to their ends."""
-        grid = self.grid
-        begin, final_column = grid.prefix, grid.tokens.shape[1]
-        self.cache.reserve(final_column)
-        # 1. Prefill: the whole blocks of the prompts that an earlier turn has not committed.
+        """Decodes the rows of one `generate` to their ends."""
+        (batch,) = self.grid.batches
+        self.prefill()
+        while self.grid.ends:
+            self.step_block()
+        self.finish()
+        return self.output(batch, self.cache)
+
+    def prefill(self) -> None:
+        """Commits the whole blocks of the prompts that an earlier turn has not committed."""
+        grid, begin = self.grid, self.grid.begin
+        self.cache.reserve(grid.tokens.shape[1])
         # A token-shift model aligns the next block with the hidden state before it, which only a commit leaves.
         recommitted = grid.width if self.token_shift else 0
         if (known := self.cache.keep_shared(grid.tokens[:, :begin], grid.width, recommitted)) < begin:
             self._commit(known, begin)
-            self.prefill_forwards += grid.starts > known
+            grid.prefill_forwards += begin - grid.offset > known
         if begin > 0:
             self._reveal_first(begin)
-        while True:
-            # 2. Denoise the block, step by step.
-            columns = slice(begin, begin + grid.width)
-            self._denoise(columns)
-            # 3. End rows, and drop the ended ones.
-            self.stopping.apply(grid, columns)
-            self._stream(columns)
-            self._retire(columns.stop)
-            if columns.stop == final_column or not grid.ends:
-                break
-            # 4. Commit the block.
-            if self.options.fuse_commits:
-                self.uncommitted = grid.width
-            else:
-                self._commit(begin, columns.stop)
-                self.commit_forwards[grid.rows] += grid.end > columns.stop
-                self._reveal_first(columns.stop)
-            begin = columns.stop
-        if self.streamer is not None:
-            self.streamer.end()
-        self._finish()
-        return self._output()
+        self.is_prefilled = True
+
+    def step_block(self) -> list[GivenBatch]:
+        """Decodes one block of every row, and commits it for those that go on.
+
+        Returns:
+            The batches that have ended with it.
+        """
+        grid, columns, batches = self.grid, self.grid.block, self.grid.batches
+        # 1. Denoise the block, step by step.
+        self._denoise(columns)
+        # 2. End rows, and drop the ended ones.
+        for batch, rows in grid.parts():
+            batch.stopping.apply(grid, batch, rows, columns)
+        self._stream(columns)
+        self._retire(columns.stop)
+        ended = [batch for batch in batches if not batch.count]
+        for batch in ended:
+            if batch.streamer is not None:
+                batch.streamer.end()
+        if not grid.ends:
+            return ended
+        # 3. Commit the block, whose columns have moved if those of a row that has left are gone.
+        columns = grid.block
+        grid.begin = columns.stop
+        if self.options.fuse_commits:
+            self.uncommitted = grid.width
+        else:
+            self._commit(columns.start, columns.stop)
+            grid.commit_forwards += grid.end > columns.stop
+            self._reveal_first(columns.stop)
+        return ended
+
+    def finish(self) -> None:
+        """Gives back memory behind the committed text."""
+        self.cache.trim()
+
+    def output(self, batch: GivenBatch, cache: RelayCache | None = None) -> RelayGenerateOutput:
+        """What `generate` returns for a batch that has ended."""
+        return batch.output(cache, bool(self.start and self.start.reference_forwards))
+
+    # -- rows that leave and come -----------------------------------------------------------------------------------
+
+    @property
+    def takes_rows(self) -> bool:
+        """Whether rows of other decoders may join these; a record of reveals cannot grow."""
+        return not self.options.output_history
+
+    def can_join(self, other: "BlockDecoder") -> bool:
+        """Whether `join` takes the rows of another decoder with equal options: both are prefilled, or neither."""
+        return self.takes_rows and other.takes_rows and self.is_prefilled == other.is_prefilled
+
+    def join(self, other: "BlockDecoder") -> None:
+        """Takes the rows of another decoder, which is not used afterwards, between two blocks.
+
+        Args:
+            other: a decoder of the same model, whose options differ from these in what concerns single rows only: their
+                number of new tokens, seeds, stopping criteria and streamers. `can_join` holds.
+        """
+        grid, cache = self.grid, other.cache
+        rows, begin = (len(grid.ends), len(other.grid.ends)), max(grid.begin, other.grid.begin)
+        if self.uncommitted and cache.get_seq_length():
+            # The next forward commits a block of every row: of these, the last one of their prompts, once more.
+            cache.reopen(grid.width)
+        grid.join(other.grid)
+        self.cache.reserve(grid.tokens.shape[1])
+        if self.is_prefilled:
+            self.cache.join(cache, rows, begin - self.uncommitted)
+        self.planner = self._plan()
+
+    def drop(self, batch: GivenBatch) -> None:
+        """Takes the rows of a batch out between two blocks, whatever they have come to."""
+        grid = self.grid
+        stays = [row for other, rows in grid.parts() if other is not batch for row in range(rows.start, rows.stop)]
+        kept = torch.tensor(stays, dtype=torch.long, device=grid.tokens.device)
+        grid.keep(kept, stays, grid.begin)
+        self._drop_columns(kept)
 
     def _retire(self, stop: int) -> None:
         """Drops the rows that end before column `stop`."""
-        if (alive := self.grid.retire(stop)) is not None and len(alive):
-            self.cache.batch_select_indices(alive)
+        if (alive := self.grid.retire(stop)) is not None:
+            self._drop_columns(alive)
 
-    def _finish(self) -> None:
-        """Gives back memory behind the committed text."""
-        self.cache.trim()
+    def _drop_columns(self, alive: Tensor) -> None:
+        """Lets the cache follow the grid, in which only these rows are left; drops columns that they do not need."""
+        if len(alive):
+            self.cache.batch_select_indices(alive)
+            if count := self.grid.trim():
+                self.cache.drop_columns(count)
+            self.cache.reserve(self.grid.tokens.shape[1])
 
     # -- committed blocks -------------------------------------------------------------------------------------------
 
@@ -117,7 +184,7 @@ class BlockDecoder:
             attention_mask=self.grid.attention_mask(stop),
             position_ids=self.grid.positions(begin, stop),
             cache=prefix,
-            logits_to_keep=self.grid.rows.new_empty(0),
+            logits_to_keep=self.grid.seeds.new_empty(0),
             output_relay_state=False,
         )
         self.cache.commit(prefix, ids)
@@ -128,11 +195,10 @@ class BlockDecoder:
         if not self.token_shift or all(prompt_end > column for prompt_end in grid.prompt_ends):
             return
         is_masked = grid.tokens[:, first] == self.mask_token_id
-        rows = torch.arange(len(grid.rows), device=is_masked.device)
+        rows = torch.arange(len(grid.ends), device=is_masked.device)
         choice = self._choose(self.cache.last_hidden[:, 0], rows, column, torch.ones_like(rows))
         grid.tokens[:, first] = torch.where(is_masked, choice.tokens[:, None], grid.tokens[:, first])
-        if self.recorder is not None:
-            self.recorder.record(grid.rows, first, is_masked, choice.confidence[:, None])
+        self._record(first, is_masked, choice.confidence[:, None])
 
     # -- one block --------------------------------------------------------------------------------------------------
 
@@ -143,7 +209,7 @@ class BlockDecoder:
         one takes part, unless a commit has just ended all of them: that becomes known behind the forward.
         """
         grid = self.grid
-        nowhere = torch.full_like(grid.rows, torch.iinfo(torch.long).min)
+        nowhere = torch.full_like(grid.seeds, torch.iinfo(torch.long).min)
         texts = grid.texts(columns)
         block = Block(
             columns,
@@ -235,16 +301,14 @@ class BlockDecoder:
         grid = self.grid
         if not self.chooser.needs_logits:
             return self.chooser.best(self.model, head_inputs)
-        numbers = uniform_numbers(
-            self.seeds[grid.rows[rows]], self.denoise_forwards[grid.rows[rows]], columns - grid.offset[rows]
-        )
+        numbers = uniform_numbers(grid.seeds[rows], grid.denoise_forwards[rows], columns - grid.offset[rows])
         logits = self.model.deciding_logits(head_inputs)
         return self.chooser(logits, grid.tokens[rows], share_left[rows][:, None], numbers)
 
     def _reveal(self, block: Block, step: Step, head_inputs: Tensor) -> None:
         """Writes the tokens that the policy reveals, given the (N, D) inputs of the head at the scored positions."""
         grid, columns = self.grid, block.columns
-        self.denoise_forwards[grid.rows] += step.active
+        grid.denoise_forwards += step.active
         rows, places = (torch.cat(each) for each in zip(*[forward.where for forward in step.forwards], strict=True))
         share_left = step.masked.sum(-1) / block.masks_at_begin
         choice = self._choose(head_inputs, rows, columns.start + places, share_left)
@@ -253,28 +317,23 @@ class BlockDecoder:
         revealed = self.options.policy(measure, step.candidates & ~step.certain, step.progress) | step.certain
         before = grid.tokens[:, columns]
         grid.tokens[:, columns] = torch.where(revealed, before.index_put((rows, places), choice.tokens), before)
-        if self.recorder is not None:
-            self.recorder.record(grid.rows, columns, revealed, confidence, self.denoise_forwards[grid.rows])
-        if self.shows_drafts:
-            self.streamer.put_draft(grid.shown(columns))
+        self._record(columns, revealed, confidence, grid.denoise_forwards)
+        self._stream_drafts(columns)
+
+    def _record(self, columns: slice, revealed: Tensor, confidence: Tensor, forwards: Tensor | None = None) -> None:
+        """Notes reveals for the history of the only batch that asks for one; arguments of `RevealRecorder.record`."""
+        batch = self.grid.batches[0]
+        if batch.recorder is not None:
+            batch.recorder.record(batch.rows, batch.columns(columns), revealed, confidence, forwards)
 
     # -- what comes out ---------------------------------------------------------------------------------------------
 
     def _stream(self, columns: slice) -> None:
-        if self.streamer is not None and len(shown := self.grid.shown(columns)):
-            self.streamer.put(shown)
+        for batch, rows in self.grid.parts():
+            if batch.streamer is not None and len(shown := self.grid.shown(rows.start, columns)):
+                batch.streamer.put(shown)
 
-    def _output(self) -> RelayGenerateOutput:
-        grid = self.grid
-        filled = ((grid.prompts == self.mask_token_id) & grid.is_text).sum(-1)
-        forwards = self.denoise_forwards + self.commit_forwards + self.prefill_forwards
-        return RelayGenerateOutput(
-            sequences=grid.as_given(grid.all_tokens, grid.prompts, self.stopping.padding, grid.most_new),
-            denoise_forwards=self.denoise_forwards,
-            commit_forwards=self.commit_forwards,
-            prefill_forwards=self.prefill_forwards,
-            tokens_per_forward=(grid.all_end - grid.all_prompt_end + filled) / forwards.clamp(min=1),
-            reference_forwards=self.reference_forwards if self.start and self.start.reference_forwards else None,
-            cache=self.cache,
-            history=None if self.recorder is None else self.recorder.history(grid, self.denoise_forwards),
-        )
+    def _stream_drafts(self, columns: slice) -> None:
+        for batch, rows in self.grid.parts():
+            if batch.shows_drafts:
+                batch.streamer.put_draft(self.grid.shown(rows.start, columns))

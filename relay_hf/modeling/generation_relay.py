@@ -21,7 +21,8 @@ from transformers.generation.streamers import BaseStreamer
 from .cache_relay import RelayCache
 from .configuration_relay import RelayConfig
 from .generation_blocks_relay import BlockDecoder
-from .generation_grid_relay import DecodingGrid, Prompts
+from .generation_given_relay import GivenBatch, Prompts
+from .generation_grid_relay import DecodingGrid
 from .generation_options_relay import DecodingOptions, complete_generation_config
 from .generation_processors_relay import check_counts, drop_empty
 from .generation_start_relay import STARTS
@@ -69,6 +70,17 @@ class RelayGenerationMixin(GenerationMixin):
         if unused := sorted(name for name, value in model_kwargs.items() if name not in taken and value is not None):
             raise ValueError(f"`generate` does not take {unused}: leave them out.")
 
+    def block_decoder(self, *args: Any, **kwargs: Any) -> BlockDecoder:
+        """What `generate` would run with the same arguments, prepared and checked, before its first forward.
+
+        For those who decode rows of several calls together: see `BlockDecoder`, whose methods are called under
+        `torch.no_grad()`.
+
+        Raises:
+            ValueError: as `generate`.
+        """
+        return self.generate(*args, custom_generate=make_decoder, **kwargs)
+
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Raises a ValueError: continuous batching (also `cache_implementation="paged"`) goes token by token."""
         raise ValueError("Continuous batching decodes left to right, which block diffusion does not: call `generate`.")
@@ -82,6 +94,8 @@ class RelayGenerationMixin(GenerationMixin):
         self, custom_generate: Any, kwargs: dict[str, Any], *args: Any, **others: Any
     ) -> dict[str, Any]:
         """Takes out the reference model, which is no argument of `forward`, as transformers takes out other models."""
+        # What `make_decoder` gets is what `_sample` gets, where others would not get all of it.
+        custom_generate = None if custom_generate is make_decoder else custom_generate
         taken = super()._extract_generation_mode_kwargs(custom_generate, kwargs, *args, **others)
         reference = kwargs.pop("reference_model", None)
         return taken if reference is None else {**taken, "reference_model": reference}
@@ -169,9 +183,6 @@ class RelayGenerationMixin(GenerationMixin):
         generation_config: GenerationConfig,
         synced_gpus: bool = False,
         streamer: BaseStreamer | None = None,
-        attention_mask: Tensor | None = None,
-        reference_model: Any = None,
-        options: DecodingOptions | None = None,
         **model_kwargs: Any,
     ) -> RelayGenerateOutput | Tensor:
         """Decodes a batch; called by `generate`, whose documentation describes the arguments.
@@ -179,34 +190,53 @@ class RelayGenerationMixin(GenerationMixin):
         Raises:
             ValueError: an option does not fit the batch.
         """
-        rows, new_tokens = len(input_ids), generation_config.max_length - input_ids.shape[1]
-        options = options or DecodingOptions.of(self.config, generation_config, reference_model)
-        if streamer is not None and rows > 1:
-            raise ValueError(f"A streamer shows one row, but the batch has {rows}: generate rows one by one.")
-        prompts = Prompts.read(input_ids, attention_mask, self.config.mask_token_id)
-        check_length(self.config, self.learned_positions, max(prompts.lengths) + new_tokens)
-        draws, device = generation_config.do_sample, self.get_input_embeddings().weight.device
-        cache: RelayCache = pop_cache(model_kwargs)
-        grid = DecodingGrid(prompts, new_tokens, self.config, options.sub_block_size, device)
-        is_static = generation_config.cache_implementation == "static"
-        decoder = (StaticDecoder if is_static else BlockDecoder)(
-            model=self,
-            cache=cache,
-            grid=grid,
-            options=options,
-            chooser=TokenChooser(
-                options.processors(logits_processor), draws, self.config.mask_token_id, options.policy.reads
-            ),
-            # Greedy decoding leaves torch's generator alone.
-            seeds=(options.seeds(rows) if draws else torch.zeros(rows, dtype=torch.long)).to(device),
-            start=None if options.relay_start is None else STARTS[options.relay_start](reference_model),
-            stopping=Stopping.of(generation_config, stopping_criteria, self.config.mask_token_id),
-            streamer=streamer,
-            **({"compile_config": step_compilation(self, generation_config)} if is_static else {}),
+        decoder = make_decoder(
+            self, input_ids, logits_processor, stopping_criteria, generation_config, streamer=streamer, **model_kwargs
         )
-        with cache.undone_by_exceptions():
+        with decoder.cache.undone_by_exceptions():
             output = decoder.run()
         return output if generation_config.return_dict_in_generate else output.sequences
+
+
+def make_decoder(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    streamer: BaseStreamer | None = None,
+    attention_mask: Tensor | None = None,
+    reference_model: Any = None,
+    options: DecodingOptions | None = None,
+    **model_kwargs: Any,
+) -> BlockDecoder:
+    """The decoder that decodes a batch; arguments as `generate` gives them to a decoding method.
+
+    Raises:
+        ValueError: an option does not fit the batch.
+    """
+    config, rows, new_tokens = model.config, len(input_ids), generation_config.max_length - input_ids.shape[1]
+    options = options or DecodingOptions.of(config, generation_config, reference_model)
+    if streamer is not None and rows > 1:
+        raise ValueError(f"A streamer shows one row, but the batch has {rows}: generate rows one by one.")
+    prompts = Prompts.read(input_ids, attention_mask, config.mask_token_id)
+    check_length(config, model.learned_positions, max(prompts.lengths) + new_tokens)
+    draws, device = generation_config.do_sample, model.get_input_embeddings().weight.device
+    cache: RelayCache = pop_cache(model_kwargs)
+    stopping = Stopping.of(generation_config, stopping_criteria, config.mask_token_id)
+    batch = GivenBatch(prompts, stopping, streamer, options.output_history, config.mask_token_id, device)
+    # Greedy decoding leaves torch's generator alone.
+    seeds = options.seeds(rows) if draws else torch.zeros(rows, dtype=torch.long)
+    is_static = generation_config.cache_implementation == "static"
+    return (StaticDecoder if is_static else BlockDecoder)(
+        model=model,
+        cache=cache,
+        grid=DecodingGrid(batch, seeds.to(device), new_tokens, config, options.sub_block_size),
+        options=options,
+        chooser=TokenChooser(options.processors(logits_processor), draws, config.mask_token_id, options.policy.reads),
+        start=None if options.relay_start is None else STARTS[options.relay_start](reference_model),
+        **({"compile_config": step_compilation(model, generation_config)} if is_static else {}),
+    )
 
 
 def check_inputs(config: RelayConfig, input_ids: Any, attention_mask: Any = None) -> None:

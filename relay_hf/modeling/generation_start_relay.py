@@ -34,9 +34,8 @@ class RelayStart:
             block: the decoder's block in work, which no forward has run yet.
             step: the block's first step, which is about to run.
         """
-        rows = decoder.grid.rows
-        decoder.denoise_forwards[rows] += step.active * self.denoise_forwards
-        decoder.reference_forwards[rows] += step.active * self.reference_forwards
+        decoder.grid.denoise_forwards += step.active * self.denoise_forwards
+        decoder.grid.reference_forwards += step.active * self.reference_forwards
 
 
 class SelfStart(RelayStart):

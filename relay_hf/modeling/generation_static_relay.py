@@ -167,7 +167,8 @@ def _reveal(block: StaticBlock, now: Candidates, rules: Rules, choice: Choice, p
 class StaticDecoder(BlockDecoder):
     """Decodes one batch by static steps.
 
-    Rows that have ended stay in the batch, and take part in nothing, until half of the rows are enough.
+    Rows that have ended stay in the batch, and take part in nothing, until half of the rows are enough. Rows of other
+    decoders cannot join.
 
     Args:
         compile_config: how to compile the steps; None = run them as they are.
@@ -177,6 +178,7 @@ class StaticDecoder(BlockDecoder):
     """
 
     compile_config: CompileConfig | None = None
+    takes_rows = False  # static memory cannot grow
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -190,7 +192,7 @@ class StaticDecoder(BlockDecoder):
         self.rules = Rules(
             policy=self.options.policy,
             chooser=self.chooser,
-            stops=self.stopping.token_ids,
+            stops=self.stops,
             size=self.options.sub_block_size or self.width,
             is_canvas=self.is_canvas,
             has_state=self.options.use_relay and model.config.relay_state_width > 0,
@@ -226,26 +228,27 @@ class StaticDecoder(BlockDecoder):
                 grid.move_ends(found[1:] + begin, [begin + end for end in ends])
             if self.shows_drafts:
                 grid.tokens[:, columns] = self.block.tokens[:, : grid.width]
-                self.streamer.put_draft(grid.shown(columns))
+                self._stream_drafts(columns)
         grid.tokens[:, columns] = self.block.tokens[:, : grid.width]
-        self.denoise_forwards[grid.rows] = self.block.forwards
-        if self.recorder is not None:
+        grid.denoise_forwards = self.block.forwards.clone()
+        (batch,) = grid.batches
+        if batch.recorder is not None:
             notes = (self.block.revealed_at, self.block.confidence)
-            self.recorder.record_block(grid.rows, columns, *(each[:, : grid.width] for each in notes))
+            batch.recorder.record_block(batch.rows, columns, *(each[:, : grid.width] for each in notes))
 
     def _take_room(self) -> Room:
         grid, cache = self.grid, self.cache
         if cache.get_seq_length() == 0:
             # Only a forward knows the shapes of keys and values. It commits nothing.
-            self.model(grid.tokens[:, : grid.width], cache=cache.prefix(), logits_to_keep=grid.rows[:0])
-        return self.model.static_rooms.take(self.model, cache, len(grid.rows), self.width, grid.tokens.shape[1])
+            self.model(grid.tokens[:, : grid.width], cache=cache.prefix(), logits_to_keep=grid.seeds[:0])
+        return self.model.static_rooms.take(self.model, cache, len(grid.ends), self.width, grid.tokens.shape[1])
 
     def _enter(self, columns: slice) -> None:
         """Writes a block of the grid to static memory."""
         room: Any = self.room
         grid, cache, width, texts = self.grid, self.cache, self.grid.width, self.grid.texts(columns)
-        if self.block is None or len(self.block.tokens) != len(grid.rows):
-            self.block, self.memory = room.of_rows(len(grid.rows))
+        if self.block is None or len(self.block.tokens) != len(grid.ends):
+            self.block, self.memory = room.of_rows(len(grid.ends))
         block = self.block
         for memory in (block.visible, block.state, block.revealed_at):
             memory.zero_()
@@ -256,8 +259,8 @@ class StaticDecoder(BlockDecoder):
             (block.prompt_end, texts.prompt_end),
             (block.end, texts.end),
             (block.anchor, texts.anchor),
-            (block.seeds, self.seeds[grid.rows]),
-            (block.forwards, self.denoise_forwards[grid.rows]),
+            (block.seeds, grid.seeds),
+            (block.forwards, grid.denoise_forwards),
             (block.masks_at_begin, texts.masked(self.mask_token_id).sum(-1).clamp(min=1)),
             (block.before, cache.last_hidden),
             (block.read_out_before, cache.last_read_out),
@@ -277,22 +280,23 @@ class StaticDecoder(BlockDecoder):
 
     def _retire(self, stop: int) -> None:
         grid = self.grid
-        grid.save_active_rows(stop)
         # Rows that go on first, then ended ones that fill up a power of two.
         rows = sorted(range(len(grid.ends)), key=lambda row: grid.ends[row] <= stop)
         alive = sum(end > stop for end in grid.ends)
         rows = rows[: 1 << (alive - 1).bit_length() if alive else 0]
         if len(rows) < len(grid.ends):
-            kept = torch.tensor(rows, dtype=torch.long, device=grid.rows.device)
-            grid.keep(kept, rows)
+            kept = torch.tensor(rows, dtype=torch.long, device=grid.tokens.device)
+            grid.keep(kept, rows, stop)
             if rows:
                 self.cache.batch_select_indices(kept)
                 self._enter(slice(stop - grid.width, stop))  # for its commit
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
         room: Any = self.room
+        if room is None:
+            return super().finish()
         room.move_out(self.cache)
-        super()._finish()
+        super().finish()
         self.model.static_rooms.give_back(room)
 
 

@@ -15,7 +15,6 @@ from .generation_candidates_relay import Candidates, Texts, find_candidates, pro
 from .generation_grid_relay import DecodingGrid
 from .generation_options_relay import DecodingOptions
 from .generation_shortcuts_relay import Part, SubBlockCache
-from .generation_stopping_relay import Stopping
 from .unmasking_relay import Progress
 
 
@@ -114,14 +113,14 @@ class StepPlanner:
         grid: the rows of the batch.
         options: options of this `generate`.
         config: configuration of the model.
-        stopping: finds stop tokens.
+        stops: (n,) tokens that end a row, or None.
         is_watched: somebody is shown every step, so that no forward may run in vain.
     """
 
     grid: DecodingGrid
     options: DecodingOptions
     config: Any
-    stopping: Stopping
+    stops: Tensor | None
     is_watched: bool
 
     def __post_init__(self) -> None:
@@ -138,7 +137,7 @@ class StepPlanner:
             block: the block in work.
             is_committed: a commit has scored the block's first position, if the model scores it there.
         """
-        now = find_candidates(block.texts, self.stopping.token_ids, self.size, self.config.mask_token_id)
+        now = find_candidates(block.texts, self.stops, self.size, self.config.mask_token_id)
         step = Step(
             masked=now.masked,
             candidates=now.candidates,

@@ -1,6 +1,6 @@
 """The ends of rows in the block decoder: stop tokens, stopping criteria that read text, and time limits.
 
-Legend: B rows still being decoded, S columns of a block.
+Legend: n rows of a batch that are still decoded, S columns of a block.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, MaxTimeCriteria
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
+from .generation_given_relay import GivenBatch
 from .generation_grid_relay import DecodingGrid
 
 
@@ -45,39 +46,49 @@ class Stopping:
         padding = padding_token(generation_config.pad_token_id, stops, mask_token_id)
         return cls(generation_config._eos_token_tensor, padding, criteria, mask_token_id)
 
-    def apply(self, grid: DecodingGrid, columns: slice) -> None:
+    def apply(self, grid: DecodingGrid, batch: GivenBatch, rows: slice, columns: slice) -> None:
         """Applies the criteria to a complete block: text criteria are asked about every new prefix, and a time limit
-        ends all rows behind this block."""
+        ends all rows behind this block.
+
+        Args:
+            grid: the rows that are decoded.
+            batch: those of them that this stopping is for, as they were given.
+            rows: where in the grid they are.
+            columns: the block.
+        """
         if self.readers:
-            self._apply_readers(grid, columns)
+            self._apply_readers(grid, batch, rows, columns)
         # Clocks answer where the tokens are, so that these ones, which they do not read, are on the host.
         if any(bool(clock(torch.zeros(1, 1), None).any()) for clock in self.clocks):
-            grid.move_ends(grid.end.clamp(max=columns.stop), [min(end, columns.stop) for end in grid.ends])
+            ends = [min(end, columns.stop) for end in grid.ends[rows]]
+            grid.move_ends(grid.end[rows].clamp(max=columns.stop), ends, rows)
 
-    def _apply_readers(self, grid: DecodingGrid, columns: slice) -> None:
+    def _apply_readers(self, grid: DecodingGrid, batch: GivenBatch, rows: slice, columns: slice) -> None:
         """Asks about every prefix, because a block brings many tokens at once.
 
         Criteria see what token-by-token decoding would show them: the batch as it was given, with as many new tokens
         behind every prompt. Rows that have ended are padded; rows with fewer tokens show [MASK]s, and their verdict is
         not used.
         """
-        first = (columns.start - grid.prompt_end).clamp(min=0)  # (B,) new tokens known before this block
-        known = grid.end.clamp(max=columns.stop) - grid.prompt_end  # (B,) and with it
+        prompt_end, end = grid.prompt_end[rows], grid.end[rows]  # (n,)
+        prompt_ends, ends = grid.prompt_ends[rows], grid.ends[rows]
+        first = (columns.start - prompt_end).clamp(min=0)  # (n,) new tokens known before this block
+        known = end.clamp(max=columns.stop) - prompt_end  # (n,) and with it
         # The same on the host: from the fewest new tokens before the block to the most with it.
-        fewest = min(max(columns.start - prompt_end, 0) for prompt_end in grid.prompt_ends)
-        most = max(min(end, columns.stop) - n for end, n in zip(grid.ends, grid.prompt_ends, strict=True))
-        end = grid.end
-        grid.save_active_rows(columns.stop)
-        behind = torch.full_like(grid.all_end, self.padding)
-        behind[grid.rows] = behind[grid.rows].where(grid.end <= columns.stop, self.mask_token_id)
-        texts, width = grid.as_given(grid.all_tokens, grid.prompts, behind[:, None], most), grid.prompts.shape[1]
+        fewest = min(max(columns.start - n, 0) for n in prompt_ends)
+        most = max(min(end, columns.stop) - n for end, n in zip(ends, prompt_ends, strict=True))
+        grid.save(batch, rows, columns.stop)
+        behind = torch.full_like(batch.end, self.padding)
+        behind[batch.rows] = behind[batch.rows].where(end <= columns.stop, self.mask_token_id)
+        prompts = batch.prompts.ids
+        texts, width = batch.as_given(batch.tokens, prompts, behind[:, None], most), prompts.shape[1]
         for count in range(fewest + 1, most + 1):
             verdicts = [criterion(texts[:, : width + count], None) for criterion in self.readers]
             stops = torch.stack([torch.as_tensor(v, device=texts.device).expand(len(texts)) for v in verdicts]).any(0)
-            ends = (first < count) & (count <= known) & stops[grid.rows]
-            known = known.where(~ends, count)
-            end = end.where(~ends, grid.prompt_end + count)
-        grid.move_ends(end, end.tolist())
+            stopped = (first < count) & (count <= known) & stops[batch.rows]
+            known = known.where(~stopped, count)
+            end = end.where(~stopped, prompt_end + count)
+        grid.move_ends(end, end.tolist(), rows)
 
 
 def padding_token(pad_token_id: int | None, stop_token_ids: list[int], mask_token_id: int) -> int:

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from relay_hf import RelayForMaskedDiffusion
-from relay_hf.modeling import generation_blocks_relay
+from relay_hf.modeling import generation_given_relay
 
 from ..conftest import MASK
 from .decoding import decode_alone, padded, prompt_of, prompts_of, run
@@ -181,7 +181,7 @@ def test_history_not_asked_for_nothing_recorded(
         raise AssertionError("a recorder was made")
 
     expected = watch(model, prompt_of(5), max_new_tokens=12)
-    monkeypatch.setattr(generation_blocks_relay, "RevealRecorder", fail)
+    monkeypatch.setattr(generation_given_relay, "RevealRecorder", fail)
     output = run(model, prompt_of(5), max_new_tokens=12)
     assert output.history is None
     assert "history" not in output
