@@ -19,7 +19,6 @@ import pytest
 import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, Qwen2Config, Trainer
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
-from transformers.cli.serving.utils import DirectStreamer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import cached_file
 
@@ -103,7 +102,6 @@ CHECKS: dict[str, Callable[[], None]] = {
     "_attn_implementation": attention_of_a_configuration,
     "_can_checkpoint_with_cache": layers_may_keep_caches,
     "_dynamo": fixed_addresses,
-    "_enqueue": read_by(DirectStreamer, name="def _enqueue(self, item)"),
     "_eos_token_tensor": special_tokens_as_tensors,
     "_finish_current_push": read_by(Trainer, name="self._finish_current_push("),
     "_forward_hooks": forward_hooks,
@@ -112,7 +110,6 @@ CHECKS: dict[str, Callable[[], None]] = {
     "_get_output_dir": read_by(Trainer, name="self._get_output_dir(trial=trial)"),
     "_get_train_sampler": read_by(Trainer, name="sampler_fn=self._get_train_sampler"),
     "_internal_call": read_by(Trainer, name="def save_model(self, output_dir: str | None = None, _internal_call: bool"),
-    "_parser": read_by(DirectStreamer, name="if self._parser is None"),
     "_raise_exceptions_for_missing_entries": missing_files_are_none,
     "_resolve_model": read_by(ChatCompletionHandler, name="self._resolve_model(body)"),
     "_train_batch_size": read_by(Trainer, name="self._train_batch_size = args.train_batch_size"),
@@ -162,6 +159,7 @@ DEEP_IMPORTS = {
     "transformers.cli.serving.response.ResponseHandler",
     "transformers.cli.serving.server.build_server",
     "transformers.cli.serving.utils.BaseHandler",
+    "transformers.cli.serving.utils.DirectStreamer",
     "transformers.cli.serving.utils.GenerateManager",
     "transformers.cli.serving.utils.GenerationState",
     "transformers.cli.serving.utils._StreamError",

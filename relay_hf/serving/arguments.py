@@ -16,6 +16,8 @@ class ServeArguments:
     compile: bool = option(
         False, "Decode by static steps, which accelerators compile: the first requests take minutes, all others less."
     )
+    max_batch_size: int = option(16, "The most requests that are decoded side by side; 1 decodes one at a time.")
+    max_queue_size: int = option(256, "The most requests that wait for that; others are refused with status 503.")
     allow_hosts: list[str] = option(list, "Further names under which the server may be asked; * for any.")
     allow_origins: list[str] = option(
         list, "Web pages that may ask the server, for instance https://example.org; * for any."
@@ -24,3 +26,7 @@ class ServeArguments:
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise ValueError(f"`--port={self.port}` must be between 0 and 65535.")
+        if self.max_batch_size < 1:
+            raise ValueError(f"`--max_batch_size={self.max_batch_size}` must be at least 1.")
+        if self.max_queue_size < 0:
+            raise ValueError(f"`--max_queue_size={self.max_queue_size}` must not be negative.")

@@ -9,29 +9,27 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Coroutine, Sequence
-from contextvars import ContextVar
 from typing import Any
 
 import anyio
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response
-from tokenizers.decoders import DecodeStream
-from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.response import ResponseHandler
 from transformers.cli.serving.server import build_server
-from transformers.cli.serving.utils import BaseHandler, GenerateManager, GenerationState, _StreamError, split_revision
-from transformers.generation.streamers import BaseStreamer
+from transformers.cli.serving.utils import BaseHandler, _StreamError, split_revision
 
 from ..loading.checkpoint import find_device, read_diffusion_config, read_tokenizer
 from ..modeling import RelayForMaskedDiffusion
 from . import errors
 from .access import AccessCheck
+from .managers import RelayGenerationState, http_request, result_of, started_stream
 from .request_checks import DEFAULT_NEW_TOKENS, check_body, fit_length, read_options
+from .streams import ReplyStream
 
 
 def build_app(
@@ -40,6 +38,8 @@ def build_app(
     device: str = "auto",
     dtype: str = "auto",
     compile: bool = False,
+    max_batch_size: int = 16,
+    max_queue_size: int = 256,
     host: str = "localhost",
     allow_hosts: Sequence[str] = (),
     allow_origins: Sequence[str] = (),
@@ -51,6 +51,8 @@ def build_app(
         device: name of a torch device; "auto" takes an accelerator if the machine has one.
         dtype: dtype of the weights; "auto" is the dtype of the checkpoint.
         compile: decode by static steps, `cache_implementation="static"`, unless a request or the model says otherwise.
+        max_batch_size: the most requests that are decoded at a time.
+        max_queue_size: the most that wait for that; others are refused.
         host: address that the server listens on.
         allow_hosts: further names under which it may be asked, "*" for any.
         allow_origins: web pages that may ask it, as `https://example.org`, "*" for any.
@@ -60,7 +62,8 @@ def build_app(
         ValueError: the model is no relay model, or a device or dtype is unknown.
     """
     find_device(device)  # raises if the machine lacks it
-    manager, state = RelayModelManager(device, dtype, force_model=model), RelayGenerationState(compile)
+    manager = RelayModelManager(device, dtype, force_model=model)
+    state = RelayGenerationState(compile, max_batch_size, max_queue_size)
     others: Any = OtherHandler()
     app = build_server(
         manager,
@@ -110,89 +113,20 @@ class RelayModelManager(ModelManager):
 
 # How many requests are prepared at once; routes such as `/health` have threads of their own.
 PREPARING = anyio.CapacityLimiter(4)
-# The request in work, and the stream that it has started: the queue of its texts, and its streamer.
-_request: ContextVar[Request] = ContextVar("_request")
-_started_stream: ContextVar[tuple[asyncio.Queue, Any] | None] = ContextVar("_started_stream", default=None)
 
 
 async def _note_request(request: Request, call_next: Callable) -> Response:
-    _request.set(request)
+    http_request.set(request)
     return await call_next(request)
 
 
-async def _first_text(texts: asyncio.Queue, streamer: Any) -> Any:
+async def _first_text(stream: ReplyStream) -> Any:
     """Waits for the first item of a stream, which is cancelled if the client goes away before."""
-    getting = asyncio.ensure_future(texts.get())
-    while not (await asyncio.wait({getting}, timeout=0.2))[0]:
-        if await _request.get().is_disconnected():
-            getting.cancel()
-            streamer.cancel()
-            raise HTTPException(status_code=499, detail="The client went away.")  # for the log
-    return getting.result()
-
-
-class WholeStreamer(BaseStreamer):
-    """Passes a reply on, and at its end also the bytes of a character that is not complete, as decoding at once does.
-
-    Args:
-        streamer: transformers', which waits for the bytes that are missing.
-        tokenizer: the model's tokenizer.
-    """
-
-    def __init__(self, streamer: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.streamer = streamer
-        self.tokenizer = tokenizer
-        self.puts: list[list[int]] = []
-
-    def put(self, value: Tensor) -> None:
-        """Takes the prompt first, then parts of the reply."""
-        self.puts.append(value.flatten().tolist())
-        self.streamer.put(value)
-
-    def end(self) -> None:
-        """Streams what is left of the text."""
-        tokens = [token for part in self.puts[1:] for token in part]
-        stream = DecodeStream([], skip_special_tokens=True)
-        pieces = [stream.step(self.tokenizer.backend_tokenizer, token) for token in tokens]
-        rest = self.tokenizer.decode(tokens, skip_special_tokens=True)[sum(len(piece or "") for piece in pieces) :]
-        # A streamer that parses replies finishes its last region itself.
-        if pieces and pieces[-1] is None and rest and self.streamer._parser is None:
-            self.streamer._enqueue(rest)
-        self.streamer.end()
-
-
-class StreamedModel:
-    """Calls the model for a stream."""
-
-    def __init__(self, model: RelayForMaskedDiffusion) -> None:
-        self.model = model
-
-    def generate(self, *, streamer: Any, tokenizer: Any, **options: Any) -> Any:
-        """As the model's, with the whole reply streamed."""
-        return self.model.generate(streamer=WholeStreamer(streamer, tokenizer), tokenizer=tokenizer, **options)
-
-
-class RelayGenerateManager(GenerateManager):
-    """Decodes one request after the other, on one thread."""
-
-    def generate_streaming(self, model: Any, *args: Any, **kwargs: Any) -> tuple[asyncio.Queue, Any]:
-        """Starts a stream, and notes where its texts will appear."""
-        streamed: Any = StreamedModel(model)
-        texts, streamer = super().generate_streaming(streamed, *args, **kwargs)
-        _started_stream.set((texts, streamer))
-        return texts, streamer
-
-
-class RelayGenerationState(GenerationState):
-    """One queue for all requests; continuous batching, which goes token by token, is off."""
-
-    def __init__(self, compile: bool = False) -> None:
-        super().__init__(compile=compile, continuous_batching=False)
-        self._manager = RelayGenerateManager()
-
-    def get_manager(self, model_id: str, use_cb: bool = False) -> RelayGenerateManager:
-        """The same for every model id, because there is one model."""
-        return self._manager
+    try:
+        return await result_of(asyncio.ensure_future(stream.texts.get()))
+    except HTTPException:
+        stream.cancel()
+        raise
 
 
 class RelayHandler(BaseHandler):
@@ -208,15 +142,15 @@ class RelayHandler(BaseHandler):
                 status before `generate` has looked at the options, and the sentence in a form in which clients do not
                 show it.
         """
-        _started_stream.set(None)
+        started_stream.set(None)
         # The Responses API streams only if asked to; transformers' handler streams by default.
         body = {"stream": False, **body}
         answer = await anyio.to_thread.run_sync(self._prepare, body, request_id, limiter=PREPARING)
         response = answer()
         if inspect.isawaitable(response):
             response = await response
-        if (stream := _started_stream.get()) is not None:
-            texts, first = stream[0], await _first_text(*stream)
+        if (stream := started_stream.get()) is not None:
+            texts, first = stream.texts, await _first_text(stream)
             if isinstance(first, _StreamError):
                 raise ValueError(first.msg)
             # Back to where it was; nothing else runs between these lines.

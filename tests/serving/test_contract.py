@@ -19,7 +19,7 @@ from transformers.cli.serving.utils import (
     _StreamError,
 )
 
-from relay_hf.serving import server
+from relay_hf.serving import managers, server
 
 OVERRIDDEN = [
     (
@@ -27,8 +27,8 @@ OVERRIDDEN = [
         server.RelayModelManager,
         ["shutdown", "_load_model", "_load_processor"],
     ),
-    (GenerateManager, server.RelayGenerateManager, ["generate_streaming"]),
-    (GenerationState, server.RelayGenerationState, ["get_manager"]),
+    (GenerateManager, managers.RelayGenerateManager, ["generate_streaming", "generate_non_streaming"]),
+    (GenerationState, managers.RelayGenerationState, ["get_manager"]),
     (BaseHandler, server.RelayHandler, ["_build_generation_config"]),
     *(
         (handler, server.RelayHandler, ["handle_request", "_streaming", "_non_streaming"])
@@ -67,8 +67,16 @@ def test_handlers_prepare_everything_before_they_decode(handler: type) -> None:
         assert {"inputs", "gen_config"} <= inspect.signature(getattr(handler, name)).parameters.keys()
 
 
-def test_streamer_takes_the_rest_of_a_text() -> None:
-    assert {"_enqueue", "_parser"} <= set(re.findall(r"self\.(\w+)", inspect.getsource(DirectStreamer)))
+def test_streamer_takes_what_ours_gives_it() -> None:
+    names = inspect.signature(DirectStreamer).parameters
+    assert [*names] == ["tokenizer", "loop", "queue", "response_parser"]
+    assert {"put", "end"} <= vars(DirectStreamer).keys()
+
+
+@pytest.mark.parametrize("handler", [ChatCompletionHandler, CompletionHandler, ResponseHandler])
+def test_handlers_read_of_a_stream_what_ours_has(handler: type) -> None:
+    read = set(re.findall(r"streamer\.(\w+)", inspect.getsource(handler)))
+    assert read == {"total_tokens", "cancel"}
 
 
 def test_pinned_server_lists_its_model_alone() -> None:

@@ -16,6 +16,7 @@ from starlette.testclient import TestClient
 from relay_hf import RelayConfig, RelayForMaskedDiffusion
 from relay_hf.modeling.generation_static_relay import StaticDecoder
 from relay_hf.serving import access
+from relay_hf.serving.batching import Batcher
 from relay_hf.serving.server import build_app
 from relay_hf.testing import CHAT_TEMPLATE, all_tokens_but, byte_tokenizer
 
@@ -76,7 +77,7 @@ def message_of(response: Any, status: int = 400) -> str:
 
 def test_compile_decodes_by_static_steps(folder: Path, client: TestClient) -> None:
     compiling = build_app(str(folder), device="cpu", compile=True)
-    watched = mock.patch.object(StaticDecoder, "run", autospec=True, side_effect=StaticDecoder.run)
+    watched = mock.patch.object(StaticDecoder, "finish", autospec=True, side_effect=StaticDecoder.finish)
     with TestClient(compiling, base_url="http://localhost:8000") as other, watched as run:
         assert text_of(chat(other)) == text_of(chat(client))
     assert run.call_count == 1
@@ -142,6 +143,14 @@ def test_reply_of_no_given_length_takes_the_room_that_is_left(client: TestClient
 def test_body_of_absurd_size_is_refused_unread(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(access, "MOST_BYTES", 1000)
     assert "longer than 1000 bytes" in message_of(chat(client, messages=[{"role": "user", "content": "a" * 1000}]))
+    assert text_of(chat(client))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_full_queue_is_told_in_openais_form(client: TestClient, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    monkeypatch.setattr(Batcher, "waiting", 10**6)
+    assert "1000000 requests are waiting, as many as may" in message_of(chat(client, stream=stream), 503)
+    monkeypatch.undo()
     assert text_of(chat(client))
 
 
