@@ -106,6 +106,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "_finish_current_push": read_by(Trainer, name="self._finish_current_push("),
     "_forward_hooks": forward_hooks,
     "_from_model_config": config_made_of_a_model,
+    "_get_default_generation_params": read_by(GenerationMixin, name="update(**global_defaults, defaults_only=True)"),
     "_get_logits_processor": read_by(GenerationMixin, name="self._get_logits_processor("),
     "_get_output_dir": read_by(Trainer, name="self._get_output_dir(trial=trial)"),
     "_get_train_sampler": read_by(Trainer, name="sampler_fn=self._get_train_sampler"),

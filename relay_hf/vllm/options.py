@@ -108,6 +108,8 @@ class OptionReader:
             known = sorted((OF_TRANSFORMERS | OURS.keys()) - UNSUPPORTED.keys())
             raise ValueError(f"`extra_args` name {unknown}: a relay model takes {known} there.")
         options = copy.deepcopy(self.defaults)
+        # As `generate` does, which among others draws from the 50 best tokens unless somebody says otherwise.
+        options.update(**options._get_default_generation_params(), defaults_only=True)
         options.update(**given)
         decoding = DecodingOptions.of(self.config, options)
         seeds = decoding.sampling_seeds

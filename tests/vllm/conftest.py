@@ -1,5 +1,6 @@
 """Engines of vLLM on tiny models, each beside the model itself; without vLLM, tests that need one are skipped."""
 
+import gc
 import importlib
 import importlib.util
 import json
@@ -28,4 +29,6 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., E
         return made[key]
 
     yield get
+    # Each engine looks for garbage when it ends, and need not look at all that was ever made.
+    gc.freeze()
     made.clear()

@@ -47,8 +47,10 @@ class Answer:
     forwards: int
 
 
-def make_checkpoint(folder: Path, backbone: str = "qwen2", tokenizer: Any = None, **relay: Any) -> Any:
-    """Saves a tiny model whose channel is open; returns it."""
+def make_checkpoint(
+    folder: Path, backbone: str = "qwen2", tokenizer: Any = None, generation: dict[str, Any] | None = None, **relay: Any
+) -> Any:
+    """Saves a tiny model whose channel is open, with defaults of `generate`; returns it."""
     if backbone == "qwen2":
         model = tiny_model(tokenizer, open_channel=True, seed=3, text=TEXT, **relay)
     else:
@@ -60,6 +62,7 @@ def make_checkpoint(folder: Path, backbone: str = "qwen2", tokenizer: Any = None
         model = RelayForMaskedDiffusion(config).eval()
         for parameter in model.relay.parameters():
             torch.nn.init.normal_(parameter, std=0.7)
+    model.generation_config.update(**(generation or {}))
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -91,8 +94,6 @@ class Engine:
             "disable_log_stats": False,
             "skip_tokenizer_init": not (folder / "tokenizer_config.json").exists(),
         }
-        if "num_gpu_blocks_override" in options:
-            defaults |= {"kv_cache_memory_bytes": None, "gpu_memory_utilization": 0.05}
         self.llm = LLM(str(folder), **{**defaults, **options})
 
     def params(self, request: Request, **more: Any) -> Any:
