@@ -19,12 +19,14 @@ class Boards:
     Attributes:
         thresholds: confidence budgets at which each model is evaluated.
         forwards, levels: denoise forwards per puzzle, and exact match in percent, at which models are compared.
+        check, careful: key of `relay_hf.traces.TASKS`, and options of `generate`, with which traces are made.
     """
 
     title, unit = "Sudoku", "puzzle"
     thresholds = (0.02, *THRESHOLDS)
     forwards = (3.0, 3.5, 4.0, 4.5)
     levels = (50.0, 60.0, 70.0, 80.0)
+    check, careful = "sudoku", {"unmasking_policy": "confidence_budget", "unmasking_threshold": 0.02}
 
     def __init__(self, **sizes: Any) -> None:
         self.sizes = sizes
@@ -41,9 +43,13 @@ class Boards:
         published = {"rows_on_demand": False, "staggered_start": False}
         return trainer_options(objective, self.arguments, from_scratch) | published
 
-    def texts(self, count: int, seed: int) -> Dataset:
+    def asked(self, count: int, seed: int) -> list[dict[str, str]]:
         """Training puzzles under ever new symmetries."""
-        return to_features(augment_puzzles(self.puzzles["train"], rows=count, seed=seed), self.tokenizer)
+        return augment_puzzles(self.puzzles["train"], rows=count, seed=seed).to_list()
+
+    def texts(self, count: int, seed: int) -> Dataset:
+        """The same, with their answers as labels."""
+        return to_features(Dataset.from_list(self.asked(count, seed)), self.tokenizer)
 
     def evaluate(
         self, model: RelayForMaskedDiffusion, threshold: float, count: int | None = None, **options: Any

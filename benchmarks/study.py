@@ -55,7 +55,19 @@ PLAIN = {
 WINDOWS = SCRATCH | PLAIN
 WINDOWS |= {f"relay, W = {steps}": Arm("relay", {"rollout_steps": steps}) for steps in (2, 4, 8)}
 WINDOWS |= {f"pumba, W = {steps}": Arm("relay", PUMBA | {"rollout_steps": steps}) for steps in (1, 2, 4, 8)}
-TEXT = {**SCRATCH, "complementary": Arm("complementary", channel="none"), **WINDOWS}
+
+
+def on_traces(teacher: str) -> dict[str, Arm]:
+    """A model goes on with its own right answers, in fewer steps than it took; or as before, with more texts."""
+    own = {
+        f"own traces, stride {stride}": Arm("traces", {"trace_stride": stride}, begins=teacher, on_traces=True)
+        for stride in (2, 3)
+    }
+    return {"more of the same": Arm("relay", begins=teacher), **own}
+
+
+TRACES = SCRATCH | {"relay": Arm("relay")} | on_traces("relay")
+TEXT = {**SCRATCH, "complementary": Arm("complementary", channel="none"), **WINDOWS, **on_traces("relay, W = 2")}
 
 # What a channel brings, as its authors train it and on Relay's rollouts; and what its state does.
 NO_STATE = {"state taken away": {"use_relay": False}}
@@ -100,6 +112,7 @@ class Study:
 
 
 STUDIES = {
+    "traces": Study(Boards, TRACES, ("relay", "more of the same"), tuple(TRACES)[1:]),
     "channels": Study(Boards, CHANNELS, ("masked", "rollout"), ("masked", "relay", "relay_sg", "rcd", "soft-mask")),
     "windows": Study(Boards, WINDOWS, ("rollout", "relay_sg"), ("masked", "rollout", "relay_sg", "relay, W = 2")),
     "text": Study(Balances, TEXT, ("masked", "rollout", "relay_sg"), ("masked", "rollout", "relay_sg", "relay, W = 2")),
@@ -150,7 +163,8 @@ def run_study(
     known = STUDIES[study].arms
     if unknown := set(arms) - set(known):
         raise ValueError(f"`--arms` has {sorted(unknown)}, which `{study}` has not: choose from {list(known)}.")
-    arms = [name for name in known if not arms or name in (*arms, START)]
+    needed = {other for name in arms for other in (known[name].begins, known[name].reference)}
+    arms = [name for name in known if not arms or name in {*arms, *needed, START}]
     folder.mkdir(parents=True, exist_ok=True)
     described, text = folder / "study.json", json.dumps({"study": study, "sizes": sizes})
     if described.exists() and described.read_text(encoding="utf-8") != text:

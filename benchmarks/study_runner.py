@@ -14,9 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback, set_seed
 
 from relay_hf import RelayForMaskedDiffusion, RelayTrainer, RelayTrainerConfig
+from relay_hf.traces import TASKS, decode_traces
 
 START = "start"
 COUNTED_STEPS, COUNTED_ROWS = 8, 16  # whose floating-point operations are counted
+TRACE_BATCH = 250
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Arm:
         channel: `relay_channel` of the model.
         begins: name of the arm whose model it begins with; None = from scratch, for the steps of a warm start.
         reference: name of the arm whose model is the trainer's `reference_model`.
-        rows: what it is trained on, a key of the workload's `rows`.
+        on_traces: whether it is trained on right answers of the model it begins with, and not on the workload's texts.
         sizes: what replaces the workload's sizes.
         views: name -> options of further evaluations; `state` names a change of the state, see `STATES`, and
             `reference_model` an arm.
@@ -40,7 +42,7 @@ class Arm:
     channel: str = "layer_norm"
     begins: str | None = START
     reference: str | None = None
-    rows: str = "texts"
+    on_traces: bool = False
     sizes: Mapping[str, Any] = field(default_factory=dict)
     views: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -48,7 +50,7 @@ class Arm:
 # What a step gets instead of the state that the one before has left, (rows, positions, width): see `Arm.views`.
 STATES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "zeros": torch.zeros_like,
-    "another row's": lambda state: state.roll(1, 0),
+    "another row": lambda state: state.roll(1, 0),
 }
 
 
@@ -91,7 +93,7 @@ class Runner:
         operations, seconds = self._train(model, arm, seed, steps)
         self._keep(model, name, seed, budget)
         views = {"": {"use_relay": model.config.relay_channel != "none"}, **arm.views}
-        curves = {view: self._curve(model, seed, **options) for view, options in views.items()}
+        curves = {view: self.curve(model, seed, **options) for view, options in views.items()}
         line = {"arm": name, "seed": seed, "budget": budget, "steps": steps, "operations": operations}
         self.results.add({**line, "seconds": seconds, "curves": curves})
 
@@ -155,25 +157,51 @@ class Runner:
         depth = 0  # what an arm begins with has seen other rows
         while before is not None:
             before, depth = self.arms[before].begins, depth + 1
-        return self.workload.texts(count, seed=10 * seed + depth)
+        seed_of_rows = 10 * seed + depth
+        if not (arm.on_traces and arm.begins):
+            return self.workload.texts(count, seed_of_rows)
+        return self._traces(self.model_of(arm.begins, seed), self.workload.asked(count, seed_of_rows))
 
-    def _curve(
+    def _traces(self, model: RelayForMaskedDiffusion, rows: list[dict[str, str]]) -> Dataset:
+        """What the model answers, with the steps in which it revealed it, where that is right."""
+        task = TASKS[self.workload.check](self.workload.tokenizer, model.config, raw=True)
+        right = []
+        for first in range(0, len(rows), TRACE_BATCH):
+            batch = rows[first : first + TRACE_BATCH]
+            traces = decode_traces(model.eval(), [task.prompt(row) for row in batch], self.workload.careful)
+            right += [trace for trace, is_right in zip(traces, task.are_right(batch, traces), strict=True) if is_right]
+        if not right:
+            raise ValueError(
+                f"None of the {len(rows)} answers was right, so that nothing is left to learn from: train the arm "
+                "before for more steps."
+            )
+        columns = ("input_ids", "labels", "reveal_steps")
+        return Dataset.from_dict({column: [getattr(trace, column) for trace in right] for column in columns})
+
+    def curve(
         self, model: RelayForMaskedDiffusion, seed: int, state: str | None = None, **options: Any
     ) -> list[dict[str, Any]]:
-        """One evaluation per threshold, with what it cost per row."""
+        """One evaluation per threshold, with what it cost per row.
+
+        Args:
+            model: the model.
+            seed: whose models are meant by the names of arms.
+            state: key of `STATES`; None = the state that the model leaves.
+            options: of `generate`; `reference_model` is the name of an arm.
+        """
         if "reference_model" in options:
             options["reference_model"] = self.model_of(options["reference_model"], seed)
         if state is not None:
             next_state, change = model.relay.next_state, STATES[state]
             model.relay.next_state = lambda readings: change(next_state(readings))
-        curve = []
+        curve, counted = [], min(COUNTED_ROWS, self.workload.test_rows)
         for threshold in self.workload.thresholds:
             with FlopCounterMode(display=False) as counter:
-                self.workload.evaluate(model, threshold, COUNTED_ROWS, **options)
+                self.workload.evaluate(model, threshold, counted, **options)
             began = time.perf_counter()
             found = self.workload.evaluate(model, threshold, **options)
             seconds = (time.perf_counter() - began) / self.workload.test_rows
-            costs = {"seconds": seconds, "operations": counter.get_total_flops() / COUNTED_ROWS}
+            costs = {"seconds": seconds, "operations": counter.get_total_flops() / counted}
             curve.append({"threshold": threshold, **found, **costs})
         if state is not None:
             del model.relay.next_state

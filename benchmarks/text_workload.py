@@ -26,6 +26,7 @@ from transformers import Qwen2Config
 from relay_hf import RelayForMaskedDiffusion
 from relay_hf.modeling import RelayConfig
 from relay_hf.testing import byte_tokenizer
+from relay_hf.trainers.objectives import RECIPES
 
 BLOCK, SUB_BLOCK = 16, 8
 MOVEMENTS = {"A": 1, "B": 2, "C": 3, "a": -1, "b": -2, "c": -3}
@@ -55,6 +56,7 @@ class Balances:
     thresholds = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.3)
     forwards = (3.0, 4.0, 6.0, 8.0, 10.0)
     levels = (50.0, 60.0, 70.0, 80.0)
+    check, careful = "answer", {"unmasking_threshold": 0.95}
 
     def __init__(self, **sizes: Any) -> None:
         own = self.sizes = TextSizes(**sizes)
@@ -90,7 +92,7 @@ class Balances:
             "objective": objective,
             "rollout_steps": 2,
             "learning_rate": 3e-3 if from_scratch else 7.5e-4,
-            "relay_learning_rate": 1e-2 if objective.startswith("relay") else None,
+            "relay_learning_rate": None if RECIPES[objective].carry == "nothing" else 1e-2,
             "unmasking_threshold": 0.9,
             "sub_block_size": SUB_BLOCK,
             "clean_block_starts": True,  # there is no base model that knows them
@@ -98,7 +100,7 @@ class Balances:
             "ema_decay": 0.99,
         }
 
-    def prompts(self, count: int, seed: int, held_out: bool = False) -> list[dict[str, str]]:
+    def asked(self, count: int, seed: int, held_out: bool = False) -> list[dict[str, str]]:
         """Rows with `prompt` and `answer`. A checksum decides which prompts are held out: one in ten."""
         draw, rows = random.Random(seed), []
         while len(rows) < count:
@@ -115,7 +117,7 @@ class Balances:
 
     def texts(self, count: int, seed: int) -> Dataset:
         """Training rows; prompts are not learned."""
-        asked, answered = self.tokens(self.prompts(count, seed))
+        asked, answered = self.tokens(self.asked(count, seed))
         labels = [[-100] * self.sizes.size + reply for reply in answered]
         return Dataset.from_dict({"input_ids": [a + b for a, b in zip(asked, answered, strict=True)], "labels": labels})
 
@@ -123,12 +125,13 @@ class Balances:
         self, model: RelayForMaskedDiffusion, threshold: float, count: int | None = None, **options: Any
     ) -> dict[str, float]:
         """Mean denoise `forwards`, shares of `exact` replies and of right `digits`, of `count` held-out prompts."""
-        rows = self.prompts(min(count or self.test_rows, self.test_rows), seed=0, held_out=True)
+        rows = self.asked(min(count or self.test_rows, self.test_rows), seed=0, held_out=True)
         asked, right = map(torch.tensor, self.tokens(rows))
         output = model.eval().generate(
             asked,
             attention_mask=torch.ones_like(asked),
             unmasking_threshold=threshold,
+            eos_token_id=None,  # replies have one length
             return_dict_in_generate=True,
             **options,
         )
@@ -142,5 +145,5 @@ def next_balance(balance: int, movement: int) -> int:
 
 
 if __name__ == "__main__":
-    asked = Balances().prompts(int(sys.argv[1]), seed=10_000)
+    asked = Balances().asked(int(sys.argv[1]), seed=10_000)
     Path(sys.argv[2]).write_text("".join(json.dumps(row) + "\n" for row in asked), encoding="utf-8")

@@ -7,17 +7,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SMALL = {"hidden_size": 32, "layers": 1, "batch_size": 4, "warmup_steps": 3, "steps": 2, "test_puzzles": 6, "size": 4}
 ARMS = ["rollout", "relay, W = 2"]
+THRESHOLDS = (0.9, 0.3)
 
 
 @pytest.fixture
 def study(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(BENCHMARKS)
     import study
+    from text_workload import Balances
 
+    monkeypatch.setattr(Balances, "thresholds", THRESHOLDS)
     return study
 
 
@@ -27,7 +31,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCHMARKS)
         import study
+        from text_workload import Balances
 
+        patch.setattr(Balances, "thresholds", THRESHOLDS)
         folder = tmp_path_factory.mktemp("study")
         study.run_study("text", SMALL, folder, ARMS, seeds=[0, 1], equal_compute="relay, W = 2")
     return folder
@@ -37,9 +43,21 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
+def random_model(workload: Any, channel: str) -> Any:
+    """A model whose predictions differ, with an open channel."""
+    torch.manual_seed(0)
+    model = workload.new_model(channel)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
 def digits(line: dict[str, Any]) -> dict[str, Any]:
-    """A line without its times."""
-    curves = {view: [{**point, "seconds": None} for point in curve] for view, curve in line["curves"].items()}
+    """A line without its times, at two thresholds."""
+    curves = {
+        view: [{**point, "seconds": None} for point in curve if point["threshold"] in THRESHOLDS]
+        for view, curve in line["curves"].items()
+    }
     return {**line, "seconds": None, "curves": curves}
 
 
@@ -50,7 +68,7 @@ def test_study_keeps_a_line_per_arm_seed_and_budget(finished: Path) -> None:
     assert found == started | {(arm, seed, b) for arm in ARMS for seed in (0, 1) for b in ("steps", "compute")}
     assert len(found) == len(lines)
     for line in lines:
-        assert [point["threshold"] for point in line["curves"][""]] == [0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.3]
+        assert [point["threshold"] for point in line["curves"][""]] == [*THRESHOLDS]
         assert line["operations"] > 0
         assert all(point["operations"] > 0 and point["forwards"] >= 1 for point in line["curves"][""])
 
@@ -78,12 +96,76 @@ def test_study_interrupted_in_a_line_goes_on_with_the_same_digits(study: Any, fi
     assert json.loads(again)["seconds"] != dropped["seconds"]
 
 
-def test_study_seeds_side_by_side_have_the_same_digits(study: Any, finished: Path, tmp_path: Path) -> None:
-    study.run_study("text", SMALL, tmp_path, ["rollout"], seeds=[0, 1], processes=2)
-    wanted = {(line["arm"], line["seed"]): digits(line) for line in lines_of(finished) if line["budget"] == "steps"}
-    found = {(line["arm"], line["seed"]): digits(line) for line in lines_of(tmp_path)}
-    assert found == {key: line for key, line in wanted.items() if key in found}
-    assert len(found) == 4
+def test_study_in_another_process_has_the_same_digits(study: Any, finished: Path, tmp_path: Path) -> None:
+    study.run_study("text", SMALL, tmp_path, ["rollout"], seeds=[1], processes=2)
+    wanted = {
+        line["arm"]: digits(line) for line in lines_of(finished) if (line["seed"], line["budget"]) == (1, "steps")
+    }
+    assert {line["arm"]: digits(line) for line in lines_of(tmp_path)} == {
+        arm: wanted[arm] for arm in ("start", "rollout")
+    }
+
+
+def test_study_of_traces_trains_on_right_answers_of_the_arm_before(study: Any, tmp_path: Path) -> None:
+    from study_runner import Runner
+    from text_workload import Balances
+
+    folder = tmp_path / "traces"
+    sizes = SMALL | {"size": 2, "warmup_steps": 60, "steps": 2, "batch_size": 16}
+    arms = ["relay, W = 2", "own traces, stride 2"]
+    study.run_study("text", sizes, folder, arms, seeds=[0])
+    assert [line["arm"] for line in lines_of(folder)] == ["start", *arms]
+    runner = Runner(Balances(**sizes), study.TEXT, folder)
+    asked = runner.workload.asked(40, seed=7)
+    rows = runner._traces(runner.model_of("relay, W = 2", 0), asked)
+    right = {row["prompt"] + row["answer"] for row in asked}
+    assert 0 < len(rows) < len(asked)
+    assert {runner.workload.tokenizer.decode(ids) for ids in rows["input_ids"]} <= right
+
+
+def test_states_are_changed_and_given_back(study: Any, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from study_runner import Runner
+    from text_workload import Balances
+
+    workload = Balances(size=16)
+    prompts = torch.tensor(workload.tokens(workload.asked(5, seed=0))[0])
+    options = {"attention_mask": torch.ones_like(prompts), "unmasking_threshold": 0.02}
+
+    def write(model: Any, *unread: Any) -> dict[str, Any]:
+        return {"text": model.generate(prompts, **options).tolist()}
+
+    runner, model = Runner(workload, study.TEXT, finished), random_model(workload, "layer_norm")
+    monkeypatch.setattr(workload, "evaluate", write)
+    plain, zeros, another, again = (
+        runner.curve(model, 0, state)[0]["text"] for state in (None, "zeros", "another row", None)
+    )
+    assert plain == again
+    assert plain != zeros
+    assert plain != another
+
+
+def test_steps_that_are_followed_write_the_text_of_generate(study: Any, finished: Path) -> None:
+    import states
+    from text_workload import Balances
+
+    workload = Balances(size=16)
+    model, other = random_model(workload, "layer_norm"), random_model(workload, "none")
+    prompts = torch.tensor(workload.tokens(workload.asked(5, seed=0))[0])
+    steps = list(states.follow(model, other, prompts))
+    written = model.generate(prompts, attention_mask=torch.ones_like(prompts), unmasking_threshold=states.THRESHOLD)
+    assert torch.equal(steps[-1][1]["final"], written[:, 16:])
+    shares = states.agreement(steps)
+    assert shares["relay"][-1] > shares["rollout"][-1]
+
+
+def test_states_writes_tables_and_a_picture(study: Any, tmp_path: Path) -> None:
+    import states
+
+    sizes = SMALL | {"size": 16, "test_puzzles": 3}
+    study.run_study("text", sizes, tmp_path, ARMS, seeds=[0, 1])
+    text = states.run(tmp_path, "relay, W = 2", "rollout", **sizes)
+    assert "| relay, state of zeros | 2 |" in text
+    assert (tmp_path / "states.png").stat().st_size > 10_000
 
 
 def test_study_of_boards_runs(study: Any, tmp_path: Path) -> None:

@@ -1,0 +1,158 @@
+"""Where the relay's gain comes from: the state of a trained text model is changed, and its predictions followed.
+
+    python benchmarks/states.py runs/text [--arm "relay, W = 2"] [--beside rollout]
+
+reads the models of `python benchmarks/study.py text`. First, all held-out prompts are decoded with the state as it is,
+of zeros, of another row, and with none. Then each denoise step of the model is looked at: which part of the positions
+that are still masked does it already predict as its final text will have them? The same tokens are also shown to the
+model with a changed state, and to a model that was trained without one. Prints tables and draws a picture.
+"""
+
+import argparse
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from study_results import score_at, table
+from study_runner import STATES, Runner
+from text_workload import BLOCK, SUB_BLOCK, Balances
+from torch import Tensor
+from transformers.utils import logging
+
+from relay_hf import RelayForMaskedDiffusion
+from relay_hf.modeling.unmasking_relay import in_earliest_sub_block, make_policy, sub_blocks_of
+from relay_hf.pictures.style import INK, choose_styles, new_figure, save_figure
+
+THRESHOLD = 0.9
+OWN, BESIDE = "relay", "rollout"  # labels, which have their colours in all pictures
+VIEWS: dict[str, dict[str, Any]] = {
+    OWN: {},
+    **{f"relay, state of {name}": {"state": name} for name in STATES},
+    "relay, no state": {"use_relay": False},
+}
+
+
+@torch.inference_mode()
+def predict(model: RelayForMaskedDiffusion, ids: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Most probable tokens of the reply (B, S), their probabilities, and the next state (B, L, W)."""
+    output = model(ids, relay_state=state)
+    logits = output.logits[:, BLOCK:].float()
+    logits[..., model.config.mask_token_id] = -torch.inf
+    probability, token = logits.softmax(-1).max(-1)
+    return token, probability, output.relay_state
+
+
+def follow(
+    model: RelayForMaskedDiffusion, beside: RelayForMaskedDiffusion, prompts: Tensor
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Denoises replies of one block as `generate` does, without a cache.
+
+    Args:
+        model: the relay model, whose predictions decide.
+        beside: a model without a state, that sees the same tokens.
+        prompts: (B, S), one block each.
+
+    Yields:
+        The (B, S) bool positions that are masked before a step, and the (B, S) tokens that each view predicts there;
+        last, no masks and the final text as `"final"`.
+    """
+    policy, mask = make_policy("confidence_threshold", THRESHOLD), model.config.mask_token_id
+    ids = torch.cat([prompts, torch.full_like(prompts, mask)], 1)
+    state = model.relay.initial_state(*ids.shape, ids.device)
+    # A token-shift model knows a block's first token from the prompt.
+    ids[:, BLOCK] = predict(model, ids, state)[0][:, 0]
+    sub_blocks = sub_blocks_of(BLOCK, SUB_BLOCK, torch.zeros(len(ids), dtype=torch.long))
+    while (masked := ids[:, BLOCK:] == mask).any():
+        token, probability, after = predict(model, ids, state)
+        seen = {OWN: token, "relay, no state": predict(model, ids, None)[0], BESIDE: predict(beside, ids, None)[0]}
+        for name, change in STATES.items():
+            seen[f"relay, state of {name}"] = predict(model, ids, change(state))[0]
+        yield masked, seen
+        reveal = masked & policy(probability, masked & in_earliest_sub_block(masked, sub_blocks))
+        ids[:, BLOCK:] = torch.where(reveal, token, ids[:, BLOCK:])
+        state = after
+    yield masked, {"final": ids[:, BLOCK:]}
+
+
+def agreement(steps: Iterable[tuple[Tensor, dict[str, Tensor]]]) -> dict[str, list[float]]:
+    """View -> percent of the masked positions that each step predicts as the final text has them.
+
+    Steps that less than a quarter of the rows take are left out.
+    """
+    *taken, (_, last) = steps
+    taken = [(masked, seen) for masked, seen in taken if masked.any(-1).float().mean() >= 0.25]
+    return {
+        view: [100 * (seen[view] == last["final"])[masked].float().mean().item() for masked, seen in taken]
+        for view in taken[0][1]
+    }
+
+
+def draw(curves: dict[str, list[list[float]]], path: Path) -> None:
+    """One line per view: mean over the seeds, as far as all of them go, with bars of one standard deviation."""
+    figure = new_figure("What each denoise step already knows of the final text")
+    axes, styles = figure.add_subplot(), choose_styles(curves)
+    for view, of_seeds in curves.items():
+        steps = min(map(len, of_seeds))
+        values = np.array([values[:steps] for values in of_seeds])  # (seeds, steps)
+        colour, marker = styles[view]
+        spread = values.std(0, ddof=1) if len(values) > 1 else None
+        axes.errorbar(range(1, steps + 1), values.mean(0), spread, label=view, color=colour, marker=marker, capsize=2)
+    axes.set_xlabel("denoise step", color=INK)
+    axes.set_ylabel("masked positions predicted as they will be (%)", color=INK)
+    axes.grid(color="#E6E6E6", linewidth=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    save_figure(figure, path)
+
+
+def run(folder: Path, arm: str, beside: str, **sizes: Any) -> str:
+    """Both tables, as Markdown; they and the picture are written into the folder."""
+    workload = Balances(**sizes)
+    runner = Runner(workload, {}, folder)
+    seeds = [line["seed"] for line in runner.results.lines() if (line["arm"], line["budget"]) == (arm, "steps")]
+    scores: dict[str, dict[int, list[float]]] = {view: {} for view in VIEWS}
+    curves: dict[str, list[list[float]]] = {}
+    for seed in seeds:
+        model, other = runner.model_of(arm, seed).eval(), runner.model_of(beside, seed).eval()
+        for view, options in VIEWS.items():
+            curve = runner.curve(model, seed, **options)
+            scores[view][seed] = [score_at(curve, forwards) for forwards in workload.forwards]
+        prompts = torch.tensor(workload.tokens(workload.asked(workload.test_rows, seed=0, held_out=True))[0])
+        for view, values in agreement(follow(model, other, prompts)).items():
+            curves.setdefault(view, []).append(values)
+    draw(curves, folder / "states.png")
+    columns = [f"{forwards:g} forwards" for forwards in workload.forwards]
+    shown = (1, 2, 3, 4, 6, 8)
+    steps = {
+        view: {seed: [*values, *[np.nan] * max(shown)] for seed, values in zip(seeds, of_seeds, strict=True)}
+        for view, of_seeds in curves.items()
+    }
+    at_steps = {view: {seed: [v[s - 1] for s in shown] for seed, v in of.items()} for view, of in steps.items()}
+    names = [f"step {step}" for step in shown]
+    text = "\n\n".join(
+        [
+            table("exact match, %", columns, scores),
+            table(f"exact match, %, minus `{OWN}`", columns, scores, OWN),
+            table("predicted as in the final text, %", names, at_steps),
+            table(f"predicted as in the final text, %, minus `{OWN}`", names, at_steps, OWN),
+        ]
+    )
+    (folder / "states.md").write_text(text + "\n", encoding="utf-8")
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="output folder of the study, with its default sizes")
+    parser.add_argument("--arm", default="relay, W = 2")
+    parser.add_argument("--beside", default="rollout", help="an arm without a state that sees the same tokens")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    print(run(options.folder, options.arm, options.beside))
+
+
+if __name__ == "__main__":
+    main()
