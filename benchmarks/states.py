@@ -26,6 +26,7 @@ from relay_hf.modeling.unmasking_relay import in_earliest_sub_block, make_policy
 from relay_hf.pictures.style import INK, choose_styles, new_figure, save_figure
 
 THRESHOLD = 0.9
+SHOWN = (1, 2, 3, 4, 6, 8)  # steps of the tables
 OWN, BESIDE = "relay", "rollout"  # labels, which have their colours in all pictures
 VIEWS: dict[str, dict[str, Any]] = {
     OWN: {},
@@ -66,9 +67,10 @@ def follow(
     sub_blocks = sub_blocks_of(BLOCK, SUB_BLOCK, torch.zeros(len(ids), dtype=torch.long))
     while (masked := ids[:, BLOCK:] == mask).any():
         token, probability, after = predict(model, ids, state)
-        seen = {OWN: token, "relay, no state": predict(model, ids, None)[0], BESIDE: predict(beside, ids, None)[0]}
+        seen = {OWN: token, BESIDE: predict(beside, ids, None)[0]}
         for name, change in STATES.items():
             seen[f"relay, state of {name}"] = predict(model, ids, change(state))[0]
+        seen["relay, no state"] = predict(model, ids, None)[0]
         yield masked, seen
         reveal = masked & policy(probability, masked & in_earliest_sub_block(masked, sub_blocks))
         ids[:, BLOCK:] = torch.where(reveal, token, ids[:, BLOCK:])
@@ -76,22 +78,29 @@ def follow(
     yield masked, {"final": ids[:, BLOCK:]}
 
 
-def agreement(steps: Iterable[tuple[Tensor, dict[str, Tensor]]]) -> dict[str, list[float]]:
-    """View -> percent of the masked positions that each step predicts as the final text has them.
+def agreement(
+    steps: Iterable[tuple[Tensor, dict[str, Tensor]]], answers: Tensor | None = None
+) -> dict[str, list[float]]:
+    """View -> percent of the masked positions that each step predicts as the final text, or the answer, has them.
 
     Steps that less than a quarter of the rows take are left out.
+
+    Args:
+        steps: what `follow` yields.
+        answers: (B, S) the right replies; None = the final text.
     """
     *taken, (_, last) = steps
+    wanted = last["final"] if answers is None else answers
     taken = [(masked, seen) for masked, seen in taken if masked.any(-1).float().mean() >= 0.25]
     return {
-        view: [100 * (seen[view] == last["final"])[masked].float().mean().item() for masked, seen in taken]
+        view: [100 * (seen[view] == wanted)[masked].float().mean().item() for masked, seen in taken]
         for view in taken[0][1]
     }
 
 
 def draw(curves: dict[str, list[list[float]]], path: Path) -> None:
     """One line per view: mean over the seeds, as far as all of them go, with bars of one standard deviation."""
-    figure = new_figure("What each denoise step already knows of the final text")
+    figure = new_figure("What a denoise step already knows of the final text")
     axes, styles = figure.add_subplot(), choose_styles(curves)
     for view, of_seeds in curves.items():
         steps = min(map(len, of_seeds))
@@ -103,7 +112,7 @@ def draw(curves: dict[str, list[list[float]]], path: Path) -> None:
     axes.set_ylabel("masked positions predicted as they will be (%)", color=INK)
     axes.grid(color="#E6E6E6", linewidth=0.7)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize=8)
     save_figure(figure, path)
 
 
@@ -113,32 +122,29 @@ def run(folder: Path, arm: str, beside: str, **sizes: Any) -> str:
     runner = Runner(workload, {}, folder)
     seeds = [line["seed"] for line in runner.results.lines() if (line["arm"], line["budget"]) == (arm, "steps")]
     scores: dict[str, dict[int, list[float]]] = {view: {} for view in VIEWS}
-    curves: dict[str, list[list[float]]] = {}
+    known: dict[str, dict[str, list[list[float]]]] = {"final text": {}, "answer": {}}
+    asked, right = map(torch.tensor, workload.tokens(workload.asked(workload.test_rows, seed=0, held_out=True)))
     for seed in seeds:
         model, other = runner.model_of(arm, seed).eval(), runner.model_of(beside, seed).eval()
         for view, options in VIEWS.items():
             curve = runner.curve(model, seed, **options)
             scores[view][seed] = [score_at(curve, forwards) for forwards in workload.forwards]
-        prompts = torch.tensor(workload.tokens(workload.asked(workload.test_rows, seed=0, held_out=True))[0])
-        for view, values in agreement(follow(model, other, prompts)).items():
-            curves.setdefault(view, []).append(values)
-    draw(curves, folder / "states.png")
+        steps = list(follow(model, other, asked))
+        for target, answers in (("final text", None), ("answer", right)):
+            for view, values in agreement(steps, answers).items():
+                known[target].setdefault(view, []).append(values)
+    draw(known["final text"], folder / "states.png")
     columns = [f"{forwards:g} forwards" for forwards in workload.forwards]
-    shown = (1, 2, 3, 4, 6, 8)
-    steps = {
-        view: {seed: [*values, *[np.nan] * max(shown)] for seed, values in zip(seeds, of_seeds, strict=True)}
-        for view, of_seeds in curves.items()
-    }
-    at_steps = {view: {seed: [v[s - 1] for s in shown] for seed, v in of.items()} for view, of in steps.items()}
-    names = [f"step {step}" for step in shown]
-    text = "\n\n".join(
-        [
-            table("exact match, %", columns, scores),
-            table(f"exact match, %, minus `{OWN}`", columns, scores, OWN),
-            table("predicted as in the final text, %", names, at_steps),
-            table(f"predicted as in the final text, %, minus `{OWN}`", names, at_steps, OWN),
-        ]
-    )
+    parts = [table("exact match, %", columns, scores), table(f"exact match, %, minus `{OWN}`", columns, scores, OWN)]
+    for target, curves in known.items():
+        padded = {view: [[*values, *[np.nan] * max(SHOWN)] for values in of_seeds] for view, of_seeds in curves.items()}
+        at_steps = {
+            view: {seed: [values[step - 1] for step in SHOWN] for seed, values in zip(seeds, of_seeds, strict=True)}
+            for view, of_seeds in padded.items()
+        }
+        names, title = [f"step {step}" for step in SHOWN], f"predicted as in the {target}, %"
+        parts += [table(title, names, at_steps), table(f"{title}, minus `{OWN}`", names, at_steps, OWN)]
+    text = "\n\n".join(parts)
     (folder / "states.md").write_text(text + "\n", encoding="utf-8")
     return text
 

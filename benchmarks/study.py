@@ -50,6 +50,7 @@ PLAIN = {
     "masked": Arm("masked", channel="none"),
     "rollout": Arm("rollout", channel="none"),
     "relay_sg": Arm("relay_sg"),
+    "relay_sg, K = 4": Arm("relay_sg", {"rollout_steps": 4}),  # as many steps as W = 4, without their gradient
 }
 # What the gradient through the state brings, and how far back: W steps are differentiated together.
 WINDOWS = SCRATCH | PLAIN
@@ -115,7 +116,12 @@ STUDIES = {
     "traces": Study(Boards, TRACES, ("relay", "more of the same"), tuple(TRACES)[1:]),
     "channels": Study(Boards, CHANNELS, ("masked", "rollout"), ("masked", "relay", "relay_sg", "rcd", "soft-mask")),
     "windows": Study(Boards, WINDOWS, ("rollout", "relay_sg"), ("masked", "rollout", "relay_sg", "relay, W = 2")),
-    "text": Study(Balances, TEXT, ("masked", "rollout", "relay_sg"), ("masked", "rollout", "relay_sg", "relay, W = 2")),
+    "text": Study(
+        Balances,
+        TEXT,
+        ("complementary", "rollout", "relay_sg", "relay_sg, K = 4"),
+        ("complementary", "rollout", "relay_sg", "relay, W = 2", "relay, W = 4"),
+    ),
 }
 
 
@@ -191,7 +197,9 @@ def run_study(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--seeds", type=int, nargs="*", default=[0, 1, 2], help="none: only the tables of what is there"
+    )
     parser.add_argument("--arms", nargs="+", default=[], help="names of arms; all by default")
     parser.add_argument("--equal_compute", metavar="ARM", help="also train for as many operations as this arm")
     parser.add_argument("--processes", type=int, default=1, help="seeds that run side by side, with one thread each")

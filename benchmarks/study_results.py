@@ -8,6 +8,7 @@ A line is one arm, trained with one seed and one budget: `arm`, `seed`, `budget`
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,15 @@ def score_at(curve: Curve, cost: float) -> float:
 
 
 def cost_at(curve: Curve, score: float) -> float:
-    """Least forwards at which a curve has reached that exact match in percent; NaN if it does not, or always has."""
+    """Least forwards at which a curve reaches that exact match in percent, linear between thresholds; NaN if it does
+    not, or if it has more with the fewest."""
     points = sorted((point["forwards"], 100 * point["exact"]) for point in curve)
-    costs, scores = zip(*points, strict=True)
-    return float(np.interp(score, np.maximum.accumulate(scores), costs, left=np.nan, right=np.nan))
+    if points[0][1] == score:
+        return points[0][0]
+    for (cost, before), (next_cost, after) in pairwise(points):
+        if before < score <= after:
+            return cost + (score - before) / (after - before) * (next_cost - cost)
+    return float("nan")
 
 
 def interval(values: Sequence[float]) -> float:
@@ -88,14 +94,13 @@ def table(title: str, columns: Sequence[str], rows: Rows, against: str | None = 
         seeds = [seed for seed in by_seed if against is None or seed in rows[against]]
         values = np.array([by_seed[seed] for seed in seeds])  # (seeds, columns)
         if against is None:
-            spread = values.std(0, ddof=1) if len(seeds) > 1 else np.full(len(columns), np.nan)
-            cells = [f"{m:.1f} ± {s:.1f}" for m, s in zip(values.mean(0), spread, strict=True)]
+            cells = [f"{at.mean():.1f} ± {at.std(ddof=1):.1f}" if len(at) > 1 else f"{at[0]:.1f}" for at in values.T]
         elif name == against or len(seeds) < 2:
             continue
         else:
             gains = values - np.array([rows[against][seed] for seed in seeds])
             cells = [f"{gain.mean():+.1f} ± {interval(gain):.1f}" for gain in gains.T]
-        lines.append([name, str(len(seeds)), *("–" if "nan ± nan" in cell else cell for cell in cells)])
+        lines.append([name, str(len(seeds)), *("–" if "nan" in cell else cell for cell in cells)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -125,9 +130,30 @@ def report(lines: list[Line], workload: Any, against: Sequence[str], pictured: S
             parts.append(table(title, list(columns), rows))
             if title != "surest threshold":
                 parts += [table(f"{title}, minus `{arm}`", list(columns), rows, arm) for arm in against if arm in rows]
+        for arm in against:
+            if arm in curves:
+                parts.append(costs_for(curves, arm, workload.thresholds))
         parts.append(costs(of_budget))
         draw({name: curves[name] for name in pictured if name in curves}, f"equal {budget}", workload, folder)
     return "\n\n".join(parts)
+
+
+def costs_for(curves: dict[str, dict[int, Curve]], arm: str, thresholds: Sequence[float]) -> str:
+    """Markdown: forwards that each arm takes to be as often right as one arm, with the same seed, at its thresholds."""
+    rows = {
+        name: {
+            seed: [cost_at(curve, 100 * wanted["exact"]) for wanted in curves[arm][seed]]
+            for seed, curve in by_seed.items()
+            if seed in curves[arm]
+        }
+        for name, by_seed in curves.items()
+    }
+    scores = [
+        100 * float(np.mean([curve[index]["exact"] for curve in curves[arm].values()]))
+        for index in range(len(thresholds))
+    ]
+    columns = [f"{score:.1f} % (at {threshold:g})" for score, threshold in zip(scores, thresholds, strict=True)]
+    return table(f"forwards for the exact match of `{arm}`", columns, {name: of for name, of in rows.items() if of})
 
 
 def costs(lines: list[Line]) -> str:

@@ -190,6 +190,8 @@ def test_readings_interpolate_and_do_not_extrapolate(study: Any) -> None:
     curve = [{"forwards": 4.0, "exact": 0.8}, {"forwards": 2.0, "exact": 0.4}, {"forwards": 3.0, "exact": 0.5}]
     assert score_at(curve, 3.5) == pytest.approx(65)
     assert cost_at(curve, 45) == pytest.approx(2.5)
+    flat = [{"forwards": 2.0, "exact": 0.4}, {"forwards": 3.0, "exact": 0.5}, {"forwards": 9.0, "exact": 0.5}]
+    assert [cost_at(flat, 40), cost_at(flat, 50)] == [2, 3]
     assert np.isnan([score_at(curve, 1.9), score_at(curve, 4.1), cost_at(curve, 39), cost_at(curve, 81)]).all()
 
 
