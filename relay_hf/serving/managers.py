@@ -16,9 +16,10 @@ from ..modeling.outputs_relay import RelayGenerateOutput
 from .batching import Batcher, QueueFullError, Request, shared_options
 from .streams import ReplyStream
 
-# The request in work, and the stream that it has started.
+# The request in work, the stream that it has started, and the output of `generate` if it has not started one.
 http_request: ContextVar[HttpRequest] = ContextVar("http_request")
 started_stream: ContextVar[ReplyStream | None] = ContextVar("started_stream", default=None)
+whole_output: ContextVar[RelayGenerateOutput | None] = ContextVar("whole_output", default=None)
 
 
 async def result_of(getting: asyncio.Future) -> Any:
@@ -64,6 +65,8 @@ class RelayGenerateManager(GenerateManager):
         def finish(result: RelayGenerateOutput | Exception) -> None:
             if isinstance(result, Exception):
                 stream.fail(result)
+            else:
+                stream.finish(result)
 
         def is_cancelled() -> bool:
             return stream.is_cancelled
@@ -100,6 +103,7 @@ class RelayGenerateManager(GenerateManager):
             output = await result_of(future)
         finally:
             future.cancel()
+        whole_output.set(output)
         length = inputs["input_ids"].shape[-1]
         tokens = output.sequences[0, length:]
         return processor.decode(tokens, skip_special_tokens=True), length, tokens

@@ -14,7 +14,8 @@ from typing import Any
 import anyio
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
+from openai.types import CompletionUsage
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
@@ -24,10 +25,10 @@ from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import BaseHandler, _StreamError, split_revision
 
 from ..loading.checkpoint import find_device, read_diffusion_config, read_tokenizer
-from ..modeling import RelayForMaskedDiffusion
+from ..modeling import RelayForMaskedDiffusion, RelayGenerateOutput
 from . import errors
 from .access import AccessCheck
-from .managers import RelayGenerationState, http_request, result_of, started_stream
+from .managers import RelayGenerationState, http_request, result_of, started_stream, whole_output
 from .request_checks import DEFAULT_NEW_TOKENS, check_body, fit_length, read_options
 from .streams import ReplyStream
 
@@ -143,6 +144,7 @@ class RelayHandler(BaseHandler):
                 show it.
         """
         started_stream.set(None)
+        whole_output.set(None)
         # The Responses API streams only if asked to; transformers' handler streams by default.
         body = {"stream": False, **body}
         answer = await anyio.to_thread.run_sync(self._prepare, body, request_id, limiter=PREPARING)
@@ -156,6 +158,10 @@ class RelayHandler(BaseHandler):
             # Back to where it was; nothing else runs between these lines.
             for text in (first, *[texts.get_nowait() for _ in range(texts.qsize())]):
                 texts.put_nowait(text)
+        elif (output := whole_output.get()) is not None:
+            reply = json.loads(response.body)
+            reply["usage"]["forwards"] = forwards_of(output)
+            response = JSONResponse(reply)
         return response
 
     def _prepare(self, body: dict, request_id: str) -> functools.partial:
@@ -218,11 +224,27 @@ def _longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(map(len, tokenizer.get_vocab()))
 
 
-class RelayChatCompletionHandler(RelayHandler, ChatCompletionHandler):
+def forwards_of(output: RelayGenerateOutput) -> dict[str, int]:
+    """The forwards that a reply took, by kind."""
+    counts = {"denoise": output.denoise_forwards, "commit": output.commit_forwards, "prefill": output.prefill_forwards}
+    return {kind: int(count) for kind, count in counts.items() if count is not None}
+
+
+class CountingForwards:
+    """Adds a reply's forwards to the usage at the end of its stream."""
+
+    def _build_chunk_sse(self, *args: Any, usage: CompletionUsage | None = None, **kwargs: Any) -> str:
+        stream = started_stream.get()
+        if usage is not None and stream is not None and stream.output is not None:
+            usage = CompletionUsage.model_validate({**usage.model_dump(), "forwards": forwards_of(stream.output)})
+        return super()._build_chunk_sse(*args, usage=usage, **kwargs)
+
+
+class RelayChatCompletionHandler(CountingForwards, RelayHandler, ChatCompletionHandler):
     """`/v1/chat/completions`."""
 
 
-class RelayCompletionHandler(RelayHandler, CompletionHandler):
+class RelayCompletionHandler(CountingForwards, RelayHandler, CompletionHandler):
     """`/v1/completions`."""
 
 

@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.cli.serving.utils import DirectStreamer, _StreamError
 from transformers.generation.streamers import BaseStreamer
 
+from ..modeling.outputs_relay import RelayGenerateOutput
+
 
 class ReplyStream(BaseStreamer):
     """Turns tokens into texts in a queue, at the end also the bytes of a character that is not complete.
@@ -26,6 +28,7 @@ class ReplyStream(BaseStreamer):
 
     Attributes:
         is_cancelled: nothing more is wanted.
+        output: of `generate`, once the reply has ended.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class ReplyStream(BaseStreamer):
         self.streamer = DirectStreamer(tokenizer.backend_tokenizer, loop, texts, response_parser=response_parser)
         self.tokens: list[int] = []
         self.is_cancelled = self.has_prompt = False
+        self.output: RelayGenerateOutput | None = None
 
     @property
     def total_tokens(self) -> int:
@@ -61,7 +65,11 @@ class ReplyStream(BaseStreamer):
         self._try(lambda: self.streamer.put(value))
 
     def end(self) -> None:
-        """Streams what is left of the text."""
+        """Does nothing: the stream ends with its output, so that whoever reads its end can read that, too."""
+
+    def finish(self, output: RelayGenerateOutput) -> None:
+        """Streams what is left of the text, and ends."""
+        self.output = output
         self._try(self._end)
 
     def fail(self, error: Exception) -> None:

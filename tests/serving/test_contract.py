@@ -30,6 +30,8 @@ OVERRIDDEN = [
     (GenerateManager, managers.RelayGenerateManager, ["generate_streaming", "generate_non_streaming"]),
     (GenerationState, managers.RelayGenerationState, ["get_manager"]),
     (BaseHandler, server.RelayHandler, ["_build_generation_config"]),
+    (ChatCompletionHandler, server.CountingForwards, ["_build_chunk_sse"]),
+    (CompletionHandler, server.CountingForwards, ["_build_chunk_sse"]),
     *(
         (handler, server.RelayHandler, ["handle_request", "_streaming", "_non_streaming"])
         for handler in (ChatCompletionHandler, CompletionHandler, ResponseHandler)
@@ -77,6 +79,12 @@ def test_streamer_takes_what_ours_gives_it() -> None:
 def test_handlers_read_of_a_stream_what_ours_has(handler: type) -> None:
     read = set(re.findall(r"streamer\.(\w+)", inspect.getsource(handler)))
     assert read == {"total_tokens", "cancel"}
+
+
+@pytest.mark.parametrize("handler", [ChatCompletionHandler, CompletionHandler])
+def test_streams_end_with_their_usage(handler: type) -> None:
+    source = inspect.getsource(handler._streaming)
+    assert re.findall(r"_build_chunk_sse\([^)]*usage=usage", source)
 
 
 def test_pinned_server_lists_its_model_alone() -> None:

@@ -154,6 +154,31 @@ def test_full_queue_is_told_in_openais_form(client: TestClient, monkeypatch: pyt
     assert text_of(chat(client))
 
 
+ROUTES = ["/v1/chat/completions", "/v1/completions", "/v1/responses"]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_usage_counts_forwards(client: TestClient, app: FastAPI, folder: Path, route: str) -> None:
+    """A text of 20 tokens behind one of 17 takes three blocks, of which two are committed."""
+    body = {"messages": TURNS, "input": "Who are you?", "prompt": "user: Who are you?\nassistant: "}
+    fields = {"/v1/chat/completions": "messages", "/v1/responses": "input", "/v1/completions": "prompt"}[route]
+    length = "max_output_tokens" if route == "/v1/responses" else "max_tokens"
+    request = {fields: body[fields], length: 20}
+    model, ids = RelayForMaskedDiffusion.from_pretrained(folder).eval(), byte_tokenizer()(body["prompt"]).input_ids
+    output = model.generate(torch.tensor([ids]), max_new_tokens=20, return_dict_in_generate=True)
+    expected = {
+        "denoise": int(output.denoise_forwards),
+        "commit": int(output.commit_forwards),
+        "prefill": int(output.prefill_forwards),
+    }
+    assert expected["denoise"] > expected["commit"] > expected["prefill"] == 1
+    assert client.post(route, json=request).json()["usage"]["forwards"] == expected
+    if route != "/v1/responses":
+        lines = client.post(route, json={**request, "stream": True}).text.splitlines()
+        chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+        assert [chunk["usage"]["forwards"] for chunk in chunks if chunk.get("usage")] == [expected]
+
+
 # -- what is no request ------------------------------------------------------------------------------------------------
 
 NO_REQUESTS = [
@@ -169,7 +194,6 @@ NO_REQUESTS = [
     b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
     b"{}",
 ]
-ROUTES = ["/v1/chat/completions", "/v1/completions", "/v1/responses"]
 
 
 @pytest.mark.parametrize("route", ROUTES)
