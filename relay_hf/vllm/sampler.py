@@ -16,11 +16,11 @@ from torch.nn import functional as F
 
 from ..modeling.attention_relay import align_to_positions
 from ..modeling.generation_candidates_relay import find_candidates, progress_before
-from ..modeling.generation_tokens_relay import uniform_numbers
+from ..modeling.generation_tokens_relay import Choice, uniform_numbers
 from ..modeling.outputs_relay import Readings
 from ..modeling.unmasking_relay import Progress
 from .internals import SamplerOutput
-from .plan import StepPlan, texts_of
+from .plan import Scored, StepPlan, texts_of
 from .rows import NO_TOKEN, NOWHERE, Moving, Rows
 
 
@@ -89,8 +89,7 @@ class RelaySampler:
         revealed = torch.zeros_like(plan.now.candidates)
         for scored, part in zip(plan.scored_by, logits.split([each.count for each in plan.scored_by]), strict=True):
             options = self.rows.options[scored.number]
-            share_left, numbers = self._of_positions(plan, scored.rows, scored.places)
-            choice = options.chooser(part, part.new_zeros(len(part), 0, dtype=torch.long), share_left[:, None], numbers)
+            choice = self._choose(plan, scored, part)
             where = (scored.rows, scored.places)
             tokens.index_put_(where, choice.tokens)
             measure.index_put_(where, choice.measure)
@@ -101,17 +100,29 @@ class RelaySampler:
         canvas = torch.where(revealed, tokens[:drafts, :size], plan.canvas)
         return Reveal(canvas, Progress(progress.step + plan.denoises, progress.positions), tokens[:, size])
 
-    def _of_positions(self, plan: StepPlan, rows: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        """For (N,) scored positions: the share of their block that is masked, and the numbers to draw with."""
+    def _choose(self, plan: StepPlan, scored: Scored, logits: Tensor) -> Choice:
+        """Chooses a token for each of (N, V) logits."""
+        chooser, where = self.rows.options[scored.number].chooser, (scored.rows, scored.places)
+        # What greedy decoding does not read is not computed.
+        nothing = logits.new_zeros(len(logits), 0, dtype=torch.long)
+        share_left = self._share_left(plan, *where)[:, None] if chooser.processors else nothing
+        return chooser(logits, nothing, share_left, self._numbers(plan, *where) if chooser.do_sample else nothing)
+
+    def _share_left(self, plan: StepPlan, rows: Tensor, places: Tensor) -> Tensor:
+        """(N,) share of each position's block that is masked."""
+        drafts = plan.batch.drafts
+        share = plan.now.masked.sum(-1) / plan.moving.masks_at_begin[:drafts]
+        share = F.pad(share, (0, len(plan.batch.slots) - drafts), value=1.0)
+        return torch.where(places < self.size, share[rows], 1.0)
+
+    def _numbers(self, plan: StepPlan, rows: Tensor, places: Tensor) -> Tensor:
+        """(N,) numbers to draw with, those that `generate` has for the same seed, forward and position."""
         drafts, moving = plan.batch.drafts, plan.moving
-        count = len(plan.batch.slots) - drafts
-        masked = F.pad(plan.now.masked.sum(-1) / moving.masks_at_begin[:drafts], (0, count), value=1.0)
-        share_left = torch.where(places < self.size, masked[rows], 1.0)
         # The first position of a block is behind the one in work, or behind the whole blocks of a prompt.
         behind = torch.cat([moving.begin[:drafts] + self.size, plan.batch.prompts.border])
         position = torch.where(places < self.size, moving.begin[rows] + places, behind[rows])
-        forwards = moving.forwards + F.pad(plan.denoises.long(), (0, count))
-        return share_left, uniform_numbers(plan.fixed.seed[rows], forwards[rows], position)
+        forwards = moving.forwards + F.pad(plan.denoises.long(), (0, len(plan.batch.slots) - drafts))
+        return uniform_numbers(plan.fixed.seed[rows], forwards[rows], position)
 
     # -- what is carried --------------------------------------------------------------------------------------------
 

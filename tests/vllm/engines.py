@@ -111,7 +111,7 @@ class Engine:
 
     def expect(self, requests: list[Request], model: Any = None) -> list[Answer]:
         """What `generate` writes, to one request after the other."""
-        return [self._generate(model or self.model, request) for request in requests]
+        return [self.generate(model or self.model, request) for request in requests]
 
     def expect_without_relay(self, requests: list[Request]) -> list[Answer]:
         """What `generate` writes if nothing is carried."""
@@ -121,7 +121,8 @@ class Engine:
         return sum(metric.value for metric in self.llm.get_metrics() if metric.name == name)
 
     @staticmethod
-    def _generate(model: Any, request: Request) -> Answer:
+    def generate(model: Any, request: Request) -> Answer:
+        """What `generate` writes."""
         output = model.generate(
             torch.tensor([request.prompt]),
             max_new_tokens=request.new,

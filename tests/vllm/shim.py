@@ -17,6 +17,8 @@ os.environ.update(
     VLLM_LOGGING_LEVEL="ERROR",
     HF_HUB_OFFLINE="1",
 )
+# Binding threads to cores would put all test processes on the same one.
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 # In this process, so that a test can look inside; servers have processes of their own.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 

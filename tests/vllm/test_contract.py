@@ -1,6 +1,7 @@
 """What the plug-in takes for granted of vLLM, which promises none of it: fails where a version differs."""
 
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.states import RequestState
 
 from relay_hf.vllm import internals, register
-from relay_hf.vllm.config import ARCHITECTURE, RelayDefaults
+from relay_hf.vllm.config import ARCHITECTURE, RelayDefaults, check_engine
 from relay_hf.vllm.scheduler import RelayScheduler
 from relay_hf.vllm.state import RelayModelState
 from relay_hf.vllm.versions import check_version
@@ -103,3 +104,14 @@ def test_batch_has_the_fields_that_are_read() -> None:
             "num_computed_prefill_tokens_np", "num_reqs_after_padding", "num_tokens", "num_tokens_after_padding",
             "prefill_len_np", "query_start_loc", "query_start_loc_np", "seq_lens",
             "seq_lens_cpu_upper_bound"} <= fields  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("speculative", "second_runner", "sentence"),
+    [(object(), True, "`speculative_config` drafts"), (None, False, "Relay models need vLLM's second model runner")],
+)
+def test_engine_with_other_parts_is_refused(speculative: Any, second_runner: bool, sentence: str) -> None:
+    fields = {"parallel_config": None, "speculative_config": speculative, "use_v2_model_runner": second_runner}
+    assert hasattr(VllmConfig, "use_v2_model_runner")
+    with pytest.raises(ValueError, match=sentence):
+        check_engine(SimpleNamespace(**fields))

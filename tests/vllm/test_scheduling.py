@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 # Before what imports it.
 pytest.importorskip("vllm", reason="vLLM is not installed: `make test-vllm` makes an environment that has it.")
@@ -22,14 +23,15 @@ def test_prompts_in_chunks(engine: Callable, token_shift: bool, budget: int) -> 
     assert_same(small, requests)
 
 
+@pytest.mark.parametrize("shares", [False, True], ids=["own pages", "shared pages"])
 @SHIFTS
-def test_preempted_requests(engine: Callable, token_shift: bool) -> None:
+def test_preempted_requests(engine: Callable, token_shift: bool, shares: bool) -> None:
     """Eight texts of up to four pages share eight pages; also drawn ones go on as if nothing had happened."""
     prompts = random_prompts(*range(12, 20))
     drawn = {"do_sample": True, "unmasking_threshold": 0.3}
     options = [SURE if i % 2 else {**drawn, "sampling_seeds": [i]} for i in range(len(prompts))]
     requests = [Request(p, 100, o, stops=()) for p, o in zip(prompts, options, strict=True)]
-    small = engine({"token_shift": token_shift}, num_gpu_blocks_override=9)
+    small = engine({"token_shift": token_shift}, num_gpu_blocks_override=9, enable_prefix_caching=shares)
     before = small.metric("vllm:num_preemptions")
     assert_same(small, requests)
     assert small.metric("vllm:num_preemptions") - before >= 4
@@ -114,3 +116,14 @@ def test_several_texts_of_a_request_are_drawn_apart(engine: Callable) -> None:
 def test_engine_that_cannot_serve_says_so(engine: Callable, options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(Exception, match=sentence):
         engine(**options)
+
+
+def test_half_precision_decides_by_single(engine: Callable) -> None:
+    """Weights in bf16: vLLM rounds its sums elsewhere than transformers, but thresholds are read in fp32."""
+    half: Engine = engine({"token_shift": True}, dtype="bfloat16")
+    runner = half.llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    logits = runner.model.compute_logits(torch.zeros(2, 64, dtype=torch.bfloat16))
+    assert logits.dtype == torch.float32
+    (prompt,) = random_prompts(9)
+    (answer,) = half.serve([Request(prompt, 24, stops=())])
+    assert len(answer.tokens) == 24
