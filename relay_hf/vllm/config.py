@@ -60,6 +60,12 @@ class RelayDefaults(VerifyAndUpdateConfig):
             )
 
 
+def reads_before_block(config: Any) -> bool:
+    """Whether a block's state needs the raw output at the position before it: that of its first position, which a
+    token-shift model aligns with it, and which receives a state only if all positions do."""
+    return bool(config.token_shift and config.relay_state_width and config.relay_scope == "all")
+
+
 def check_model(config: Any) -> None:
     """Raise a ValueError if the plug-in cannot serve the model.
 

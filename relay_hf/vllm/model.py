@@ -7,7 +7,6 @@ that the step scores.
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -63,16 +62,24 @@ class RelayForVllm(nn.Module):
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
         """The raw outputs of the backbone, (T, D): in a token-shift model, entry i speaks about position i + 1."""
-        return self.backbone(input_ids, positions, intermediate_tensors, inputs_embeds)
+        # `prepare_inputs` makes the embeddings of every step.
+        ids = input_ids if inputs_embeds is None else None
+        return self.backbone(ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
-        """Logits of the positions that the step scores, (N, V), given its (n, D) outputs; the others are kept."""
+        """What vLLM hands to the sampler, given the (n, D) outputs that the step asked for.
+
+        In a step these are the (N, D) inputs of the head at scored positions, of which the sampler makes logits a piece
+        at a time (`logits_of`); the outputs of blocks are kept. Where vLLM measures memory they are logits, (n, V).
+        """
+        if self.step is None:
+            return self.logits_of(hidden_states)
         self.hidden = hidden_states
-        scored = hidden_states if self.step is None else hidden_states[: self.step.scored]
-        if len(scored) == 0:
-            # A step of prompts alone scores nothing, and vLLM's gather across processes divides by the number of rows.
-            return scored.new_empty(0, self.config.text_config.vocab_size, dtype=torch.float32)
-        return self.backbone.compute_logits(scored)
+        return hidden_states[: self.step.scored]
+
+    def logits_of(self, head_inputs: Tensor) -> Tensor:
+        """(n, D) -> (n, V) fp32, the same in all processes of tensor parallelism; n is at least 1."""
+        return self.backbone.compute_logits(head_inputs)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Loads a checkpoint, whose names are those of the backbone; returns the names of what needs no more loading.

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .config import reads_before_block
 from .internals import async_tensor_h2d
 from .options import OptionReader, RequestOptions
 from .scheduler import EARLIER_FORWARDS
@@ -79,8 +80,7 @@ class Rows:
         moving: (R, M) long, the columns of `Moving`.
         canvas: (R, S) long, the block in work, [MASK] where nothing is revealed yet.
         state: (R, S, W) the relay state that the last forward left.
-        last_hidden: (R + 1, D) raw output at the position before the block, of a token-shift model; nobody reads the
-            last row.
+        last_hidden: (R + 1, D) raw output at the position before the block, if it is kept; nobody reads the last row.
         sizes: (R,) on the host, positions of a sub-block.
         groups: (R,) on the host, number of the row's options in `options`.
         options: the options of requests, by number; requests of equal ones share a number.
@@ -95,8 +95,7 @@ class Rows:
         self.moving = torch.zeros(count, len(Moving._fields), dtype=torch.long, device=device)
         self.canvas = torch.full((count, size), config.mask_token_id, dtype=torch.long, device=device)
         self.state = torch.zeros(count, size, config.relay_state_width, dtype=dtype, device=device)
-        # A position of a block's beginning receives a state if all do: masked ones are never the first.
-        self.has_hidden = bool(config.token_shift and config.relay_state_width and config.relay_scope == "all")
+        self.has_hidden = reads_before_block(config)
         self.last_hidden = torch.zeros(count + 1, width if self.has_hidden else 0, dtype=dtype, device=device)
         self.sizes = np.zeros(count, dtype=np.int64)
         self.groups = np.zeros(count, dtype=np.int64)

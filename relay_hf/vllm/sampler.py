@@ -17,11 +17,15 @@ from torch.nn import functional as F
 from ..modeling.attention_relay import align_to_positions
 from ..modeling.generation_candidates_relay import find_candidates, progress_before
 from ..modeling.generation_tokens_relay import Choice, uniform_numbers
+from ..modeling.head_relay import best_token
 from ..modeling.outputs_relay import Readings
 from ..modeling.unmasking_relay import Progress
 from .internals import SamplerOutput
 from .plan import Scored, StepPlan, texts_of
 from .rows import NO_TOKEN, NOWHERE, Moving, Rows
+
+# 256 MiB of fp32, and as much again while they are read.
+LOGITS_AT_ONCE = 2**26
 
 
 class Reveal(NamedTuple):
@@ -55,6 +59,8 @@ class RelaySampler:
         self.config = model.config
         self.size: int = model.config.block_size
         self.place = torch.arange(self.size, device=rows.device)
+        # Positions whose logits are alive together.
+        self.at_once = max(LOGITS_AT_ONCE // model.config.text_config.vocab_size, 1)
 
     def add_request(self, req_idx: int, sampling_params: Any) -> None:
         """The state of the model has read the request."""
@@ -62,32 +68,34 @@ class RelaySampler:
     def apply_staged_writes(self) -> None:
         """The state of the model has written all rows."""
 
-    def __call__(self, logits: Tensor, input_batch: Any, draft_logits: Any = None) -> SamplerOutput:
-        """Takes the (N, V) logits of the step that the state of the model has planned."""
+    def __call__(self, given: Tensor, input_batch: Any, draft_logits: Any = None) -> SamplerOutput:
+        """Takes what the model's `compute_logits` returns: in a step, the (N, D) inputs of the head."""
         plan = self.model.step
         if plan is None:
-            return self._nothing(input_batch.num_reqs, logits.device)
+            return self._measure(given, input_batch.num_reqs)
         self.model.step = None
         self._keep_hidden(plan)
-        return self._move_on(plan, self._reveal(plan, logits))
+        return self._move_on(plan, self._reveal(plan, given))
 
-    def _nothing(self, count: int, device: torch.device) -> SamplerOutput:
-        """What vLLM is told where it only measures memory."""
-        none = torch.zeros(count, dtype=torch.int32, device=device)
+    def _measure(self, logits: Tensor, count: int) -> SamplerOutput:
+        """Takes the memory that a step takes, and chooses nothing: vLLM measures what is left for keys and values."""
+        best_token(logits[:1].expand(self.at_once, -1).clone(), self.config.mask_token_id)
+        none = torch.zeros(count, dtype=torch.int32, device=logits.device)
         return _output(none[:, None], none, none)
 
     # -- what is revealed -------------------------------------------------------------------------------------------
 
-    def _reveal(self, plan: StepPlan, logits: Tensor) -> Reveal:
-        """Chooses tokens for the scored positions, and reveals those that the policies choose."""
+    def _reveal(self, plan: StepPlan, head_inputs: Tensor) -> Reveal:
+        """Chooses tokens for the (N, D) scored positions, and reveals those that the policies choose."""
         size, drafts, count = self.size, plan.batch.drafts, len(plan.batch.slots)
-        tokens = torch.full((count, size + 2), NO_TOKEN, device=logits.device)
-        measure = torch.zeros(count, size + 2, device=logits.device)
+        tokens = torch.full((count, size + 2), NO_TOKEN, device=head_inputs.device)
+        measure = torch.zeros(count, size + 2, device=head_inputs.device)
         moving, sizes = plan.moving, plan.fixed.size[:drafts]
         done = Progress(moving.step[:drafts], moving.positions[:drafts])
         progress = progress_before(done, moving.sub_block[:drafts], plan.now, sizes, is_canvas=False)
         revealed = torch.zeros_like(plan.now.candidates)
-        for scored, part in zip(plan.scored_by, logits.split([each.count for each in plan.scored_by]), strict=True):
+        parts = head_inputs.split([each.count for each in plan.scored_by])
+        for scored, part in zip(plan.scored_by, parts, strict=True):
             options = self.rows.options[scored.number]
             choice = self._choose(plan, scored, part)
             where = (scored.rows, scored.places)
@@ -100,13 +108,18 @@ class RelaySampler:
         canvas = torch.where(revealed, tokens[:drafts, :size], plan.canvas)
         return Reveal(canvas, Progress(progress.step + plan.denoises, progress.positions), tokens[:, size])
 
-    def _choose(self, plan: StepPlan, scored: Scored, logits: Tensor) -> Choice:
-        """Chooses a token for each of (N, V) logits."""
-        chooser, where = self.rows.options[scored.number].chooser, (scored.rows, scored.places)
-        # What greedy decoding does not read is not computed.
-        nothing = logits.new_zeros(len(logits), 0, dtype=torch.long)
-        share_left = self._share_left(plan, *where)[:, None] if chooser.processors else nothing
-        return chooser(logits, nothing, share_left, self._numbers(plan, *where) if chooser.do_sample else nothing)
+    def _choose(self, plan: StepPlan, scored: Scored, head_inputs: Tensor) -> Choice:
+        """Chooses tokens, given the (N, D) inputs of the head; a piece at a time, so that logits take little memory."""
+        chooser, pieces = self.rows.options[scored.number].chooser, []
+        for begin in range(0, scored.count, self.at_once):
+            some = slice(begin, begin + self.at_once)
+            logits, where = self.model.logits_of(head_inputs[some]), (scored.rows[some], scored.places[some])
+            # What greedy decoding does not read is not computed.
+            nothing = logits.new_zeros(len(logits), 0, dtype=torch.long)
+            share_left = self._share_left(plan, *where)[:, None] if chooser.processors else nothing
+            numbers = self._numbers(plan, *where) if chooser.do_sample else nothing
+            pieces.append(chooser(logits, nothing, share_left, numbers))
+        return Choice(*(torch.cat(each) for each in zip(*pieces, strict=True)))
 
     def _share_left(self, plan: StepPlan, rows: Tensor, places: Tensor) -> Tensor:
         """(N,) share of each position's block that is masked."""
@@ -150,7 +163,7 @@ class RelaySampler:
             aligned = align_to_positions(raw, positions, before)
         is_masked = plan.canvas == self.config.mask_token_id
         # Channels that read distributions are refused, so that nobody calls the head.
-        return self.model.relay.next_state(Readings(aligned, aligned, is_masked, self.model.compute_logits, self.model))
+        return self.model.relay.next_state(Readings(aligned, aligned, is_masked, self.model.logits_of, self.model))
 
     # -- what comes out ---------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ step, with the masks behind it, as far as the block goes.
 import copy
 from typing import Any
 
+from .config import reads_before_block
 from .internals import DiffusionScheduler, RequestSpecDecodeMetrics
 
 # Beside a request's options when it is resumed: the denoise forwards that it had before the block in work.
@@ -26,16 +27,18 @@ class RelayScheduler(DiffusionScheduler):
     Attributes:
         size: S, positions of a block.
         shares_pages: whether a page of the cache holds whole blocks, so that other requests may read it.
-        recomputed: positions before the border that a token-shift model needs once more, for the state they leave.
+        recomputed: positions before the border that are computed once more, for what the last of them leaves.
         forwards: of each request, [denoise forwards before the block in work, forwards of that block].
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.size: int = self.num_spec_tokens
+        # vLLM may have lowered it to what memory allows.
+        self.max_model_len: int = self.vllm_config.model_config.max_model_len // self.size * self.size
         config = self.vllm_config.model_config.hf_config
         self.shares_pages = self.block_size % self.size == 0
-        self.recomputed = self.size if config.token_shift else 0
+        self.recomputed = self.size if reads_before_block(config) else 0
         self.forwards: dict[str, list[int]] = {}
         # vLLM's own hook for rounding a chunk of a prompt asks `_mamba_block_aligned_split`.
         self.need_mamba_block_aligned_split = True

@@ -29,7 +29,7 @@ class RelayModelState(ModelState):
 
     Attributes:
         rows: what each request is at.
-        embeds: (T + 1, D) embeddings of a step, at one address; nobody reads the last row.
+        embeds: (T, D) embeddings of a step, at one address, which a captured graph reads.
     """
 
     num_new_sampled_tokens_per_step = 0
@@ -42,7 +42,7 @@ class RelayModelState(ModelState):
         self.rows = Rows(self.max_num_reqs, config, reader, self.dtype, device)
         self.carries = config.relay_channel != "none"
         width = config.text_config.hidden_size
-        self.embeds = torch.zeros(self.max_num_tokens + 1, width, dtype=self.dtype, device=device)
+        self.embeds = torch.zeros(self.max_num_tokens, width, dtype=self.dtype, device=device)
 
     def get_supported_generation_tasks(self) -> tuple[str, ...]:
         return ("generate",)

@@ -72,6 +72,7 @@ def test_private_methods_that_are_overridden_are_those_listed() -> None:
         (Scheduler.update_from_output, "request.spec_decode_metrics.observe("),
         (KVCacheManager, "def truncate_computed_blocks(self, blocks: KVCacheBlocks, num_computed_tokens: int"),
         (GPUModelRunner.sample, "hidden_states[input_batch.logits_indices]"),
+        (GPUModelRunner.sample, "logits = self.model.compute_logits(sample_hidden_states)"),
         (GPUModelRunner.sample, "self.sampler(logits, input_batch)"),
         (GPUModelRunner.execute_model, "**self.model_state.prepare_inputs(input_batch, self.req_states)"),
         (GPUModelRunner.load_model, "self.model_state.custom_sampler(self.sampler)"),

@@ -57,15 +57,19 @@ def test_aborted_request_leaves_its_neighbours_alone(engine: Callable) -> None:
     assert_same(served, requests)
 
 
-@SHIFTS
-def test_shared_pages(engine: Callable, token_shift: bool) -> None:
+@pytest.mark.parametrize(
+    "model",
+    [{}, {"token_shift": True}, {"token_shift": True, "relay_scope": "all"}],
+    ids=["aligned", "shifted", "shifted, all positions"],
+)
+def test_shared_pages(engine: Callable, model: dict[str, Any]) -> None:
     """Prompts with a common beginning: pages are found, and only where all blocks in them are final for the request."""
     (common,) = random_prompts(96)
     rests = random_prompts(0, 1, 7, 8, 9, 32, 40, seed=6)
     requests = [Request(common + rest, 24, stops=()) for rest in rests]
     # Prompts that end on a page, in it, and in a block that another one has whole.
     requests += [Request(common[:n], 24, stops=()) for n in (32, 33, 36, 64, 72)]
-    cached: Engine = engine({"token_shift": token_shift}, enable_prefix_caching=True)
+    cached: Engine = engine(model, enable_prefix_caching=True)
     before = cached.metric("vllm:prefix_cache_hits")
     assert_same(cached, requests)
     assert_same(cached, requests[::-1])  # by now, everything has been computed once
