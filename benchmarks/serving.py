@@ -72,7 +72,8 @@ def serving(folder: Path, batch_size: int, threads: int) -> Iterator[tuple[psuti
     """A server in a process of its own, and its address."""
     log = folder / f"batch_{batch_size}.txt"
     command = [sys.executable, "-m", "relay_hf", "serve", folder, "--port", "0", "--device", "cpu"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
+    # Threads that wait do not spin, because clients and the other server need the cores, too.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
     with log.open("w") as output:
         server = subprocess.Popen(
             [*command, "--max_batch_size", str(batch_size)], stdout=output, stderr=output, env=environment

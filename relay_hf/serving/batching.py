@@ -190,12 +190,16 @@ class Batcher:
     def _decode_block(self) -> None:
         group = self._running.pop(0)
         self._running.append(group)
-        ended: list[GivenBatch] = []
-        if not self._try([group], lambda: ended.extend(group.decoder.step_block())):
-            self._running.remove(group)
-            return
-        for batch in ended:
-            group.requests.pop(batch).finish(group.decoder.output(batch))
+        ended: list[tuple[Request, RelayGenerateOutput]] = []
+
+        def decode() -> None:
+            for batch in group.decoder.step_block():
+                ended.append((group.requests[batch], group.decoder.output(batch)))
+                del group.requests[batch]
+
+        self._try([group], decode)
+        for request, output in ended:
+            request.finish(output)
         self._end_if_empty(group)
 
     def _end_if_empty(self, group: Group) -> None:
