@@ -67,15 +67,14 @@ class RelayForVllm(nn.Module):
         return self.backbone(ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
-        """What vLLM hands to the sampler, given the (n, D) outputs that the step asked for.
+        """Keeps the (n, D) outputs that the step asked for; the sampler makes logits of some, a piece at a time.
 
-        In a step these are the (N, D) inputs of the head at scored positions, of which the sampler makes logits a piece
-        at a time (`logits_of`); the outputs of blocks are kept. Where vLLM measures memory they are logits, (n, V).
+        vLLM gets none, (0, D), to which it could apply a grammar. Where it only measures memory it gets logits, (n, V).
         """
         if self.step is None:
             return self.logits_of(hidden_states)
         self.hidden = hidden_states
-        return hidden_states[: self.step.scored]
+        return hidden_states[:0]
 
     def logits_of(self, head_inputs: Tensor) -> Tensor:
         """(n, D) -> (n, V) fp32, the same in all processes of tensor parallelism; n is at least 1."""

@@ -24,8 +24,9 @@ from .internals import SamplerOutput
 from .plan import Scored, StepPlan, texts_of
 from .rows import NO_TOKEN, NOWHERE, Moving, Rows
 
-# 256 MiB of fp32, and as much again while they are read.
-LOGITS_AT_ONCE = 2**26
+# On an accelerator 256 MiB of fp32, and as much again while they are read.
+LOGITS_AT_ONCE = {"cpu": 2**22}
+LOGITS_AT_ONCE_ELSEWHERE = 2**26
 
 
 class Reveal(NamedTuple):
@@ -60,7 +61,8 @@ class RelaySampler:
         self.size: int = model.config.block_size
         self.place = torch.arange(self.size, device=rows.device)
         # Positions whose logits are alive together.
-        self.at_once = max(LOGITS_AT_ONCE // model.config.text_config.vocab_size, 1)
+        numbers = LOGITS_AT_ONCE.get(rows.device.type, LOGITS_AT_ONCE_ELSEWHERE)
+        self.at_once = max(numbers // model.config.text_config.vocab_size, 1)
 
     def add_request(self, req_idx: int, sampling_params: Any) -> None:
         """The state of the model has read the request."""
@@ -68,14 +70,15 @@ class RelaySampler:
     def apply_staged_writes(self) -> None:
         """The state of the model has written all rows."""
 
-    def __call__(self, given: Tensor, input_batch: Any, draft_logits: Any = None) -> SamplerOutput:
-        """Takes what the model's `compute_logits` returns: in a step, the (N, D) inputs of the head."""
+    def __call__(self, logits: Tensor, input_batch: Any, draft_logits: Any = None) -> SamplerOutput:
+        """Takes a step further. Logits are (0, D) then: the model has kept the outputs that the step asked for."""
         plan = self.model.step
         if plan is None:
-            return self._measure(given, input_batch.num_reqs)
-        self.model.step = None
-        self._keep_hidden(plan)
-        return self._move_on(plan, self._reveal(plan, given))
+            return self._measure(logits, input_batch.num_reqs)
+        hidden: Tensor = self.model.hidden
+        self.model.step = self.model.hidden = None
+        self._keep_hidden(plan, hidden)
+        return self._move_on(plan, self._reveal(plan, hidden[: plan.scored]))
 
     def _measure(self, logits: Tensor, count: int) -> SamplerOutput:
         """Takes the memory that a step takes, and chooses nothing: vLLM measures what is left for keys and values."""
@@ -139,10 +142,14 @@ class RelaySampler:
 
     # -- what is carried --------------------------------------------------------------------------------------------
 
-    def _keep_hidden(self, plan: StepPlan) -> None:
-        """Stores the state that the forward leaves, and what a token-shift model aligns the next block's with."""
+    def _keep_hidden(self, plan: StepPlan, hidden: Tensor) -> None:
+        """Stores the state that the forward leaves, and what a token-shift model aligns the next block's with.
+
+        Args:
+            plan: the step.
+            hidden: (n, D) raw outputs, at the N scored positions, then at all positions of blocks.
+        """
         drafts, rows, slots = plan.batch.drafts, self.rows, plan.batch.slots
-        hidden: Tensor = self.model.hidden
         if rows.state.shape[-1] and drafts:
             blocks = hidden[plan.scored :].view(drafts, self.size, -1)
             state = self._next_state(plan, blocks, slots[:drafts])
@@ -152,7 +159,6 @@ class RelaySampler:
             asked = torch.cat([each.rows for each in plan.scored_by])
             is_end = torch.cat([each.places for each in plan.scored_by]) == self.size
             rows.last_hidden[torch.where(is_end, slots[asked], len(rows.last_hidden) - 1)] = hidden[: plan.scored]
-        self.model.hidden = None
 
     def _next_state(self, plan: StepPlan, raw: Tensor, slots: Tensor) -> Tensor:
         """(d, S, D) raw outputs of blocks -> (d, S, W) what the channel carries to their next forward."""

@@ -6,10 +6,12 @@ asks whether a backend exists, so one is named that is never used. To be importe
 
 import os
 
+# Triton reads it when it is imported: its own functions are made then.
+os.environ["TRITON_INTERPRET"] = "1"
+
 import triton.backends
 
 os.environ.update(
-    TRITON_INTERPRET="1",
     # A compiled function would ask the backend for more than its name.
     TORCHDYNAMO_DISABLE="1",
     VLLM_USE_V2_MODEL_RUNNER="1",

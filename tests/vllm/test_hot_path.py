@@ -11,7 +11,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed: `make test-vllm` make
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .engines import Engine, Request, random_prompts
+from .engines import SURE, Engine, Request, assert_same, random_prompts
 
 # Operations that ask the device for a number, and so wait for it.
 WAITS = {"aten._local_scalar_dense.default", "aten.nonzero.default", "aten.item.default", "aten.masked_select.default"}
@@ -70,3 +70,21 @@ def test_operations_do_not_grow_with_requests(
     assert +few == +many
     assert sum(many.values()) < 250
     assert not WAITS & {name for step in found[8] for name in step}
+
+
+def test_logits_come_a_piece_at_a_time(engine: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many requests run: memory for logits is that of so many positions."""
+    served: Engine = engine({"token_shift": True})
+    runner = served.llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    rows: list[int] = []
+    plain = runner.model.logits_of
+
+    def counted(head_inputs: Any) -> Any:
+        rows.append(len(head_inputs))
+        return plain(head_inputs)
+
+    monkeypatch.setattr(runner.sampler, "at_once", 3)
+    monkeypatch.setattr(runner.model, "logits_of", counted)
+    drawn = {"do_sample": True, "sampling_seeds": [1], "unmasking_threshold": 0.3}
+    assert_same(served, [Request(p, 20, o) for p, o in zip(random_prompts(3, 9, 16), ({}, drawn, SURE), strict=True)])
+    assert max(rows) == 3

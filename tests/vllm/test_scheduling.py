@@ -131,3 +131,26 @@ def test_half_precision_decides_by_single(engine: Callable) -> None:
     (prompt,) = random_prompts(9)
     (answer,) = half.serve([Request(prompt, 24, stops=())])
     assert len(answer.tokens) == 24
+
+
+@pytest.mark.parametrize(
+    "model", [{}, {"token_shift": True, "relay_scope": "all"}], ids=["aligned", "shifted, all positions"]
+)
+def test_what_vllm_runs_before_it_serves_on_a_gpu(engine: Callable, model: dict[str, Any]) -> None:
+    """Steps that warm kernels up, with grammars; memory that is measured; batches that graphs are captured with."""
+    from triton.language import max as of_triton
+    from triton.runtime import JITFunction
+    from vllm.v1.worker.gpu.warmup import run_mixed_prefill_decode_warmup, warmup_kernels
+
+    if isinstance(of_triton, JITFunction):
+        pytest.skip("Triton was imported before it was told to interpret: `make test-vllm` does that.")
+    served: Engine = engine(model)
+    worker = served.llm.llm_engine.model_executor.driver_worker.worker
+    runner = worker.model_runner
+    for _ in range(2):
+        warmup_kernels(runner, worker.execute_model, worker.sample_tokens)
+        run_mixed_prefill_decode_warmup(runner, worker.execute_model, worker.sample_tokens, 64)
+        runner.profile_run()
+        runner._dummy_run(64, uniform_decode=True)
+    assert runner.model_state.rows.options == {}  # none of it is left
+    assert_same(served, [Request(prompt, 20) for prompt in random_prompts(3, 9, 16)])
