@@ -50,7 +50,6 @@ class Moving(NamedTuple):
         masks_at_begin: masks at the block's first step, at least 1.
         commits: 1 if the next forward commits the block.
         has_state: 1 if a forward has left a state for the next one.
-        first: token of the next block's first position, chosen at the end of the block before.
     """
 
     begin: Tensor
@@ -61,7 +60,6 @@ class Moving(NamedTuple):
     masks_at_begin: Tensor
     commits: Tensor
     has_state: Tensor
-    first: Tensor
 
 
 class Rows:
@@ -126,7 +124,7 @@ class Rows:
         seed = seed_of(request.req_id) if options.seed is None else options.seed
         # As `Fixed` and `Moving` name them.
         fixed = [prompt, prompt + (params.max_tokens or 1), size, seed, int(options.decoding.use_relay)]
-        moving = [0, forwards, NOWHERE, 0, 0, 1, 0, 0, NO_TOKEN]
+        moving = [0, forwards, NOWHERE, 0, 0, 1, 0, 0]
         self._staged.append([slot, *fixed, *moving, *stops])
 
     def remove(self, req_id: str) -> None:

@@ -180,12 +180,10 @@ class RelaySampler:
         is_prompt = F.pad(torch.zeros_like(plan.denoises), (0, len(slots) - drafts), value=True)
         denoises = F.pad(plan.denoises, (0, len(slots) - drafts))
         commits = ~denoises & ~is_prompt
-        # A token that was chosen at the end of a chunk waits until the prompt has ended.
-        first = torch.where(reveal.first == NO_TOKEN, moving.first, reveal.first)
         # 1. The block of the next step: the same one, the next one, or the first one behind a prompt.
         behind = torch.cat([moving.begin[:drafts] + size, prompts.border])
         begin = torch.where(denoises, moving.begin, behind)
-        next_block = self._fresh_blocks(plan, begin, first)
+        next_block = self._fresh_blocks(plan, begin, reveal.first)
         canvas = torch.cat(
             [torch.where(plan.denoises[:, None], reveal.canvas, next_block[:drafts]), next_block[drafts:]]
         )
@@ -204,7 +202,7 @@ class RelaySampler:
         rejected = torch.cat(
             [torch.where(gives, 0, size), torch.where(prompts.is_last, prompts.total - prompts.border, 0)]
         )
-        self._write(plan, reveal, begin, canvas, denoises, is_complete, texts.masked(self.config.mask_token_id), first)
+        self._write(plan, reveal, begin, canvas, denoises, is_complete, texts.masked(self.config.mask_token_id))
         pad = len(slots) - drafts
         return _output(F.pad(sampled, (0, 0, 0, pad)), F.pad(num_sampled, (0, pad)), rejected)
 
@@ -218,6 +216,7 @@ class RelaySampler:
             known = texts[plan.batch.slots[drafts:, None], position.clamp(max=texts.shape[1] - 1)]
             blocks[drafts:] = torch.where(position < prompts.total[:, None], known.long(), mask)
         if self.config.token_shift:
+            # A prompt of whole blocks ends with the chunk that scores what follows it.
             is_first_known = (blocks[:, 0] == mask) & (begin > 0) & (first != NO_TOKEN)
             blocks[:, 0] = torch.where(is_first_known, first, blocks[:, 0])
         return blocks
@@ -231,12 +230,10 @@ class RelaySampler:
         denoises: Tensor,
         is_complete: Tensor,
         masked: Tensor,
-        first: Tensor,
     ) -> None:
         """Writes the rows of the step's requests; arguments of all n requests, of the block of their next step."""
         rows, moving, fixed, slots = self.rows, plan.moving, plan.fixed, plan.batch.slots
         pad = (0, len(slots) - plan.batch.drafts)
-        is_prompt = F.pad(torch.zeros_like(plan.denoises), pad, value=True)
         sub_block, step, positions = (F.pad(each, pad) for each in (plan.now.sub_block, *reveal.progress))
         new = Moving(
             begin=begin,
@@ -248,7 +245,6 @@ class RelaySampler:
             # A block that needs no forward at all, because its first token ends the text, is given out by a commit.
             commits=is_complete,
             has_state=denoises & (fixed.uses_relay > 0),
-            first=first.where(is_prompt, NO_TOKEN),
         )
         rows.write_moving(slots, new)
         rows.canvas.index_copy_(0, slots, canvas)
