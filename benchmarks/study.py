@@ -50,7 +50,9 @@ PLAIN = {
     "masked": Arm("masked", channel="none"),
     "rollout": Arm("rollout", channel="none"),
     "relay_sg": Arm("relay_sg"),
-    "relay_sg, K = 4": Arm("relay_sg", {"rollout_steps": 4}),  # as many steps as W = 4, without their gradient
+    # As many steps as W = 4, without their gradient.
+    "rollout, K = 4": Arm("rollout", {"rollout_steps": 4}, channel="none"),
+    "relay_sg, K = 4": Arm("relay_sg", {"rollout_steps": 4}),
 }
 # What the gradient through the state brings, and how far back: W steps are differentiated together.
 WINDOWS = SCRATCH | PLAIN

@@ -17,6 +17,7 @@ from scipy.stats import t as student
 
 from relay_hf.pictures import CurvePoint, plot_accuracy_against_forwards
 
+FEWEST = 3  # seeds that a difference needs: the interval of two is a dozen of their standard deviations
 Line = dict[str, Any]
 Curve = list[dict[str, Any]]
 Rows = dict[str, dict[int, list[float]]]
@@ -95,7 +96,7 @@ def table(title: str, columns: Sequence[str], rows: Rows, against: str | None = 
         values = np.array([by_seed[seed] for seed in seeds])  # (seeds, columns)
         if against is None:
             cells = [f"{at.mean():.1f} ± {at.std(ddof=1):.1f}" if len(at) > 1 else f"{at[0]:.1f}" for at in values.T]
-        elif name == against or len(seeds) < 2:
+        elif name == against or len(seeds) < FEWEST:
             continue
         else:
             gains = values - np.array([rows[against][seed] for seed in seeds])

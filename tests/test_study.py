@@ -200,5 +200,5 @@ def test_table_pairs_gains_by_seed(study: Any) -> None:
 
     rows = {"a": {0: [10.0], 1: [20.0], 2: [30.0]}, "b": {2: [33.0], 0: [11.0], 1: [22.0]}, "c": {0: [float("nan")]}}
     assert table("score", ["at 3"], rows).splitlines()[3:] == ["| b | 3 | 22.0 ± 11.0 |", "| c | 1 | – |"]
-    # Mean 2, standard deviation 1, t of two degrees of freedom 4.303; one seed shows no interval.
+    # Mean 2, standard deviation 1, t of two degrees of freedom 4.303; one seed or two show none.
     assert table("score", ["at 3"], rows, "a").splitlines()[2:] == ["| b | 3 | +2.0 ± 2.5 |"]
