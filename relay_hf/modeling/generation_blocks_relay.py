@@ -171,7 +171,9 @@ class BlockDecoder:
         if len(alive):
             self.cache.batch_select_indices(alive)
             if count := self.grid.trim():
-                self.cache.drop_columns(count)
+                self.cache.drop_columns(min(count, self.cache.get_seq_length()))
+                # Rows that are left may begin with the block in work, and have nothing before it to commit.
+                self.uncommitted = min(self.uncommitted, self.grid.begin)
             self.cache.reserve(self.grid.tokens.shape[1])
 
     # -- committed blocks -------------------------------------------------------------------------------------------

@@ -124,3 +124,15 @@ def cases(draw: st.DrawFn) -> tuple[str, list[Arrival], dict[str, Any]]:
 def test_join_at_any_border_each_call_as_alone(models: dict[str, Any], case: tuple) -> None:
     name, calls, options = case
     assert_as_alone(models[name], calls, options, decode_together(models[name], calls, options))
+
+
+@pytest.mark.parametrize("name", ["shift", "no_shift_all"])
+def test_drop_leaves_rows_that_begin_with_the_block_in_work(models: dict[str, Any], name: str) -> None:
+    """The block that is to be committed goes with the row that it belongs to."""
+    options = {"fuse_commits": True, "eos_token_id": None, "pad_token_id": PAD, "unmasking_threshold": 0.3}
+    leaver = Arrival(0, torch.arange(1, 14)[None], {"max_new_tokens": 40}, leaves=2)
+    newcomer = Arrival(2, torch.arange(1, 4)[None], {"max_new_tokens": 17})
+    calls = [leaver, newcomer]
+    outputs = decode_together(models[name], calls, options)
+    assert list(outputs) == [1]
+    assert_as_alone(models[name], calls, options, outputs)
