@@ -94,5 +94,5 @@ def progress_before(
     """
     is_new = now.active & (now.sub_block != sub_block)
     masks = now.candidates.sum(-1)
-    total = masks if is_canvas else torch.zeros_like(masks) + size
+    total = masks if is_canvas else size if isinstance(size, Tensor) else torch.full_like(masks, size)
     return Progress(progress.step.where(~is_new, 0), progress.positions.where(~is_new, total))

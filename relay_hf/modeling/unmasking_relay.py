@@ -375,10 +375,10 @@ def _even_share(steps: int, progress: Progress | None) -> Tensor:
 def _first(measure: Tensor, masked: Tensor, count: Tensor | float) -> Tensor:
     """(G, L) bool, the `count` masked positions of each group whose measure is highest; `count`: (G,) or a number."""
     measure = measure.masked_fill(~masked, -torch.inf)
+    nowhere = torch.zeros_like(masked)
     if isinstance(count, int | float) and count == 1:
-        order, is_first = measure.argmax(-1, keepdim=True), torch.ones_like(masked[..., :1])
-    else:
-        order = measure.argsort(dim=-1, descending=True, stable=True)
-        counts = count[:, None] if isinstance(count, Tensor) else count
-        is_first = (torch.arange(masked.shape[-1], device=masked.device) < counts).expand_as(masked)
-    return torch.zeros_like(masked).scatter(-1, order, is_first) & masked
+        return nowhere.scatter(-1, measure.argmax(-1, keepdim=True), True) & masked
+    order = measure.argsort(dim=-1, descending=True, stable=True)
+    counts = count[:, None] if isinstance(count, Tensor) else count
+    is_first = torch.arange(masked.shape[-1], device=masked.device) < counts
+    return nowhere.scatter(-1, order, is_first.expand_as(masked)) & masked
