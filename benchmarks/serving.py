@@ -7,8 +7,8 @@ Two servers run in processes of their own, `--max_batch_size 16` and `--max_batc
 the machine has cores. In turns, 1, 4 and 16 clients ask one of them over HTTP: each streams `--requests` replies, one
 after the other, to prompts of different lengths. Reported are medians over the rounds, with the lowest and the highest:
 
-- tokens per second of all clients together, and the same per second of the server's processor time, which tells less of
-  what else the machine is doing;
+- tokens per second of all clients together, and the same per second of the server's processor time, which depends
+  less on what else the machine is doing;
 - seconds until a client has the first block of a reply, waiting included.
 
 Weights are random and the final norm is multiplied by `--sharpness`, so that a step reveals several tokens, as

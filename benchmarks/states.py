@@ -2,7 +2,7 @@
 
     python benchmarks/states.py runs/text [--arm "relay, W = 2"] [--beside rollout]
 
-reads the models of `python benchmarks/study.py text`. First, all held-out prompts are decoded with the state as it is,
+reads the models of `python benchmarks/study.py text`. First, all held-out prompts are decoded with the state unchanged,
 of zeros, of another row, and with none. Then each denoise step of the model is looked at: which part of the positions
 that are still masked does it already predict as its final text will have them? The same tokens are also shown to the
 model with a changed state, and to a model that was trained without one. Prints tables and draws a picture.

@@ -112,7 +112,7 @@ class CountEpochs(TrainerCallback):
 
 
 def follow_estimate(scheduler: Any, args: Any, steps: int) -> None:
-    """Lets the rest of a schedule be that of another number of steps; a schedule without a formula stays as it is.
+    """Lets the rest of a schedule be that of another number of steps; a schedule without a formula does not change.
 
     Args:
         scheduler: as the Trainer has made it of `args`.

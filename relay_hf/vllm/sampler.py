@@ -192,7 +192,7 @@ class RelaySampler:
         after = find_candidates(texts, rows.stops[slots][:, None], fixed.size, self.config.mask_token_id)
         is_complete, is_last = ~after.active, after.end <= size
         ends = denoises & is_complete & is_last
-        # 3. What vLLM is told: a block is given out when it is committed, or at once if nothing follows.
+        # 3. What vLLM gets: a block is given out when it is committed, or at once if nothing follows.
         known = (fixed.prompt_end - moving.begin).clamp(0, size)
         gives = (commits | ends)[:drafts]
         given = torch.where(plan.denoises[:, None], reveal.canvas, plan.canvas)

@@ -71,7 +71,7 @@ class RelayModelState(ModelState):
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
         """The step's embeddings, with the state of blocks that denoise; and what it has to score.
 
-        vLLM is told which outputs it is to hand on: those that are scored, then those of the blocks that leave a state.
+        vLLM gets the outputs that it is to hand on: those that are scored, then those of the blocks that leave a state.
         """
         count = input_batch.num_tokens
         inputs = {"inputs_embeds": self.embeds[: input_batch.num_tokens_after_padding]}

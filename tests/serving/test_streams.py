@@ -125,9 +125,9 @@ def test_whole_reply_that_nobody_waits_for_leaves_the_batch(
     async def serve() -> None:
         await manager.generate_non_streaming(*request(model, "abc", 5000))
 
-    with pytest.raises(HTTPException) as told:
+    with pytest.raises(HTTPException) as raised:
         run(serve())
-    assert told.value.status_code == 499
+    assert raised.value.status_code == 499
     manager.submit(lambda: None).result(SECONDS)
     assert manager.batcher.running == 0
 
@@ -151,6 +151,6 @@ def test_request_beyond_the_queue_is_refused(model: RelayForMaskedDiffusion) -> 
     async def serve() -> None:
         manager.generate_streaming(*request(model, "abc", 8))
 
-    with pytest.raises(HTTPException, match="0 requests are waiting, as many as may: ask again later") as told:
+    with pytest.raises(HTTPException, match="0 requests are waiting, as many as may: ask again later") as raised:
         run(serve())
-    assert told.value.status_code == 503
+    assert raised.value.status_code == 503

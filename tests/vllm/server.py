@@ -15,7 +15,9 @@ ROOT = Path(__file__).parents[2]
 
 def environment() -> dict[str, str]:
     """For a process whose own processes are to have the shim, too."""
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parent / "preloaded"), str(ROOT), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(
+        filter(None, [str(Path(__file__).parent / "preloaded"), str(ROOT), os.environ.get("PYTHONPATH")])
+    )
     return {**os.environ, "PYTHONPATH": path, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 
 

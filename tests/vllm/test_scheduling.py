@@ -143,7 +143,7 @@ def test_what_vllm_runs_before_it_serves_on_a_gpu(engine: Callable, model: dict[
     from vllm.v1.worker.gpu.warmup import run_mixed_prefill_decode_warmup, warmup_kernels
 
     if isinstance(of_triton, JITFunction):
-        pytest.skip("Triton was imported before it was told to interpret: `make test-vllm` does that.")
+        pytest.skip("Triton was imported before it could be set to interpret: `make test-vllm` does that.")
     served: Engine = engine(model)
     worker = served.llm.llm_engine.model_executor.driver_worker.worker
     runner = worker.model_runner
