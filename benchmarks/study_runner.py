@@ -13,7 +13,8 @@ from study_results import Results
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback, set_seed
 
-from relay_hf import RelayForMaskedDiffusion, RelayTrainer, RelayTrainerConfig
+from relay_hf import RelayForMaskedDiffusion, RelayTrainer
+from relay_hf.demo.study import trainer_config
 from relay_hf.traces import TASKS, decode_traces
 
 START = "start"
@@ -121,22 +122,8 @@ class Runner:
 
     def _train(self, model: RelayForMaskedDiffusion, arm: Arm, seed: int, steps: int) -> tuple[float, float]:
         """Trains in place; returns its floating-point operations and the processor's seconds."""
-        config = RelayTrainerConfig(
-            str(self.folder),
-            **(self.workload.options(arm.objective, from_scratch=arm.begins is None) | dict(arm.options)),
-            lr_scheduler_type="cosine",
-            warmup_steps=steps // 20,
-            weight_decay=0.01,
-            max_steps=steps,
-            seed=seed,
-            logging_steps=max(steps // 5, 1),
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            gradient_checkpointing=False,
-            max_length=None,
-            dataset_kwargs={"skip_prepare_dataset": True},
-        )
+        options = self.workload.options(arm.objective, from_scratch=arm.begins is None) | dict(arm.options)
+        config = trainer_config(self.folder, steps, seed, **options, disable_tqdm=True)
         rows = self._rows(arm, seed, steps * config.per_device_train_batch_size)
         counter = CountOperations(steps)
         reference = self.model_of(arm.reference, seed) if arm.reference else None

@@ -154,6 +154,25 @@ def trainer_options(objective: str, arguments: DemoArguments, is_warmup: bool = 
     }
 
 
+def trainer_config(folder: str | Path, steps: int, seed: int, **options: Any) -> RelayTrainerConfig:
+    """The configuration of a short training that saves nothing by itself; `options` complete it."""
+    return RelayTrainerConfig(
+        str(folder),
+        lr_scheduler_type="cosine",
+        warmup_steps=steps // 20,
+        weight_decay=0.01,
+        max_steps=steps,
+        seed=seed,
+        logging_steps=max(steps // 5, 1),
+        save_strategy="no",
+        report_to=[],
+        gradient_checkpointing=False,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        **options,
+    )
+
+
 def train_model(
     model: RelayForMaskedDiffusion,
     tokenizer: PreTrainedTokenizerBase,
@@ -188,24 +207,15 @@ def train_model(
         KeyboardInterrupt: Ctrl-C; with a folder, the step in work is finished and a checkpoint is there.
     """
     shown = augment_puzzles(puzzles, rows=steps * arguments.batch_size, seed=2 * seed + is_warmup)
-    config = RelayTrainerConfig(
-        str(folder or arguments.output_dir),  # written to by an interruption only
+    config = trainer_config(
+        folder or arguments.output_dir,  # written to by an interruption only
+        steps,
+        seed,
         **(trainer_options(objective, arguments, is_warmup) | dict(options or {})),
         # As published, so that the demo stays comparable with the paper.
         rows_on_demand=False,
         staggered_start=False,
-        lr_scheduler_type="cosine",
-        warmup_steps=steps // 20,
-        weight_decay=0.01,
-        max_steps=steps,
-        seed=seed,
-        logging_steps=max(steps // 5, 1),
-        save_strategy="no",
-        report_to=[],
         disable_tqdm=False,  # the demo silences the libraries' logs, which would silence their progress bars too
-        gradient_checkpointing=False,
-        max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True},
     )
     features = to_features(shown, tokenizer)
     trainer = RelayTrainer(
