@@ -298,12 +298,17 @@ class SoftMaskChannel(DistributionChannel):
         mean_i = sum over the k best v of p_i(v) E_v, normalised over those k,
         e_i <- (1 - s_i) e_i + s_i mean_i,  s_i = w_s sigmoid(w_a (-H(p_i) - w_b))
 
+    `relay_options={"mixing": "sphere"}` goes from e_i to mean_i along a sphere instead (after arXiv 2608.06529, as we
+    understand it): directions turn, lengths are interpolated, and a mean is as long as its tokens are on average. The
+    default is `"line"`.
+
     The three weights are learned, from 0, 10 / 1.5 and -0.75 on, as in the authors' code: a fresh channel changes
     nothing. k is `config.relay_top_k`. The first step has no state, and its [MASK]s are plain ones: a
     state of zeros would be a sure prediction.
     """
 
     may_start_from_zeros: ClassVar[bool] = False
+    options: ClassVar[Mapping[str, Any]] = {"mixing": "line"}
     citation: ClassVar[str] = """@misc{hersche2025softmasked,
   title         = {Soft-Masked Diffusion Language Models},
   author        = {Hersche and Moor-Smith and Hofmann and Rahimi},
@@ -315,6 +320,7 @@ class SoftMaskChannel(DistributionChannel):
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
         self.top_k = config.relay_top_k
+        self.on_sphere = self.option_values(config)["mixing"] == "sphere"
         self.weight = nn.Parameter(torch.empty(3, dtype=torch.float32))
 
     @classmethod
@@ -325,11 +331,16 @@ class SoftMaskChannel(DistributionChannel):
                 f"`relay_top_k={config.relay_top_k}` must be at least 1, and at most the "
                 f"{config.text_config.vocab_size} tokens of the vocabulary: how many predictions to mix."
             )
+        if cls.option_values(config)["mixing"] not in ("line", "sphere"):
+            raise ValueError(
+                f"`relay_options={config.relay_options}` has a `mixing` that is unknown: give 'line' or 'sphere'."
+            )
 
     @classmethod
     def sentence(cls, config: PreTrainedConfig) -> str:
         best = f"the {config.relay_top_k} likeliest tokens"
-        return f"the mean embedding of {best}, mixed into the masks: the more, the surer."
+        how = "mixed into the masks" + " along a sphere" * (cls.option_values(config)["mixing"] == "sphere")
+        return f"the mean embedding of {best}, {how}: the more, the surer."
 
     def reset_parameters(self) -> None:
         init.copy_(self.weight, torch.tensor([0.0, 10.0 / 1.5, -0.75]))
@@ -338,11 +349,41 @@ class SoftMaskChannel(DistributionChannel):
         probabilities = logits.softmax(-1)
         best, tokens = probabilities.topk(self.top_k, dim=-1)  # (N, k)
         best = (best / best.sum(-1, keepdim=True)).to(embeddings.dtype)
-        return torch.einsum("nk,nkd->nd", best, embeddings[tokens]), torch.special.entr(probabilities).sum(-1)
+        mixed = embeddings[tokens]  # (N, k, D)
+        mean, entropy = torch.einsum("nk,nkd->nd", best, mixed), torch.special.entr(probabilities).sum(-1)
+        if self.on_sphere:
+            mean = mean * (best * length(mixed).squeeze(-1)).sum(-1, keepdim=True) / length(mean)
+        return mean, entropy
 
     def share(self, number: Tensor) -> Tensor:
         scale, slope, shift = self.weight.unbind()
         return scale * torch.sigmoid(slope * (-number - shift))
+
+    def inject(self, embeds: Tensor, state: Tensor) -> Tensor:
+        """Mixes along the line between embedding and mean, or along the sphere."""
+        if not self.on_sphere:
+            return super().inject(embeds, state)
+        state = at_least_single(state)
+        return along_sphere(at_least_single(embeds), state[..., :-1], self.share(state[..., -1:]))
+
+
+def length(vectors: Tensor) -> Tensor:
+    """(..., D) -> (..., 1) Euclidean lengths, above 0."""
+    return vectors.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+
+
+def along_sphere(first: Tensor, last: Tensor, share: Tensor) -> Tensor:
+    """From `first` (share 0, exactly) to `last` (share 1): the direction along a great circle, the length linearly.
+
+    Args:
+        first, last: (..., D) vectors.
+        share: (..., 1).
+    """
+    growth = length(last) / length(first)
+    cosine = (first * last).sum(-1, keepdim=True) / (length(first) * length(last))
+    angle = cosine.clamp(-1 + 1e-6, 1 - 1e-6).arccos()  # whose derivative is infinite at 1, where sphere and line agree
+    turned = ((1 - share) * angle).sin() / angle.sin() * first + (share * angle).sin() / angle.sin() / growth * last
+    return turned * (1 - share + share * growth)
 
 
 CHANNELS: Registry[type[Channel]] = Registry("relay_channel", Channel, "relay_hf.register_channel")

@@ -24,6 +24,10 @@ def ids() -> Tensor:
     return torch.arange(40).reshape(2, 20).index_fill(1, torch.tensor([1, 3, 8, 9, 17]), MASK)
 
 
+def angle_between(one: np.ndarray, other: np.ndarray) -> float:
+    return math.acos(one @ other / np.linalg.norm(one) / np.linalg.norm(other))
+
+
 def softmax(logits: np.ndarray) -> np.ndarray:
     exponentials = np.exp(logits - logits.max(-1, keepdims=True))
     return exponentials / exponentials.sum(-1, keepdims=True)
@@ -88,6 +92,39 @@ def test_soft_mask_starts_as_its_authors_code(make_model: Callable, ids: Tensor)
         assert torch.equal(model(ids, relay_state=first.relay_state).logits, first.logits)
 
 
+def test_soft_mask_on_the_sphere_equals_numpy(make_model: Callable, ids: Tensor) -> None:
+    """Directions turn by the angle's share, lengths change linearly, a mean is as long as what it is the mean of."""
+    model = make_model(relay_channel="soft_mask", relay_top_k=3, relay_options={"mixing": "sphere"})
+    with torch.no_grad():
+        model.relay.weight.copy_(torch.tensor([0.9, 2.0, -1.5]))
+        first = model(ids)
+        entered = model.relay(model.get_input_embeddings()(ids), ids == MASK, first.relay_state)
+    probabilities = softmax(first.logits.double().numpy())
+    table = model.get_input_embeddings().weight.detach().double().numpy()
+    lengths = np.linalg.norm(table, axis=1)
+    for row, column in (ids == MASK).nonzero().tolist():
+        p = probabilities[row, column]
+        best = np.argsort(-p)[:3]
+        best_p = p[best] / p[best].sum()
+        share = 0.9 / (1 + np.exp(-2.0 * (-entropy(p) + 1.5)))
+        got, mean = entered[row, column].double().numpy(), best_p @ table[best]
+        wanted = (1 - share) * lengths[MASK] + share * best_p @ lengths[best]
+        np.testing.assert_allclose(np.linalg.norm(got), wanted, atol=1e-5)
+        angles = [angle_between(got, end) for end in (table[MASK], mean)]
+        between = angle_between(table[MASK], mean)
+        np.testing.assert_allclose(angles, [share * between, (1 - share) * between], atol=1e-4)
+
+
+def test_fresh_soft_mask_on_the_sphere_changes_nothing_and_learns(make_model: Callable, ids: Tensor) -> None:
+    model = make_model(relay_channel="soft_mask", relay_options={"mixing": "sphere"})
+    first = model(ids)
+    second = model(ids, relay_state=first.relay_state, labels=ids.where(ids != MASK, 5))
+    assert torch.equal(second.logits, first.logits)
+    second.loss.backward()
+    assert model.relay.weight.grad[0] != 0
+    assert all(weight.grad.isfinite().all() for weight in model.parameters() if weight.grad is not None)
+
+
 def test_residual_context_of_zero_state_changes_nothing(make_model: Callable, ids: Tensor) -> None:
     model = make_model(relay_channel="residual_context")
     state = model.initial_relay_state(*ids.shape)
@@ -150,6 +187,7 @@ def test_generate_without_relay_makes_no_state(make_model: Callable, monkeypatch
     [
         ({"relay_channel": "residual_context", "relay_scope": "all"}, "`relay_scope='all'` has no meaning"),
         ({"relay_channel": "residual_context", "relay_temperature": 0.0}, "`relay_temperature=0.0` must be above 0"),
+        ({"relay_channel": "soft_mask", "relay_options": {"mixing": "circle"}}, "give 'line' or 'sphere'"),
         ({"relay_channel": "soft_mask", "relay_top_k": 0}, "`relay_top_k=0` must be at least 1"),
     ],
 )
