@@ -34,9 +34,9 @@ class Boards:
         self.steps, self.warmup_steps, self.test_rows = arguments.steps, arguments.warmup_steps, arguments.test_puzzles
         self.tokenizer, self.puzzles = make_sudoku_tokenizer(arguments.size), load_puzzles(arguments)
 
-    def new_model(self, channel: str, **sizes: Any) -> RelayForMaskedDiffusion:
-        """A random model; `sizes` replace its own."""
-        return new_model(DemoArguments(**self.sizes | sizes), self.tokenizer, channel)
+    def new_model(self, config: dict[str, Any], **sizes: Any) -> RelayForMaskedDiffusion:
+        """A random model; `config` completes its configuration, `sizes` replace its own."""
+        return new_model(DemoArguments(**self.sizes | sizes), self.tokenizer, **config)
 
     def options(self, objective: str, from_scratch: bool) -> dict[str, Any]:
         """Options of the trainer: the demo's, which are the published ones."""

@@ -5,7 +5,8 @@
 reads the models of `python benchmarks/study.py text`. First, all held-out prompts are decoded with the state unchanged,
 of zeros, of another row, and with none. Then each denoise step of the model is looked at: which part of the positions
 that are still masked does it already predict as its final text will have them? The same tokens are also shown to the
-model with a changed state, and to a model that was trained without one. Prints tables and draws a picture.
+model with a changed state, and to a model that was trained without one. Last, from the second step on, by how far away
+the nearest digit before is that is revealed: which positions gain? Prints tables and draws a picture.
 """
 
 import argparse
@@ -27,6 +28,8 @@ from relay_hf.pictures.style import INK, choose_styles, new_figure, save_figure
 
 THRESHOLD = 0.9
 SHOWN = (1, 2, 3, 4, 6, 8)  # steps of the tables
+# Digits from the last one before that is revealed; the balance before the reply is known.
+DISTANCES = ((1, 1), (2, 2), (3, 4), (5, 8), (9, BLOCK))
 OWN, BESIDE = "relay", "rollout"  # labels, which have their colours in all pictures
 VIEWS: dict[str, dict[str, Any]] = {
     OWN: {},
@@ -98,6 +101,29 @@ def agreement(
     }
 
 
+def agreement_by_distance(steps: Iterable[tuple[Tensor, dict[str, Tensor]]], answers: Tensor) -> dict[str, list[float]]:
+    """View -> percent of the masked positions that the second step and those after it predict as the answer has them,
+    at each of `DISTANCES`; NaN where no position is as far.
+
+    Args:
+        steps: what `follow` yields.
+        answers: (B, S) the right replies.
+    """
+    _, *taken, _ = steps
+    found: dict[str, list[float]] = {view: [] for view in taken[0][1]}
+    places = torch.arange(answers.shape[1])
+    revealed = [torch.where(masked, -1, places).cummax(1).values for masked, _ in taken]  # last one up to a position
+    for least, most in DISTANCES:
+        chosen = [
+            masked & (places - last >= least) & (places - last <= most)
+            for (masked, _), last in zip(taken, revealed, strict=True)
+        ]
+        for view, shares in found.items():
+            right = [(seen[view] == answers)[where] for (_, seen), where in zip(taken, chosen, strict=True)]
+            shares.append(100 * torch.cat(right).float().mean().item())
+    return found
+
+
 def draw(curves: dict[str, list[list[float]]], path: Path) -> None:
     """One line per view: mean over the seeds, as far as all of them go, with bars of one standard deviation."""
     figure = new_figure("What a denoise step already knows of the final text")
@@ -123,6 +149,7 @@ def run(folder: Path, arm: str, beside: str, **sizes: Any) -> str:
     seeds = [line["seed"] for line in runner.results.lines() if (line["arm"], line["budget"]) == (arm, "steps")]
     scores: dict[str, dict[int, list[float]]] = {view: {} for view in VIEWS}
     known: dict[str, dict[str, list[list[float]]]] = {"final text": {}, "answer": {}}
+    far: dict[str, dict[int, list[float]]] = {}
     asked, right = map(torch.tensor, workload.tokens(workload.asked(workload.test_rows, seed=0, held_out=True)))
     for seed in seeds:
         model, other = runner.model_of(arm, seed).eval(), runner.model_of(beside, seed).eval()
@@ -133,6 +160,8 @@ def run(folder: Path, arm: str, beside: str, **sizes: Any) -> str:
         for target, answers in (("final text", None), ("answer", right)):
             for view, values in agreement(steps, answers).items():
                 known[target].setdefault(view, []).append(values)
+        for view, values in agreement_by_distance(steps, right).items():
+            far.setdefault(view, {})[seed] = values
     draw(known["final text"], folder / "states.png")
     columns = [f"{forwards:g} forwards" for forwards in workload.forwards]
     parts = [table("exact match, %", columns, scores), table(f"exact match, %, minus `{OWN}`", columns, scores, OWN)]
@@ -144,6 +173,9 @@ def run(folder: Path, arm: str, beside: str, **sizes: Any) -> str:
         }
         names, title = [f"step {step}" for step in SHOWN], f"predicted as in the {target}, %"
         parts += [table(title, names, at_steps), table(f"{title}, minus `{OWN}`", names, at_steps, OWN)]
+    names = [f"{least} away" if least == most else f"{least} to {most}" for least, most in DISTANCES]
+    title = "predicted as in the answer, %, from step 2 on"
+    parts += [table(title, names, far), table(f"{title}, minus `{OWN}`", names, far, OWN)]
     text = "\n\n".join(parts)
     (folder / "states.md").write_text(text + "\n", encoding="utf-8")
     return text

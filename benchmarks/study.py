@@ -1,7 +1,9 @@
 """Studies: arms that are trained and evaluated with several seeds, so that what one brings is seen with its spread.
 
     python benchmarks/study.py text --seeds 0 1 2 3 4
-    python benchmarks/study.py windows --batch_size 128 --warmup_steps 1500 --steps 100 --test_puzzles 300
+    python benchmarks/study.py rates --seeds 100            # which learning rates suit which channel
+    python benchmarks/study.py text_channels --seeds 0 1 2 3 4
+    python benchmarks/study.py windows --hidden_size 64 --batch_size 64 --warmup_steps 1500
     python benchmarks/study.py channels --batch_size 128 --processes 2
     python benchmarks/study.py traces --steps 75
 
@@ -18,7 +20,7 @@ import argparse
 import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -55,9 +57,17 @@ PLAIN = {
     "relay_sg, K = 4": Arm("relay_sg", {"rollout_steps": 4}),
 }
 # What the gradient through the state brings, and how far back: W steps are differentiated together.
+TIED = {"tie_word_embeddings": True}
+SHARED = {
+    "start, tied": Arm("masked", channel="none", config=TIED, begins=None),
+    "rollout, tied": Arm("rollout", channel="none", config=TIED, begins="start, tied"),
+    "relay_sg, tied": Arm("relay_sg", config=TIED, begins="start, tied"),
+    "relay, W = 2, tied": Arm("relay", {"rollout_steps": 2}, config=TIED, begins="start, tied"),
+}
 WINDOWS = SCRATCH | PLAIN
 WINDOWS |= {f"relay, W = {steps}": Arm("relay", {"rollout_steps": steps}) for steps in (2, 4, 8)}
 WINDOWS |= {f"pumba, W = {steps}": Arm("relay", PUMBA | {"rollout_steps": steps}) for steps in (1, 2, 4, 8)}
+WINDOWS |= SHARED
 
 
 def on_traces(teacher: str) -> dict[str, Arm]:
@@ -80,9 +90,8 @@ BY_REFERENCE = {
     name: OTHER_STARTS | {"started by its reference": {"relay_start": "reference", "reference_model": name}}
     for name in ("light", START)
 }
-CHANNELS = SCRATCH | {
-    # About a third of the parameters, as published: 1.7B for 4B and 8B.
-    "light": Arm("masked", channel="none", begins=None, sizes={"hidden_size": 64, "layers": 2}),
+SPHERE = {"relay_options": {"mixing": "sphere"}}
+METHODS = {
     "masked": Arm("masked", channel="none"),
     "rollout": Arm("rollout", channel="none"),
     "relay": Arm("relay", views=STATE_VIEWS),
@@ -94,7 +103,35 @@ CHANNELS = SCRATCH | {
     "rcd, rollouts": Arm("relay_sg", channel="residual_context", views=NO_STATE),
     "soft-mask": Arm("residual_context", channel="soft_mask", views=NO_STATE),
     "soft-mask, rollouts": Arm("relay_sg", channel="soft_mask", views=NO_STATE),
+    "spherical": Arm("residual_context", channel="soft_mask", config=SPHERE, views=NO_STATE),
+    "spherical, rollouts": Arm("relay_sg", channel="soft_mask", config=SPHERE, views=NO_STATE),
 }
+
+
+def light(**sizes: int) -> dict[str, Arm]:
+    """A reference of about a third of the parameters, as published: 1.7B for 4B and 8B."""
+    return {"light": Arm("masked", channel="none", begins=None, sizes=sizes)}
+
+
+CHANNELS = SCRATCH | light(hidden_size=64, layers=2) | METHODS
+
+
+def sweep(arms: Mapping[str, Arm]) -> dict[str, Arm]:
+    """Each arm with several learning rates: of all weights, and of the channel where it has some."""
+    found = {}
+    for name, arm in arms.items():
+        for rate in (2.5e-4, 7.5e-4, 2.25e-3):
+            for of_channel in (1e-3, 1e-2, 1e-1) if arm.channel in ("layer_norm", "soft_mask") else (None,):
+                rates = {"learning_rate": rate} | ({"relay_learning_rate": of_channel} if of_channel else {})
+                label = f"{name}: {rate:g}" + (f", {of_channel:g}" if of_channel else "")
+                found[label] = replace(arm, options={**arm.options, **rates}, views={})
+    return found
+
+
+# The rates of the study of channels in text were chosen in the sweep, with a seed that the study does not use.
+LIGHT_TEXT = light(hidden_size=32, layers=2)
+RATES = SCRATCH | LIGHT_TEXT | sweep(METHODS)
+TEXT_CHANNELS = SCRATCH | LIGHT_TEXT | METHODS
 
 
 @dataclass(frozen=True)
@@ -117,6 +154,10 @@ class Study:
 STUDIES = {
     "traces": Study(Boards, TRACES, ("relay", "more of the same"), tuple(TRACES)[1:]),
     "channels": Study(Boards, CHANNELS, ("masked", "rollout"), ("masked", "relay", "relay_sg", "rcd", "soft-mask")),
+    "text_channels": Study(
+        Balances, TEXT_CHANNELS, ("masked", "rollout"), ("masked", "relay", "relay_sg", "rcd", "soft-mask")
+    ),
+    "rates": Study(Balances, RATES, (), ()),
     "windows": Study(Boards, WINDOWS, ("rollout", "relay_sg"), ("masked", "rollout", "relay_sg", "relay, W = 2")),
     "text": Study(
         Balances,

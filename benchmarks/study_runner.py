@@ -30,6 +30,7 @@ class Arm:
         objective: the trainer's.
         options: of the trainer, beside those of the workload.
         channel: `relay_channel` of the model.
+        config: further options of `RelayConfig`.
         begins: name of the arm whose model it begins with; None = from scratch, for the steps of a warm start.
         reference: name of the arm whose model is the trainer's `reference_model`.
         on_traces: whether it is trained on right answers of the model it begins with, and not on the workload's texts.
@@ -41,6 +42,7 @@ class Arm:
     objective: str
     options: Mapping[str, Any] = field(default_factory=dict)
     channel: str = "layer_norm"
+    config: Mapping[str, Any] = field(default_factory=dict)
     begins: str | None = START
     reference: str | None = None
     on_traces: bool = False
@@ -115,7 +117,7 @@ class Runner:
 
     def _fresh(self, arm: Arm, seed: int) -> RelayForMaskedDiffusion:
         """The model that the arm begins with; a channel that the other has not is untrained."""
-        model = self.workload.new_model(arm.channel, **arm.sizes)
+        model = self.workload.new_model({"relay_channel": arm.channel, **arm.config}, **arm.sizes)
         if arm.begins:
             model.load_state_dict(self.model_of(arm.begins, seed).state_dict(), strict=False)
         return model

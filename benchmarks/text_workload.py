@@ -63,8 +63,8 @@ class Balances:
         self.steps, self.warmup_steps, self.test_rows = own.steps, own.warmup_steps, own.test_puzzles
         self.tokenizer = byte_tokenizer()
 
-    def new_model(self, channel: str, **sizes: Any) -> RelayForMaskedDiffusion:
-        """A random model; `sizes` replace its own."""
+    def new_model(self, config: dict[str, Any], **sizes: Any) -> RelayForMaskedDiffusion:
+        """A random model; `config` completes its configuration, `sizes` replace its own."""
         own = replace(self.sizes, **sizes)
         text_config = Qwen2Config(
             vocab_size=len(self.tokenizer),
@@ -79,10 +79,9 @@ class Balances:
             eos_token_id=None,
         )
         mask = self.tokenizer.mask_token_id
-        config = RelayConfig(
-            text_config=text_config, block_size=BLOCK, token_shift=True, mask_token_id=mask, relay_channel=channel
+        model = RelayForMaskedDiffusion(
+            RelayConfig(text_config=text_config, block_size=BLOCK, token_shift=True, mask_token_id=mask, **config)
         )
-        model = RelayForMaskedDiffusion(config)
         model.generation_config.update(max_new_tokens=own.size, sub_block_size=SUB_BLOCK, unmasking_threshold=0.9)
         return model
 
@@ -126,7 +125,7 @@ class Balances:
     ) -> dict[str, float]:
         """Mean denoise `forwards`, shares of `exact` replies and of right `digits`, of `count` held-out prompts."""
         rows = self.asked(min(count or self.test_rows, self.test_rows), seed=0, held_out=True)
-        asked, right = map(torch.tensor, self.tokens(rows))
+        asked, right = (torch.tensor(ids, device=model.device) for ids in self.tokens(rows))
         output = model.eval().generate(
             asked,
             attention_mask=torch.ones_like(asked),

@@ -46,7 +46,7 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
 def random_model(workload: Any, channel: str) -> Any:
     """A model whose predictions differ, with an open channel."""
     torch.manual_seed(0)
-    model = workload.new_model(channel)
+    model = workload.new_model({"relay_channel": channel})
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
@@ -158,6 +158,21 @@ def test_steps_that_are_followed_write_the_text_of_generate(study: Any, finished
     assert shares["relay"][-1] > shares["rollout"][-1]
 
 
+def test_shares_by_distance_count_from_the_last_revealed_digit(study: Any) -> None:
+    import states
+
+    masked = torch.tensor([[True, False, True, True] + [False] * 11 + [True]])
+    answers = torch.arange(16)[None]
+    wrong_at_2 = answers.where(answers != 2, 0)
+    none = (torch.zeros_like(masked), {"final": answers})
+    shares = states.agreement_by_distance(
+        [(masked, {"relay": answers - 1}), (masked, {"relay": wrong_at_2}), none], answers
+    )
+    # One away are positions 0, 2 and 15; two away is 3; nothing is farther.
+    assert shares["relay"][:2] == [pytest.approx(200 / 3), 100]
+    assert np.isnan(shares["relay"][2:]).all()
+
+
 def test_states_writes_tables_and_a_picture(study: Any, tmp_path: Path) -> None:
     import states
 
@@ -165,6 +180,7 @@ def test_states_writes_tables_and_a_picture(study: Any, tmp_path: Path) -> None:
     study.run_study("text", sizes, tmp_path, ARMS, seeds=[0, 1])
     text = states.run(tmp_path, "relay, W = 2", "rollout", **sizes)
     assert "| relay, state of zeros | 2 |" in text
+    assert "| predicted as in the answer, %, from step 2 on | seeds | 1 away | 2 away | 3 to 4 |" in text
     assert (tmp_path / "states.png").stat().st_size > 10_000
 
 

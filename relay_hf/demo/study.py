@@ -113,10 +113,8 @@ def load_puzzles(arguments: DemoArguments) -> DatasetDict:
     return split_puzzles(puzzles, test_count=arguments.test_puzzles)
 
 
-def new_model(
-    arguments: DemoArguments, tokenizer: PreTrainedTokenizerBase, relay_channel: Any = "layer_norm"
-) -> RelayForMaskedDiffusion:
-    """A random model that reads and writes whole boards."""
+def new_model(arguments: DemoArguments, tokenizer: PreTrainedTokenizerBase, **config: Any) -> RelayForMaskedDiffusion:
+    """A random model that reads and writes whole boards; `config` has further options of `RelayConfig`."""
     heads = arguments.hidden_size // 32
     text_config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -130,10 +128,8 @@ def new_model(
         bos_token_id=None,
         eos_token_id=None,
     )
-    config = RelayConfig(
-        text_config=text_config, block_size=None, mask_token_id=tokenizer.mask_token_id, relay_channel=relay_channel
-    )
-    model = RelayForMaskedDiffusion(config)
+    mask = tokenizer.mask_token_id
+    model = RelayForMaskedDiffusion(RelayConfig(text_config=text_config, block_size=None, mask_token_id=mask, **config))
     model.generation_config.update(unmasking_threshold=DEFAULT_THRESHOLD)
     return model
 
