@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from . import fakegpu
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 # What the test device cannot do, in the words of the script.
 MISSING = (
@@ -68,3 +70,29 @@ def test_accelerator_part_that_raises_says_so(device: torch.device, monkeypatch:
     result = accelerator.run_part("a", accelerator.Bench("cpu", tiny=True))
     assert result["found"] == {"first": "ZeroDivisionError: division by zero"}
     assert result["error"] == "RuntimeError: no such kernel"
+
+
+def test_text_study_trains_and_evaluates_on_the_device(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import text_gpu
+    from text_workload import Balances
+
+    fakegpu.default_to(fakegpu.NAME, monkeypatch)
+    monkeypatch.setattr(Balances, "thresholds", (0.9,))
+    evaluate, places = Balances.evaluate, set()
+
+    def evaluate_there(workload: Any, model: Any, *rest: Any, **options: Any) -> dict[str, float]:
+        places.add(model.device.type)
+        return evaluate(workload, model, *rest, **options)
+
+    monkeypatch.setattr(Balances, "evaluate", evaluate_there)
+    monkeypatch.setattr(text_gpu, "ARMS", ("start", "relay, W = 2"))
+    sizes = {"hidden_size": 32, "layers": 1, "size": 4, "batch_size": 2, "warmup_steps": 2, "steps": 1}
+    text_gpu.run(tmp_path, 1, 60.0, sizes | {"test_puzzles": 4})
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith('{"')]
+    assert [line["arm"] for line in lines] == ["start", "relay, W = 2"]
+    assert places == {fakegpu.NAME}
+    text_gpu.run(tmp_path, 2, 0.0, sizes | {"test_puzzles": 4})
+    assert "stopped" in capsys.readouterr().out
