@@ -3,8 +3,8 @@
     python benchmarks/study.py text --seeds 0 1 2 3 4
     python benchmarks/study.py rates --seeds 100            # which learning rates suit which channel
     python benchmarks/study.py text_channels --seeds 0 1 2 3 4
-    python benchmarks/study.py windows --hidden_size 64 --batch_size 64 --warmup_steps 1500
-    python benchmarks/study.py channels --batch_size 128 --processes 2
+    python benchmarks/study.py windows --seeds 0 1 2 3 4 5 6 7 --test_puzzles 300
+    python benchmarks/study.py channels --processes 2
     python benchmarks/study.py traces --steps 75
 
 Every arm begins with another one, mostly `start`, which is trained from scratch, and trains for as many optimizer steps

@@ -10,11 +10,11 @@ from ..startup.options import option, require_at_least
 
 @dataclass
 class DemoArguments:
-    """Arguments of the demo; the defaults fit two CPU cores and ten minutes, installation included."""
+    """Arguments of the demo; the defaults take one CPU core about five minutes."""
 
     size: int = option(6, "Board size: 4, 6 or 9.")
-    steps: int = option(150, "Adaptation steps of every objective.")
-    warmup_steps: int = option(900, "`masked` steps from scratch that all objectives start from.")
+    steps: int = option(200, "Adaptation steps of every objective.")
+    warmup_steps: int = option(1500, "`masked` steps from scratch that all objectives start from.")
     seeds: int = option(1, "Repeat everything with this many training seeds.")
     full: bool = option(False, "Also adapt with `relay_sg`, the state without its gradient.")
     dataset: str | None = option(
@@ -23,8 +23,8 @@ class DemoArguments:
     puzzles: int = option(4000, "Training puzzles, each shown under ever new symmetries.")
     extra_clues: int = option(4, "Clues given beyond those of a minimal puzzle.")
     test_puzzles: int = option(500, "Held-out puzzles; none is a symmetric twin of a training one.")
-    batch_size: int = option(256, "Puzzles per training step.")
-    hidden_size: int = option(96, "Width of the model.")
+    batch_size: int = option(64, "Puzzles per training step.")
+    hidden_size: int = option(64, "Width of the model.")
     layers: int = option(3, "Layers of the model.")
     minutes: float | None = option(
         None,
