@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.colors import ListedColormap
+from matplotlib.patches import Patch
 from study_results import score_at, table
 from study_runner import STATES, Runner
 from text_workload import BLOCK, SUB_BLOCK, Balances
@@ -28,6 +30,8 @@ from relay_hf.pictures.style import INK, choose_styles, new_figure, save_figure
 
 THRESHOLD = 0.9
 SHOWN = (1, 2, 3, 4, 6, 8)  # steps of the tables
+MISTAKES = 5  # in the first step of the reply that is drawn
+KINDS = {"revealed": "#E6E6E6", "masked, predicted right": "#9CCBEB", "masked, predicted wrong": "#F2A679"}
 # Digits from the last one before that is revealed; the balance before the reply is known.
 DISTANCES = ((1, 1), (2, 2), (3, 4), (5, 8), (9, BLOCK))
 OWN, BESIDE = "relay", "rollout"  # labels, which have their colours in all pictures
@@ -142,6 +146,49 @@ def draw(curves: dict[str, list[list[float]]], path: Path) -> None:
     save_figure(figure, path)
 
 
+def hard_row(steps: list[tuple[Tensor, dict[str, Tensor]]], answers: Tensor) -> int:
+    """The first row of which the first step predicts `MISTAKES` digits wrong, so that there is something to mend."""
+    masked, seen = steps[0]
+    wrong = (masked & (seen[OWN] != answers)).sum(1)
+    return int((wrong >= MISTAKES).int().argmax())
+
+
+def draw_reply(steps: list[tuple[Tensor, dict[str, Tensor]]], row: int, workload: Balances, path: Path) -> None:
+    """The digits that each step of one reply predicts, by the model itself and by the one without a state.
+
+    Args:
+        steps: what `follow` yields for held-out prompts.
+        row: which prompt.
+        workload: of the prompts.
+        path: where to write.
+    """
+    *taken, (_, last) = steps
+    taken = [(masked, seen) for masked, seen in taken if masked[row].any()]
+    prompt = workload.asked(row + 1, seed=0, held_out=True)[row]
+    right, final = workload.tokenizer(prompt["answer"])["input_ids"], last["final"][row].tolist()
+    figure = new_figure("One reply: what each denoise step predicts", height=1.4 + 0.5 * len(taken))
+    titles = {BESIDE: "trained without a state, shown the same tokens", OWN: "with the relay"}
+    for axes, (view, title) in zip(figure.subplots(len(titles), 1), titles.items(), strict=True):
+        kinds = np.zeros((len(taken), len(right)), int)
+        for step, (masked, seen) in enumerate(taken):
+            for place, token in enumerate(final):
+                token = seen[view][row, place].item() if masked[row, place] else token
+                kinds[step, place] = masked[row, place] * (1 + (token != right[place]))
+                axes.text(
+                    place, step, workload.tokenizer.decode([token]), ha="center", va="center", fontsize=8, color=INK
+                )
+        axes.imshow(kinds, ListedColormap(list(KINDS.values())), vmin=0, vmax=len(KINDS) - 1, aspect="auto")
+        axes.set_xticks(range(len(right)), prompt["prompt"])
+        axes.set_yticks(range(len(taken)), range(1, len(taken) + 1))
+        axes.set_title(title, fontsize=9, color=INK)
+        axes.set_ylabel("denoise step", fontsize=8, color=INK)
+        axes.tick_params(length=0, labelsize=8)
+    axes.set_xlabel("movement that the digit answers", fontsize=8, color=INK)
+    patches = [Patch(color=colour, label=kind) for kind, colour in KINDS.items()]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(KINDS), frameon=False, fontsize=8)
+    save_figure(figure, path)
+
+
 def run(folder: Path, arm: str, beside: str, **sizes: Any) -> str:
     """Both tables, as Markdown; they and the picture are written into the folder."""
     workload = Balances(**sizes)
@@ -160,6 +207,8 @@ def run(folder: Path, arm: str, beside: str, **sizes: Any) -> str:
         for target, answers in (("final text", None), ("answer", right)):
             for view, values in agreement(steps, answers).items():
                 known[target].setdefault(view, []).append(values)
+        if seed == seeds[0]:
+            draw_reply(steps, hard_row(steps, right), workload, folder / "reply.png")
         for view, values in agreement_by_distance(steps, right).items():
             far.setdefault(view, {})[seed] = values
     draw(known["final text"], folder / "states.png")

@@ -181,7 +181,17 @@ def test_states_writes_tables_and_a_picture(study: Any, tmp_path: Path) -> None:
     text = states.run(tmp_path, "relay, W = 2", "rollout", **sizes)
     assert "| relay, state of zeros | 2 |" in text
     assert "| predicted as in the answer, %, from step 2 on | seeds | 1 away | 2 away | 3 to 4 |" in text
-    assert (tmp_path / "states.png").stat().st_size > 10_000
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("states.png", "reply.png"))
+
+
+def test_reply_that_is_drawn_is_the_first_with_mistakes_to_mend(study: Any) -> None:
+    import states
+
+    answers, masked = torch.zeros(3, 16, dtype=torch.long), torch.ones(3, 16, dtype=torch.bool)
+    predicted = answers.clone()
+    predicted[0, : states.MISTAKES - 1] = 1
+    predicted[1:, : states.MISTAKES] = 1
+    assert states.hard_row([(masked, {"relay": predicted})], answers) == 1
 
 
 def test_study_of_boards_runs(study: Any, tmp_path: Path) -> None:
