@@ -31,7 +31,7 @@ DEFAULT_MINUTES = 10.0
 # A few steps foretell no more exactly than this, and a machine that is a little slow is to give the usual figures.
 TOLERANCE = 1.3
 # What a scaled study has at least, or as much as the whole one.
-SMALL_BATCH, FEW_STEPS, FEW_TEST_PUZZLES = 64, 10, 64
+SMALL_BATCH, FEW_STEPS, FEW_TEST_PUZZLES = 32, 10, 64
 # Forwards until the last puzzle of a batch is filled in, on average over the thresholds; a step's pass takes three.
 EVALUATION_FORWARDS, FORWARDS_PER_PASS = 8, 3
 WHERE_CGROUPS_ARE = Path("/sys/fs/cgroup")

@@ -62,26 +62,26 @@ def fit(
     arguments: DemoArguments, seconds: float, monkeypatch: pytest.MonkeyPatch, small: float | None = None
 ) -> tuple[DemoArguments, str]:
     """With steps that take as long as said; small batches may take less."""
-    answers = {arguments.batch_size: seconds, 64: seconds if small is None else small}
+    answers = {arguments.batch_size: seconds, pace.SMALL_BATCH: seconds if small is None else small}
     monkeypatch.setattr(pace, "seconds_per_pass", lambda sizes, *others: answers[sizes.batch_size])
     return fit_to_machine(arguments, None, None)
 
 
-@pytest.mark.parametrize("seconds", [0.05, 0.2, 0.4])
+@pytest.mark.parametrize("seconds", [0.02, 0.1, 0.25])
 def test_default_study_on_an_idle_machine_is_not_scaled(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fit(DemoArguments(), seconds, monkeypatch) == (DemoArguments(), "")
 
 
-@pytest.mark.parametrize(("seconds", "small"), [(1.0, 0.3), (6.0, 1.6), (6.0, 4.0)])
+@pytest.mark.parametrize(("seconds", "small"), [(0.5, 0.3), (1.5, 0.8), (3.0, 1.5)])
 def test_default_study_on_a_busy_machine_takes_ten_minutes_and_says_so(
     seconds: float, small: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     sizes, note = fit(DemoArguments(), seconds, monkeypatch, small)
     assert 8 * 60 < passes(sizes) * small <= 10.5 * 60
-    assert (sizes.batch_size, sizes.test_puzzles) == (64, 64)
+    assert (sizes.batch_size, sizes.test_puzzles) == (32, 64)
     ratio = DemoArguments.warmup_steps / DemoArguments.steps
     assert sizes.warmup_steps / sizes.steps == pytest.approx(ratio, rel=0.2)
-    assert note.startswith("Scaled to about 10 min: --batch-size 64 in place of 256")
+    assert note.startswith("Scaled to about 10 min: --batch-size 32 in place of 64")
     assert "differ from the README's" in note
     assert note in capsys.readouterr().out
 
