@@ -52,9 +52,10 @@ PLAIN = {
     "masked": Arm("masked", channel="none"),
     "rollout": Arm("rollout", channel="none"),
     "relay_sg": Arm("relay_sg"),
-    # As many steps as W = 4, without their gradient.
+    # As many steps as W = 4 and W = 8, without their gradient.
     "rollout, K = 4": Arm("rollout", {"rollout_steps": 4}, channel="none"),
     "relay_sg, K = 4": Arm("relay_sg", {"rollout_steps": 4}),
+    "relay_sg, K = 8": Arm("relay_sg", {"rollout_steps": 8}),
 }
 # What the gradient through the state brings, and how far back: W steps are differentiated together.
 TIED = {"tie_word_embeddings": True}
@@ -170,7 +171,10 @@ STUDIES = {
     "text": Study(
         Balances,
         TEXT,
-        ("complementary", "rollout", "relay_sg", "relay_sg, K = 4", *(f"pumba_sg, K = {steps}" for steps in (2, 4, 8))),
+        (
+            *("complementary", "rollout", "relay_sg", "relay_sg, K = 4", "relay_sg, K = 8"),
+            *(f"pumba_sg, K = {steps}" for steps in (2, 4, 8)),
+        ),
         ("complementary", "rollout", "relay_sg", "relay, W = 2", "pumba, W = 8"),
     ),
 }
