@@ -57,9 +57,14 @@ class Results:
 
 def score_at(curve: Curve, cost: float) -> float:
     """Exact match in percent where a curve passes that many forwards, linear between thresholds; NaN if it does not."""
+    return score_within(curve, cost) if cost <= max(point["forwards"] for point in curve) else float("nan")
+
+
+def score_within(curve: Curve, cost: float) -> float:
+    """The same for at most that many forwards: a curve that needs fewer keeps the score that it ends with."""
     points = sorted((point["forwards"], 100 * point["exact"]) for point in curve)
     costs, scores = zip(*points, strict=True)
-    return float(np.interp(cost, costs, scores, left=np.nan, right=np.nan))
+    return float(np.interp(cost, costs, scores, left=np.nan))
 
 
 def cost_at(curve: Curve, score: float) -> float:
@@ -133,10 +138,27 @@ def report(lines: list[Line], workload: Any, against: Sequence[str], pictured: S
                 parts += [table(f"{title}, minus `{arm}`", list(columns), rows, arm) for arm in against if arm in rows]
         for arm in against:
             if arm in curves:
-                parts.append(costs_for(curves, arm, workload.thresholds))
+                parts += [scores_within(curves, arm), costs_for(curves, arm, workload.thresholds)]
         parts.append(costs(of_budget))
         draw({name: curves[name] for name in pictured if name in curves}, f"equal {budget}", workload, folder)
     return "\n\n".join(parts)
+
+
+def scores_within(curves: dict[str, dict[int, Curve]], arm: str) -> str:
+    """Markdown: how much more often right each arm is with at most the forwards of one arm, of the same seed, at its
+    thresholds; for seeds whose curves lie at different forwards."""
+    rows = {
+        name: {
+            seed: [score_within(curve, allowed["forwards"]) for allowed in curves[arm][seed]]
+            for seed, curve in by_seed.items()
+            if seed in curves[arm]
+        }
+        for name, by_seed in curves.items()
+    }
+    points = list(zip(*curves[arm].values(), strict=True))  # (thresholds, seeds)
+    means = [np.mean([point["forwards"] for point in at_threshold]) for at_threshold in points]
+    columns = [f"{mean:.1f} forwards (at {at[0]['threshold']:g})" for mean, at in zip(means, points, strict=True)]
+    return table(f"exact match, %, minus `{arm}`, within its forwards", columns, rows, arm)
 
 
 def costs_for(curves: dict[str, dict[int, Curve]], arm: str, thresholds: Sequence[float]) -> str:

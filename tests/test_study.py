@@ -211,14 +211,31 @@ def test_study_other_sizes_in_the_folder_raise(study: Any, finished: Path) -> No
 
 
 def test_readings_interpolate_and_do_not_extrapolate(study: Any) -> None:
-    from study_results import cost_at, score_at
+    from study_results import cost_at, score_at, score_within
 
     curve = [{"forwards": 4.0, "exact": 0.8}, {"forwards": 2.0, "exact": 0.4}, {"forwards": 3.0, "exact": 0.5}]
     assert score_at(curve, 3.5) == pytest.approx(65)
     assert cost_at(curve, 45) == pytest.approx(2.5)
     flat = [{"forwards": 2.0, "exact": 0.4}, {"forwards": 3.0, "exact": 0.5}, {"forwards": 9.0, "exact": 0.5}]
     assert [cost_at(flat, 40), cost_at(flat, 50)] == [2, 3]
-    assert np.isnan([score_at(curve, 1.9), score_at(curve, 4.1), cost_at(curve, 39), cost_at(curve, 81)]).all()
+    assert score_within(curve, 3.5) == pytest.approx(65)
+    assert [score_within(curve, 4.1), score_within(curve, 99)] == [pytest.approx(80)] * 2
+    assert np.isnan(
+        [score_within(curve, 1.9), score_at(curve, 1.9), score_at(curve, 4.1), cost_at(curve, 39), cost_at(curve, 81)]
+    ).all()
+
+
+def test_scores_within_the_forwards_of_an_arm_are_paired_by_seed(study: Any) -> None:
+    from study_results import scores_within
+
+    def curve(*points: tuple[float, float]) -> list[dict[str, float]]:
+        return [{"threshold": 1 / cost, "forwards": cost, "exact": exact} for cost, exact in points]
+
+    plain = {seed: curve((4.0, 0.5), (2.0, 0.25)) for seed in range(3)}
+    better = {seed: curve((3.0, 0.75 + seed / 100), (1.0, 0.25)) for seed in range(3)}
+    *_, line = scores_within({"plain": plain, "better": better}, "plain").splitlines()
+    # Within 4 forwards what it has with 3; within 2 the mean of 25 and 75 to 77.
+    assert line == "| better | 3 | +26.0 ± 2.5 | +25.5 ± 1.2 |"
 
 
 def test_table_pairs_gains_by_seed(study: Any) -> None:
