@@ -201,7 +201,9 @@ def draw(curves: dict[str, dict[int, Curve]], title: str, workload: Any, folder:
         }
         path = folder / f"{title.replace(' ', '_')}_{axis}.png"
         if points:
-            plot_accuracy_against_forwards(points, path, f"{workload.title}, {title}", unit=workload.unit, cost=cost)
+            seeds = max(map(len, curves.values()))
+            head = f"{workload.title}, {title}, {seeds} seed" + "s" * (seeds > 1)
+            plot_accuracy_against_forwards(points, path, head, unit=workload.unit, cost=cost)
 
 
 def mean_point(evaluations: Sequence[dict[str, Any]], axis: str, scale: float) -> CurvePoint:
