@@ -3,7 +3,7 @@
     python benchmarks/study.py text --seeds 0 1 2 3 4
     python benchmarks/study.py rates --seeds 100            # which learning rates suit which channel
     python benchmarks/study.py text_channels --seeds 0 1 2 3 4
-    python benchmarks/study.py windows --seeds 0 1 2 3 4 5 6 7 --test_puzzles 300
+    python benchmarks/study.py windows --seeds 0 1 2 3 4 5 6 7 --warmup_steps 1500 --test_puzzles 300
     python benchmarks/study.py channels --processes 2
     python benchmarks/study.py traces --steps 75
 

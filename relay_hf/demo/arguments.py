@@ -14,7 +14,7 @@ class DemoArguments:
 
     size: int = option(6, "Board size: 4, 6 or 9.")
     steps: int = option(200, "Adaptation steps of every objective.")
-    warmup_steps: int = option(1500, "`masked` steps from scratch that all objectives start from.")
+    warmup_steps: int = option(2500, "`masked` steps from scratch that all objectives start from.")
     seeds: int = option(1, "Repeat everything with this many training seeds.")
     full: bool = option(False, "Also adapt with `relay_sg`, the state without its gradient.")
     dataset: str | None = option(
