@@ -67,7 +67,7 @@ def fit(
     return fit_to_machine(arguments, None, None)
 
 
-@pytest.mark.parametrize("seconds", [0.02, 0.1, 0.25])
+@pytest.mark.parametrize("seconds", [0.02, 0.1, 0.2])
 def test_default_study_on_an_idle_machine_is_not_scaled(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fit(DemoArguments(), seconds, monkeypatch) == (DemoArguments(), "")
 
