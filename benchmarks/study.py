@@ -124,16 +124,25 @@ CHANNELS = SCRATCH | light(hidden_size=64, layers=2)
 CHANNELS |= {name: replace(arm, views=views_of(arm)) for name, arm in METHODS.items()}
 
 
+COARSE, FINE = (1e-3, 1e-2, 1e-1), (3e-4, 1e-3, 3e-3, 1e-2, 1e-1, 3e-1)
+SWEPT = {2.5e-4: COARSE, 7.5e-4: FINE, 2.25e-3: COARSE}  # learning rate of all weights -> of the channel
+
+
 def sweep(arms: Mapping[str, Arm]) -> dict[str, Arm]:
     """Each arm with several learning rates: of all weights, and of the channel where it has some."""
     found = {}
     for name, arm in arms.items():
-        for rate in (2.5e-4, 7.5e-4, 2.25e-3):
-            for of_channel in (1e-3, 1e-2, 1e-1) if arm.channel in ("layer_norm", "soft_mask") else (None,):
-                rates = {"learning_rate": rate} | ({"relay_learning_rate": of_channel} if of_channel else {})
+        for rate, of_channels in SWEPT.items():
+            for of_channel in of_channels if arm.channel in ("layer_norm", "soft_mask") else (None,):
                 label = f"{name}: {rate:g}" + (f", {of_channel:g}" if of_channel else "")
-                found[label] = replace(arm, options={**arm.options, **rates}, views={})
+                found[label] = at_rates(arm, rate, of_channel)
     return found
+
+
+def at_rates(arm: Arm, rate: float, of_channel: float | None) -> Arm:
+    """The arm with learning rates of its own."""
+    rates = {"learning_rate": rate} | ({"relay_learning_rate": of_channel} if of_channel else {})
+    return replace(arm, options={**arm.options, **rates})
 
 
 LIGHT_TEXT = light(hidden_size=32, layers=2)
