@@ -147,9 +147,21 @@ def at_rates(arm: Arm, rate: float, of_channel: float | None) -> Arm:
 
 LIGHT_TEXT = light(hidden_size=32, layers=2)
 RATES = SCRATCH | LIGHT_TEXT | sweep(METHODS)
-# The best of the sweep, with a seed that the study of channels in text does not use.
-BEST_RATES: dict[str, tuple[float, ...]] = {}
-TEXT_CHANNELS = SCRATCH | LIGHT_TEXT | METHODS
+# The best of the sweep, which has a seed of its own; the rates of `relay_sg` are those of `relay`.
+BEST_RATES = {
+    "masked": (7.5e-4, None),
+    "rollout": (7.5e-4, None),
+    "relay": (7.5e-4, 1e-3),
+    "relay_sg": (7.5e-4, 1e-3),
+    "rcd": (2.5e-4, None),
+    "rcd, rollouts": (7.5e-4, None),
+    "soft-mask": (7.5e-4, 3e-3),
+    "soft-mask, rollouts": (7.5e-4, 3e-1),
+    "spherical": (7.5e-4, 3e-3),
+    "spherical, rollouts": (7.5e-4, 1e-1),
+}
+TEXT_CHANNELS = SCRATCH | LIGHT_TEXT | {name: at_rates(METHODS[name], *rates) for name, rates in BEST_RATES.items()}
+TEXT_CHANNELS["rcd"] = replace(TEXT_CHANNELS["rcd"], views=views_of(METHODS["rcd"]))
 
 
 @dataclass(frozen=True)
@@ -173,7 +185,10 @@ STUDIES = {
     "traces": Study(Boards, TRACES, ("relay", "more of the same"), tuple(TRACES)[1:]),
     "channels": Study(Boards, CHANNELS, ("masked", "rollout"), ("masked", "relay", "relay_sg", "rcd", "soft-mask")),
     "text_channels": Study(
-        Balances, TEXT_CHANNELS, ("masked", "rollout"), ("masked", "relay", "relay_sg", "rcd", "soft-mask")
+        Balances,
+        TEXT_CHANNELS,
+        ("masked", "rollout", "relay", "relay_sg"),
+        ("rollout", "relay", "relay_sg", "soft-mask, rollouts", "spherical, rollouts"),
     ),
     "rates": Study(Balances, RATES, (), ()),
     "windows": Study(Boards, WINDOWS, ("rollout", "relay_sg"), ("masked", "rollout", "relay_sg", "relay, W = 2")),
