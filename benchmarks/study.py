@@ -191,7 +191,12 @@ STUDIES = {
         ("rollout", "relay", "relay_sg", "soft-mask, rollouts", "spherical, rollouts"),
     ),
     "rates": Study(Balances, RATES, (), ()),
-    "windows": Study(Boards, WINDOWS, ("rollout", "relay_sg"), ("masked", "rollout", "relay_sg", "relay, W = 2")),
+    "windows": Study(
+        Boards,
+        WINDOWS,
+        ("rollout", "relay_sg", "relay_sg, K = 4", "rollout, tied", "relay_sg, tied"),
+        ("masked", "rollout", "relay_sg", "relay, W = 2", "relay, W = 4"),
+    ),
     "text": Study(
         Balances,
         TEXT,
