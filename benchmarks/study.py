@@ -202,7 +202,7 @@ STUDIES = {
         TEXT,
         (
             *("complementary", "rollout", "relay_sg", "relay_sg, K = 4", "relay_sg, K = 8"),
-            *(f"pumba_sg, K = {steps}" for steps in (2, 4, 8)),
+            *("pumba_sg, K = 2", "pumba, W = 2", "pumba_sg, K = 4", "pumba_sg, K = 8"),
         ),
         ("complementary", "rollout", "relay_sg", "relay, W = 2", "pumba, W = 8"),
     ),
