@@ -68,6 +68,7 @@ SHARED = {
 WINDOWS = SCRATCH | PLAIN
 WINDOWS |= {f"relay, W = {steps}": Arm("relay", {"rollout_steps": steps}) for steps in (2, 4, 8)}
 WINDOWS |= {f"pumba, W = {steps}": Arm("relay", PUMBA | {"rollout_steps": steps}) for steps in (1, 2, 4, 8)}
+WINDOWS["pumba, no state"] = Arm("rollout", PUMBA | {"rollout_steps": 2}, channel="none")
 # The same without the gradient between steps: as many steps, the same loss.
 WINDOWS |= {f"pumba_sg, K = {steps}": Arm("relay_sg", PUMBA | {"rollout_steps": steps}) for steps in (2, 4, 8)}
 WINDOWS |= SHARED
@@ -202,7 +203,7 @@ STUDIES = {
         TEXT,
         (
             *("complementary", "rollout", "relay_sg", "relay_sg, K = 4", "relay_sg, K = 8"),
-            *("pumba_sg, K = 2", "pumba, W = 2", "pumba_sg, K = 4", "pumba_sg, K = 8"),
+            *("pumba, no state", "pumba_sg, K = 2", "pumba, W = 2", "pumba_sg, K = 4", "pumba_sg, K = 8"),
         ),
         ("complementary", "rollout", "relay_sg", "relay, W = 2", "pumba, W = 8"),
     ),
