@@ -204,6 +204,7 @@ STUDIES = {
         (
             *("complementary", "rollout", "rollout, K = 4", "relay_sg", "relay_sg, K = 4", "relay_sg, K = 8"),
             *("pumba, no state", "pumba_sg, K = 2", "pumba, W = 2", "pumba_sg, K = 4", "pumba_sg, K = 8"),
+            *("rollout, tied", "relay_sg, tied"),
         ),
         ("complementary", "rollout", "relay_sg", "relay, W = 2", "pumba, W = 8"),
     ),
