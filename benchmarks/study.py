@@ -195,7 +195,7 @@ STUDIES = {
     "windows": Study(
         Boards,
         WINDOWS,
-        ("rollout", "relay_sg", "relay_sg, K = 4", "rollout, tied", "relay_sg, tied"),
+        ("rollout", "relay_sg", "relay, W = 2", "relay_sg, K = 4", "rollout, tied", "relay_sg, tied"),
         ("masked", "rollout", "relay_sg", "relay, W = 2", "relay, W = 4"),
     ),
     "text": Study(
