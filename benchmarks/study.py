@@ -121,7 +121,7 @@ def views_of(arm: Arm) -> dict[str, dict[str, Any]]:
     return found
 
 
-CHANNELS = SCRATCH | light(hidden_size=64, layers=2)
+CHANNELS = SCRATCH | light(hidden_size=64, layers=2)  # a third at the width of 96 that `docs/sudoku_channels.md` has
 CHANNELS |= {name: replace(arm, views=views_of(arm)) for name, arm in METHODS.items()}
 
 
@@ -226,6 +226,22 @@ def run_seed(study: str, sizes: dict[str, Any], folder: Path, arms: list[str], s
                 runner.run(name, seed, equal_compute)
 
 
+def claim(folder: Path, study: str, sizes: dict[str, Any]) -> None:
+    """Makes the folder and writes whose results it holds.
+
+    Raises:
+        ValueError: it holds results of another study, or of other sizes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    described, text = folder / "study.json", json.dumps({"study": study, "sizes": sizes})
+    if described.exists() and described.read_text(encoding="utf-8") != text:
+        raise ValueError(
+            f"`--output_dir={folder}` holds results of {described.read_text(encoding='utf-8')}, not of {text}: "
+            "choose another folder, or the same study and sizes."
+        )
+    described.write_text(text, encoding="utf-8")
+
+
 def run_study(
     study: str,
     sizes: dict[str, Any],
@@ -257,14 +273,7 @@ def run_study(
         raise ValueError(f"`--arms` has {sorted(unknown)}, which `{study}` has not: choose from {list(known)}.")
     needed = {other for name in arms for other in (known[name].begins, known[name].reference)}
     arms = [name for name in known if not arms or name in {*arms, *needed, START}]
-    folder.mkdir(parents=True, exist_ok=True)
-    described, text = folder / "study.json", json.dumps({"study": study, "sizes": sizes})
-    if described.exists() and described.read_text(encoding="utf-8") != text:
-        raise ValueError(
-            f"`--output_dir={folder}` holds results of {described.read_text(encoding='utf-8')}, not of {text}: "
-            "choose another folder, or the same study and sizes."
-        )
-    described.write_text(text, encoding="utf-8")
+    claim(folder, study, sizes)
     jobs = [(study, sizes, folder, arms, seed, equal_compute) for seed in seeds]
     if processes == 1:
         for job in jobs:

@@ -20,6 +20,7 @@ from relay_hf.pictures import CurvePoint, plot_accuracy_against_forwards
 FEWEST = 3  # seeds that a difference needs: the interval of two is a dozen of their standard deviations
 Line = dict[str, Any]
 Curve = list[dict[str, Any]]
+Curves = dict[str, dict[int, Curve]]  # arm -> seed -> curve
 Rows = dict[str, dict[int, list[float]]]
 
 
@@ -115,7 +116,7 @@ def report(lines: list[Line], workload: Any, against: Sequence[str], pictured: S
     parts = []
     for budget in sorted({line["budget"] for line in lines}, reverse=True):
         of_budget = [line for line in lines if line["budget"] == budget]
-        curves: dict[str, dict[int, Curve]] = {}  # arm -> seed -> curve
+        curves: Curves = {}
         for line in of_budget:
             for view, curve in line["curves"].items():
                 curves.setdefault(line["arm"] + (f": {view}" if view else ""), {})[line["seed"]] = curve
@@ -138,45 +139,45 @@ def report(lines: list[Line], workload: Any, against: Sequence[str], pictured: S
                 parts += [table(f"{title}, minus `{arm}`", list(columns), rows, arm) for arm in against if arm in rows]
         for arm in against:
             if arm in curves:
-                parts += [scores_within(curves, arm), costs_for(curves, arm, workload.thresholds)]
+                parts += [scores_within(curves, arm), costs_for(curves, arm)]
         parts.append(costs(of_budget))
         draw({name: curves[name] for name in pictured if name in curves}, f"equal {budget}", workload, folder)
     return "\n\n".join(parts)
 
 
-def scores_within(curves: dict[str, dict[int, Curve]], arm: str) -> str:
+def scores_within(curves: Curves, arm: str) -> str:
     """Markdown: how much more often right each arm is with at most the forwards of one arm, of the same seed, at its
     thresholds; for seeds whose curves lie at different forwards."""
-    rows = {
-        name: {
-            seed: [score_within(curve, allowed["forwards"]) for allowed in curves[arm][seed]]
-            for seed, curve in by_seed.items()
-            if seed in curves[arm]
-        }
-        for name, by_seed in curves.items()
-    }
-    points = list(zip(*curves[arm].values(), strict=True))  # (thresholds, seeds)
-    means = [np.mean([point["forwards"] for point in at_threshold]) for at_threshold in points]
-    columns = [f"{mean:.1f} forwards (at {at[0]['threshold']:g})" for mean, at in zip(means, points, strict=True)]
+    rows = at_points(curves, arm, lambda curve, allowed: score_within(curve, allowed["forwards"]))
+    columns = [f"{forwards:.1f} forwards (at {point:g})" for point, forwards in means_at(curves[arm], "forwards")]
     return table(f"exact match, %, minus `{arm}`, within its forwards", columns, rows, arm)
 
 
-def costs_for(curves: dict[str, dict[int, Curve]], arm: str, thresholds: Sequence[float]) -> str:
+def costs_for(curves: Curves, arm: str) -> str:
     """Markdown: forwards that each arm takes to be as often right as one arm, with the same seed, at its thresholds."""
+    rows = at_points(curves, arm, lambda curve, wanted: cost_at(curve, 100 * wanted["exact"]))
+    columns = [f"{100 * exact:.1f} % (at {point:g})" for point, exact in means_at(curves[arm], "exact")]
+    return table(f"forwards for the exact match of `{arm}`", columns, rows)
+
+
+def at_points(curves: Curves, arm: str, read: Callable[[Curve, dict[str, Any]], float]) -> Rows:
+    """What is read of each curve for every point of one arm's curve of the same seed; arms without such seeds are left
+    out."""
     rows = {
         name: {
-            seed: [cost_at(curve, 100 * wanted["exact"]) for wanted in curves[arm][seed]]
+            seed: [read(curve, point) for point in curves[arm][seed]]
             for seed, curve in by_seed.items()
             if seed in curves[arm]
         }
         for name, by_seed in curves.items()
     }
-    scores = [
-        100 * float(np.mean([curve[index]["exact"] for curve in curves[arm].values()]))
-        for index in range(len(thresholds))
-    ]
-    columns = [f"{score:.1f} % (at {threshold:g})" for score, threshold in zip(scores, thresholds, strict=True)]
-    return table(f"forwards for the exact match of `{arm}`", columns, {name: of for name, of in rows.items() if of})
+    return {name: of_seeds for name, of_seeds in rows.items() if of_seeds}
+
+
+def means_at(by_seed: dict[int, Curve], key: str) -> list[tuple[float, float]]:
+    """Thresholds, and at each the mean over the seeds."""
+    together = zip(*by_seed.values(), strict=True)
+    return [(points[0]["threshold"], float(np.mean([point[key] for point in points]))) for points in together]
 
 
 def costs(lines: list[Line]) -> str:
@@ -191,7 +192,7 @@ def costs(lines: list[Line]) -> str:
     return "\n".join(rows)
 
 
-def draw(curves: dict[str, dict[int, Curve]], title: str, workload: Any, folder: Path) -> None:
+def draw(curves: Curves, title: str, workload: Any, folder: Path) -> None:
     """Accuracy against forwards, wall time and operations: means over the seeds, bars of one standard deviation."""
     axes = {"forwards": (1, "denoise forwards"), "seconds": (1e3, "ms"), "operations": (1e-6, "operations, 10^6,")}
     for axis, (scale, cost) in axes.items():

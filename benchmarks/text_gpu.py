@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from study import STUDIES
+from study import STUDIES, claim
 from study_runner import START, Runner
 from transformers.utils import logging
 
@@ -33,10 +33,12 @@ def run(folder: Path, seeds: int, minutes: float, sizes: dict[str, Any]) -> None
         seeds: how many.
         minutes: for all of it.
         sizes: of the workload.
+
+    Raises:
+        ValueError: the folder holds results of other sizes.
     """
     study, began, longest = STUDIES["text"], time.monotonic(), 0.0
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "study.json").write_text(json.dumps({"study": "text", "sizes": sizes}), encoding="utf-8")
+    claim(folder, "text", sizes)
     runner = Runner(study.workload(**sizes), study.arms, folder)
     for seed in range(seeds):
         for name in ARMS:

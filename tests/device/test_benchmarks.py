@@ -96,3 +96,5 @@ def test_text_study_trains_and_evaluates_on_the_device(
     assert places == {fakegpu.NAME}
     text_gpu.run(tmp_path, 2, 0.0, sizes | {"test_puzzles": 4})
     assert "stopped" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="choose another folder"):
+        text_gpu.run(tmp_path, 1, 60.0, sizes)
